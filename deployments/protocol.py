@@ -1,0 +1,159 @@
+"""What crosses processes: ingress, ledger, replica and engine speak in these values alone.
+
+Frozen dataclasses of plain Python values: cheap to pickle, comparable in tests, and free of torch and ray.
+Token counts are tokens, block counts are KV blocks, durations are seconds, and instants are Unix seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PROTOCOL_VERSION = 1
+"""Raised when a message changes shape; a receiver refuses by name a version that it does not know."""
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""How a request ended: an end token or stop string, the token limit, the client's leaving, a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one choice's tokens are drawn. Neutral values switch a step off.
+
+    `seed` is always concrete: the ingress draws one where the client gave none, so that a request
+    recomputed on another replica draws the same tokens.
+    """
+
+    max_tokens: int
+    seed: int
+    """Unsigned 64-bit; a token's random number is a hash of (seed, position, choice)."""
+    choice: int = 0
+    """Index among the `n` choices of one HTTP request."""
+    min_tokens: int = 0
+    """End tokens are masked until this many tokens were produced."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output, as in `transformers`."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    """Both over the output alone, as in OpenAI's API."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    """None: no log-probabilities; k >= 0: the chosen token's and those of the k likeliest."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end the request (the model's EOS ids); empty under `ignore_eos`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A promise of `blocks` KV blocks on one replica to one request, made before dispatch."""
+
+    grant_id: str
+    request_id: str
+    pool: str
+    replica_id: str
+    """Serve's unique id of the replica."""
+    replica_epoch: int
+    ledger_epoch: int
+    blocks: int
+    expires_at: float
+    """Unix seconds until which the replica takes the grant up; afterwards it refuses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveRequest:
+    """What the ledger must know to size, queue or refuse a request. No token ids, no text."""
+
+    request_id: str
+    ingress_id: str
+    prompt_tokens: int
+    max_tokens: int
+    wait_limit_s: float
+    """How long the request may wait in the queue before it is refused."""
+    pool: str | None = None
+    """Insists on one pool; None lets the policy choose."""
+    version: int = PROTOCOL_VERSION
+
+
+RefusalKind = Literal["too_long", "queue_full", "deadline", "no_replica", "unknown_pool", "version"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why no grant was made. Data rather than an exception, which Ray would wrap and lose the fields of."""
+
+    request_id: str
+    kind: RefusalKind
+    message: str
+    """States what was needed, what was there, and which knob to turn."""
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One choice to generate: token ids in, token ids out."""
+
+    request_id: str
+    """Unique per choice: the HTTP request's id, a dash, prompt and choice indices."""
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    grant: Grant | None = None
+    """None only in process (tests, benchmarks): a replica refuses a request without a grant."""
+    salt: str = ""
+    """Tenant salt of the prefix cache: blocks are shared only between equal salts."""
+    version: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability (natural log) of one produced token, with the likeliest alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """All tokens one step produced for one request; exactly one chunk per request is terminal.
+
+    A chunk is terminal when `finish_reason` is set. An end token is part of `token_ids` of the terminal chunk
+    (it counts as produced; the ingress does not show its text).
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Parallel to `token_ids`, or empty when not asked for."""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    """Message for the client when `finish_reason` is "error"."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache; set on a request's first chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """A replica's report to the ledger: on change, at most every 100 ms, and a heartbeat each second."""
+
+    replica_id: str
+    pool: str
+    epoch: int
+    """Raised at each start of the replica's engine."""
+    sequence: int
+    """Grows by one each report of an epoch, so that a late report is recognised."""
+    block_size: int
+    capacity_blocks: int
+    max_context: int
+    """Longest prompt + output in tokens (the lesser of the model's context and the capacity)."""
+    held: tuple[tuple[str, int], ...] = ()
+    """(grant id, blocks held now) of every request that the replica has taken up and not ended."""
+    ended: tuple[tuple[str, int, int], ...] = ()
+    """(grant id, prompt tokens, output tokens) of requests ended since the last report."""
+    draining: bool = False
+    version: int = PROTOCOL_VERSION

@@ -1,0 +1,142 @@
+"""Pydantic models of `serve_config.yaml`'s `args`. A wrong key is refused by name (`extra="forbid"`)."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from deployments.errors import ConfigError
+
+Quantization = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PoolSettings(_Strict):
+    """Replicas of one model with one shape: one Serve deployment, one plan."""
+
+    name: str = "default"
+    replicas: Annotated[int, Field(ge=1)] = 1
+    quantization: Quantization = "nf4"
+    double_quant: bool = False
+    """NF4/FP4 only: quantise the scales too."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where a GPU is visible, else virtual devices on the CPU."""
+    stages: Annotated[int, Field(ge=1)] | None = None
+    """GPUs (or virtual CPU devices) of one replica; default: the number of `max_memory` entries, else 1."""
+    max_memory: dict[int, str | int] = {}
+    """Cap per device, "600MB" or bytes; bounds everything but the CUDA context. A virtual CPU device without an
+    entry gets `cpu_device_memory`."""
+    cpu_device_memory: str | int = "1GB"
+    block_size: Annotated[int, Field(ge=1, le=256)] = 16
+    """Tokens per KV block."""
+    max_context: Annotated[int, Field(ge=1)] | None = None
+    """Tokens; default: what the model's config allows."""
+    max_sequences: Annotated[int, Field(ge=1)] = 256
+    """Most requests a replica runs or holds at once."""
+    max_batch_tokens: Annotated[int, Field(ge=1)] = 512
+    """Token budget of one step of one slot: decodes plus prefill chunks."""
+    prefix_cache: bool = True
+    cpus: Annotated[float, Field(gt=0)] | None = None
+    """Ray CPUs a replica asks for; default: a fraction, so that one core starts the whole service."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """Torch threads per replica on CPU; default: cores / replicas on this machine, at least 1."""
+
+    @model_validator(mode="after")
+    def _stages_match_caps(self) -> PoolSettings:
+        if self.stages is not None and any(k < 0 or k >= self.stages for k in self.max_memory):
+            raise ValueError(f"max_memory names device {max(self.max_memory)}, but stages is {self.stages}")
+        if self.stages is None and sorted(self.max_memory) != list(range(len(self.max_memory))):
+            raise ValueError("max_memory must name devices 0, 1, ... without gaps, or give `stages`")
+        return self
+
+    @property
+    def stage_count(self) -> int:
+        """Devices per replica."""
+        return self.stages or len(self.max_memory) or 1
+
+
+class ModelSettings(_Strict):
+    """One served model: what clients name, where its weights are, and its pools."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    source: str
+    """"demo" (the embedded model), a Hugging Face id, a local directory, or a .gguf file."""
+    revision: str | None = None
+    chat_template: str | None = None
+    """A Jinja template or the path of one; default: the tokenizer's own."""
+    pools: Annotated[tuple[PoolSettings, ...], Field(min_length=1)] = (PoolSettings(),)
+    queue_limit: Annotated[int, Field(ge=0)] = 1024
+    """Most requests waiting for blocks; one more is refused with 429."""
+    wait_limit_s: Annotated[float, Field(gt=0)] = 60.0
+    """Longest wait for blocks; afterwards 429."""
+
+    @field_validator("name", "aliases")
+    @classmethod
+    def _nameable(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for name in (value,) if isinstance(value, str) else value:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/-]*", name):
+                raise ValueError(f"{name!r} must be letters, digits and . _ : / - and start with one of the first two")
+        return value
+
+    @model_validator(mode="after")
+    def _pools_differ(self) -> ModelSettings:
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) < len(names):
+            raise ValueError(f"pools of one model need different names, got {names}")
+        return self
+
+
+class ApiSettings(_Strict):
+    """The HTTP ingress."""
+
+    replicas: Annotated[int, Field(ge=1)] = 1
+    api_keys_env: str | None = None
+    """Environment variable with comma-separated API keys; None serves without keys."""
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """From the request's arrival to its last token; afterwards it is cancelled."""
+    max_ongoing_requests: Annotated[int, Field(ge=1)] = 10_000
+    """Serve's limit per ingress replica; must exceed running plus waiting requests."""
+
+
+class Settings(_Strict):
+    """The whole `args` of the Serve application."""
+
+    models: Annotated[tuple[ModelSettings, ...], Field(min_length=1)]
+    api: ApiSettings = ApiSettings()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Settings:
+        names = [n for model in self.models for n in (model.name, *model.aliases)]
+        twice = {n for n in names if names.count(n) > 1}
+        if twice:
+            raise ValueError(f"model names and aliases must differ: {sorted(twice)}")
+        return self
+
+
+def parse_settings(args: dict[str, Any]) -> Settings:
+    """Validate `args`.
+
+    Raises:
+        ConfigError: one line naming each wrong key with its path.
+    """
+    try:
+        return Settings.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError("serve_config: " + "; ".join(_describe(e) for e in error.errors())) from None
+
+
+def _describe(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"]) or "args"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {path}"
+    return f"{path}: {error['msg'].removeprefix('Value error, ')}"
