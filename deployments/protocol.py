@@ -12,6 +12,9 @@ from typing import Literal
 PROTOCOL_VERSION = 1
 """Raised when a message changes shape; a receiver refuses by name a version that it does not know."""
 
+REFUSED = "not taken up: "
+"""How the error of a replica's first and only chunk begins when it refuses a grant; the request is then retried."""
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 """How a request ended: an end token or stop string, the token limit, the client's leaving, a failure."""
 
@@ -60,6 +63,7 @@ class Grant:
     """Serve's unique id of the replica."""
     replica_epoch: int
     ledger_epoch: int
+    """Start time in ns of the ledger that made it; a replica refuses grants older than the newest ledger it knows."""
     blocks: int
     expires_at: float
     """Unix seconds until which the replica takes the grant up; afterwards it refuses it."""
@@ -152,8 +156,26 @@ class ReplicaState:
     max_context: int
     """Longest prompt + output in tokens (the lesser of the model's context and the capacity)."""
     held: tuple[tuple[str, int], ...] = ()
-    """(grant id, blocks held now) of every request that the replica has taken up and not ended."""
+    """(grant id, blocks) of every request that the replica has taken up and not ended: the more of what it holds now
+    and what it was granted, so that a new ledger rebuilds the promises of the one before."""
     ended: tuple[tuple[str, int, int], ...] = ()
     """(grant id, prompt tokens, output tokens) of requests ended since the last report."""
     draining: bool = False
+    ledger_epoch: int = 0
+    """Newest ledger epoch that the replica knows (from the answers to its reports). A ledger sells nothing on a replica
+    that does not know it yet: grants of the ledger before could still be taken up there."""
+    version: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class IngressNotice:
+    """What an ingress tells the ledger: at once when something ended, and each second to renew its lease."""
+
+    ingress_id: str
+    released: tuple[tuple[str, bool], ...] = ()
+    """(grant id, taken) of ended requests; taken is False only when no replica can have taken the grant up."""
+    cancelled: tuple[str, ...] = ()
+    """Request ids whose client left before the ledger's answer came."""
+    lost: tuple[tuple[str, int], ...] = ()
+    """(replica id, epoch) of replicas that a call found dead or gone."""
     version: int = PROTOCOL_VERSION
