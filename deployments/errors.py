@@ -8,6 +8,7 @@
         │   └── UnsupportedField
         ├── Unauthorized            401
         ├── ModelNotFound           404
+        ├── RequestTimeout          408
         ├── BodyTooLarge            413
         ├── Overloaded              429, with Retry-After
         ├── EngineFailed            500
@@ -86,6 +87,12 @@ class ModelNotFound(RequestError):
     default_code = "model_not_found"
 
 
+class RequestTimeout(RequestError):
+    """The last token was not there `api.request_timeout_s` after the request's arrival."""
+
+    default_code = "request_timeout"
+
+
 class BodyTooLarge(RequestError):
     """The request body is over `api.max_body_bytes`."""
 
@@ -122,6 +129,7 @@ HTTP: dict[type[RequestError], HttpStatus] = {
     BadRequest: HttpStatus(400, "invalid_request_error"),
     Unauthorized: HttpStatus(401, "authentication_error"),
     ModelNotFound: HttpStatus(404, "invalid_request_error"),
+    RequestTimeout: HttpStatus(408, "timeout_error"),
     BodyTooLarge: HttpStatus(413, "invalid_request_error"),
     Overloaded: HttpStatus(429, "rate_limit_error"),
     EngineFailed: HttpStatus(500, "server_error"),
