@@ -169,11 +169,11 @@ class ReplicaState:
 
 @dataclass(frozen=True, slots=True)
 class IngressNotice:
-    """What an ingress tells the ledger: at once when something ended, and each second to renew its lease."""
+    """What an ingress tells the ledger: at once when there is something to tell, and each second to renew its lease."""
 
     ingress_id: str
-    released: tuple[tuple[str, bool], ...] = ()
-    """(grant id, taken) of ended requests; taken is False only when no replica can have taken the grant up."""
+    unused: tuple[str, ...] = ()
+    """Ids of grants that no replica can have taken up; a grant that one took up ends with that replica's report."""
     cancelled: tuple[str, ...] = ()
     """Request ids whose client left before the ledger's answer came."""
     lost: tuple[tuple[str, int], ...] = ()

@@ -1,0 +1,130 @@
+"""A replica's side of the ledger's contract: whose grants to take up, and what to report. Pure.
+
+A replica takes up a grant once, before `expires_at`, when it names this replica in this life and no newer ledger
+is known. All that it took up is in its reports until a report that says it ended has been acknowledged.
+"""
+
+from __future__ import annotations
+
+from deployments.protocol import Grant, ReplicaState
+
+
+class Admission:
+    """The grants that one life of one replica has taken up.
+
+    Args:
+        replica_id: Serve's unique id of the replica.
+        pool: name of its pool.
+        epoch: greater than in any earlier life of this replica.
+        block_size: tokens per block.
+        capacity_blocks: blocks that it has.
+        max_context: longest prompt + output, in tokens.
+    """
+
+    def __init__(
+        self, *, replica_id: str, pool: str, epoch: int, block_size: int, capacity_blocks: int, max_context: int
+    ) -> None:
+        self.replica_id = replica_id
+        self.pool = pool
+        self.epoch = epoch
+        self.block_size = block_size
+        self.capacity_blocks = capacity_blocks
+        self.max_context = max_context
+        self.ledger_epoch = 0
+        self.draining = False
+        self.changed = True
+        """Whether something happened since the last report, which is then due."""
+        self._sequence = 0
+        self._held: dict[str, tuple[int, int]] = {}
+        """Grant id -> (blocks granted, blocks held now)."""
+        self._ended: dict[str, tuple[int, int, int]] = {}
+        """Grant id -> (prompt tokens, output tokens, sequence of the first report with it; 0 before)."""
+        self._spent: dict[str, float] = {}
+        """Ids of grants taken up -> their expiry: a grant is taken up once."""
+
+    def take_up(self, grant: Grant | None, now: float) -> str | None:
+        """Take a grant up, or say why not.
+
+        Args:
+            grant: as the request brought it.
+            now: Unix seconds.
+
+        Returns:
+            None when it is taken up, else the reason.
+        """
+        if grant is None:
+            return "the request has no grant"
+        reason = self._reason_against(grant, now)
+        if reason is None:
+            self._forget_spent(now)
+            self._spent[grant.grant_id] = grant.expires_at
+            self._held[grant.grant_id] = (grant.blocks, 0)
+            self.changed = True
+        return reason
+
+    def hold(self, grant_id: str, blocks: int) -> None:
+        """The request of this grant holds `blocks` now."""
+        granted, before = self._held[grant_id]
+        self._held[grant_id] = (granted, blocks)
+        self.changed |= max(granted, before) != max(granted, blocks)
+
+    def end(self, grant_id: str, *, prompt_tokens: int, output_tokens: int) -> None:
+        """The request of this grant ended and its blocks are free."""
+        del self._held[grant_id]
+        self._ended[grant_id] = (prompt_tokens, output_tokens, 0)
+        self.changed = True
+
+    def drain(self) -> None:
+        """Take no new grants; those taken up run to their end."""
+        self.draining = True
+        self.changed = True
+
+    def report(self) -> ReplicaState:
+        """The next report."""
+        self._sequence += 1
+        self.changed = False
+        for grant_id, (prompt, output, first) in self._ended.items():
+            if first == 0:
+                self._ended[grant_id] = (prompt, output, self._sequence)
+        return ReplicaState(
+            replica_id=self.replica_id,
+            pool=self.pool,
+            epoch=self.epoch,
+            sequence=self._sequence,
+            block_size=self.block_size,
+            capacity_blocks=self.capacity_blocks,
+            max_context=self.max_context,
+            held=tuple((grant_id, max(granted, held)) for grant_id, (granted, held) in self._held.items()),
+            ended=tuple((grant_id, prompt, output) for grant_id, (prompt, output, _) in self._ended.items()),
+            draining=self.draining,
+            ledger_epoch=self.ledger_epoch,
+        )
+
+    def acknowledge(self, sequence: int, ledger_epoch: int) -> None:
+        """The ledger of this epoch answered the report of this sequence; a new ledger is owed a report at once."""
+        if ledger_epoch > self.ledger_epoch:
+            self.ledger_epoch = ledger_epoch
+            self.changed = True
+        self._ended = {key: entry for key, entry in self._ended.items() if not 0 < entry[2] <= sequence}
+
+    def _reason_against(self, grant: Grant, now: float) -> str | None:
+        if (grant.replica_id, grant.replica_epoch) != (self.replica_id, self.epoch):
+            return (
+                f"the grant names replica {grant.replica_id} in epoch {grant.replica_epoch}, "
+                f"this is {self.replica_id} in {self.epoch}"
+            )
+        if grant.ledger_epoch < self.ledger_epoch:
+            return f"the grant is of ledger {grant.ledger_epoch}, and ledger {self.ledger_epoch} has taken over"
+        if now >= grant.expires_at:
+            return f"the grant expired {now - grant.expires_at:.1f} s ago"
+        if self.draining:
+            return "the replica is draining"
+        if grant.grant_id in self._spent:
+            return f"grant {grant.grant_id} was taken up before"
+        return None
+
+    def _forget_spent(self, now: float) -> None:
+        for grant_id in list(self._spent):
+            if self._spent[grant_id] > now:
+                break
+            del self._spent[grant_id]

@@ -1,0 +1,87 @@
+"""Why a request is not served: each refusal says what was needed, what was there, and which knob to turn. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deployments.protocol import PROTOCOL_VERSION, Refusal, ReserveRequest
+from deployments.routing.policy import Candidate, Size, fits_ever
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerConfig:
+    """What a ledger is told at its start. Durations in seconds."""
+
+    model: str
+    pools: tuple[str, ...] = ("default",)
+    expected_replicas: int = 1
+    """A new ledger waits one lease time for this many replicas before it sells or refuses."""
+    queue_limit: int = 1024
+    grant_ttl_s: float = 10.0
+    """How long a grant can be taken up."""
+    lease_s: float = 5.0
+    """An ingress that sends nothing for this long is gone; its waiting requests are dropped."""
+    silence_s: float = 3.0
+    """A replica that reports nothing for this long is gone until it reports again."""
+
+
+def malformed(config: LedgerConfig, request: ReserveRequest) -> Refusal | None:
+    """A protocol or a pool that this ledger doesn't know."""
+    if request.version != PROTOCOL_VERSION:
+        text = f"the request speaks protocol {request.version}, the ledger {PROTOCOL_VERSION}"
+        return Refusal(request.request_id, "version", f"{text}: deploy both from one version")
+    if request.pool is not None and request.pool not in config.pools:
+        text = f"model {config.model} has no pool {request.pool!r}; it has {', '.join(config.pools)}"
+        return Refusal(request.request_id, "unknown_pool", text)
+    return None
+
+
+def hopeless(config: LedgerConfig, request: ReserveRequest, size: Size, living: Sequence[Candidate]) -> Refusal | None:
+    """No replica lives, or none that lives could hold the request even if it were empty."""
+    if not living:
+        where = f"model {config.model}" + (f", pool {request.pool}" if request.pool else "")
+        text = f"no replica of {where} is alive. Try again, or see the service's log"
+        return Refusal(request.request_id, "no_replica", text, retry_after_s=max(1, int(config.lease_s)))
+    if any(fits_ever(replica, size) for replica in living):
+        return None
+    context = max(replica.max_context for replica in living)
+    if request.prompt_tokens + 1 > context:
+        text = (
+            f"the prompt has {request.prompt_tokens} tokens and needs room for at least 1 of output; "
+            f"the longest context of {config.model} is {context} tokens. Shorten the prompt"
+        )
+    else:
+        capacity = max(replica.capacity_blocks * replica.block_size for replica in living)
+        text = (
+            f"{request.prompt_tokens} prompt tokens and {request.max_tokens} max_tokens need "
+            f"{request.prompt_tokens + request.max_tokens} tokens of KV cache; the largest replica of "
+            f"{config.model} has {capacity}. Shorten the prompt or lower max_tokens"
+        )
+    return Refusal(request.request_id, "too_long", text)
+
+
+def full(config: LedgerConfig, request: ReserveRequest, waiting: int, retry_after_s: int) -> Refusal:
+    """The queue takes no more."""
+    text = f"{waiting} requests wait for {config.model} and queue_limit is {config.queue_limit}"
+    return _busy(Refusal(request.request_id, "queue_full", text, retry_after_s))
+
+
+def late(config: LedgerConfig, request: ReserveRequest, size: Size, retry_after_s: int) -> Refusal:
+    """The deadline passed."""
+    text = (
+        f"no replica of {config.model} had room for {size.grant_tokens} tokens "
+        f"within {request.wait_limit_s:g} s (wait_limit_s)"
+    )
+    return _busy(Refusal(request.request_id, "deadline", text, retry_after_s))
+
+
+def lapsed(config: LedgerConfig, request_id: str, ingress_id: str) -> Refusal:
+    """The ingress that asked is gone; nobody reads this answer but the ledger's own log."""
+    text = f"ingress {ingress_id} sent nothing for {config.lease_s:g} s, so its waiting requests are dropped"
+    return Refusal(request_id, "deadline", text)
+
+
+def _busy(refusal: Refusal) -> Refusal:
+    text = f"{refusal.message}. Try again in about {refusal.retry_after_s} s"
+    return Refusal(refusal.request_id, refusal.kind, text, refusal.retry_after_s)
