@@ -1,8 +1,35 @@
-"""What is neither weight nor KV, each term named and explained."""
+"""What is neither weight nor KV, each term named and explained.
+
+Persistent terms are summed. Temporaries that are never held at once count with the largest of them, and the peak of
+loading, which passes before the KV cache is allocated, counts only where it is above everything that comes after it.
+
+The temporaries are those of this project's engine: paged attention that gathers blocks for PyTorch's SDPA, and a
+sampler that takes at most `SAMPLE_ROWS` rows at a time.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import nlargest
+
+from placement.footprint import Footprint
+from placement.hardware import DeviceType, format_bytes
+from placement.kv import dtype_bytes
+
+SAMPLE_ROWS = 64
+"""Rows of logits that the sampler works on at once."""
+
+CUDA_CONTEXT_BYTES = 640 * 2**20
+"""CUDA context, libraries and their workspaces: an estimate for recent GPUs, on the safe side."""
+
+_LOADING_THREADS = 4
+_SAMPLE_BYTES = 72
+"""Per logit of the rows being sampled with top_p: float32 scores, shifted, trimmed and ranked (16); int64 weights,
+trimmed, order, gathered, masked and summed (48); float32 and bool masks (8)."""
+_PADDING = 2
+"""Decodes are gathered in groups padded to at most twice their length."""
+_FRAGMENTATION = 64
+"""One part in so many of a CUDA budget is left to the allocator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,3 +39,152 @@ class Term:
     name: str
     bytes: int
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a replica is asked to run at once."""
+
+    block_size: int
+    """Tokens per KV block."""
+    max_batch_tokens: int
+    """Tokens of one step."""
+    max_sequences: int
+    """Sequences running at once."""
+    max_context: int
+    """Tokens of the longest sequence, prompt and output."""
+    kv_dtype: str
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks that all sequences together can hold at most."""
+        return self.max_sequences * -(-self.max_context // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """The bytes of each term on one device, before its layers are known."""
+
+    context: int
+    fragmentation: int
+    activations: int
+    logits: int
+    """Last stage only."""
+    prefill: int
+    dequantisation: int
+    gather_per_block: int
+    """Of decode attention, per KV block held by the running sequences."""
+    load_peak: int
+
+    def held(self, *, last: bool, blocks: int, kv_block_bytes: int) -> int:
+        """Everything but weights while `blocks` KV blocks (and the scratch block) are there."""
+        kv = (blocks + 1) * kv_block_bytes
+        running = self.activations + self._workspace(last, blocks) + kv
+        return self.context + self.fragmentation + max(running, self.load_peak)
+
+    def terms(self, *, last: bool, blocks: int, kv_block_bytes: int) -> tuple[Term, ...]:
+        """The same, less the KV, named. A term of 0 bytes is left out."""
+        decode = blocks * self.gather_per_block
+        workspace = self._workspace(last, blocks)
+        parts = [
+            ("decode attention", decode),
+            ("prefill attention", self.prefill),
+            ("dequantisation", self.dequantisation),
+        ]
+        parts += [("logits and sampling", self.logits)] if last else []
+        largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
+        loading = self.load_peak - self.activations - workspace - (blocks + 1) * kv_block_bytes
+        terms = (
+            Term("context", self.context, "CUDA context and libraries"),
+            Term("fragmentation", self.fragmentation, "what the allocator can't hand out"),
+            Term("activations", self.activations, "hidden states and projections of one step in the widest layer"),
+            Term("workspace", workspace, f"the largest of what is never held at once: {largest}"),
+            Term(
+                "loading", max(0, loading), "peak of the largest tensors while loading, above all that comes after it"
+            ),
+        )
+        return tuple(term for term in terms if term.bytes)
+
+    def _workspace(self, last: bool, blocks: int) -> int:
+        temporary = max(self.prefill, self.dequantisation, blocks * self.gather_per_block)
+        return max(temporary, self.logits) if last else temporary
+
+
+def reserve(footprint: Footprint, workload: Workload, *, device_type: DeviceType, budget_bytes: int) -> Reserve:
+    """The reserve of one device."""
+    cuda = device_type == "cuda"
+    return Reserve(
+        context=CUDA_CONTEXT_BYTES if cuda else 0,
+        fragmentation=budget_bytes // _FRAGMENTATION if cuda else 0,
+        activations=_activation_bytes(footprint, workload),
+        logits=_logit_bytes(footprint, workload),
+        prefill=_prefill_bytes(footprint, workload),
+        dequantisation=_dequantisation_bytes(footprint),
+        gather_per_block=_gather_bytes(footprint, workload),
+        load_peak=_load_peak_bytes(footprint, device_type),
+    )
+
+
+def _activation_bytes(footprint: Footprint, workload: Workload) -> int:
+    """Per token: input, residual, normed and output in the compute dtype and twice in float32 (norms), every
+    projection's result, and once more the widest (the activation function's)."""
+    size, hidden = dtype_bytes(footprint.dtype), footprint.geometry.hidden
+    outs = [[t.shape[0] for t in layer.tensors if len(t.shape) > 1] for layer in footprint.layers]
+    widest = max(sum(out) + max(out, default=0) for out in outs)
+    per_token = size * (4 * hidden + widest) + 2 * 4 * hidden
+    if footprint.quantization == "int8":
+        # Inputs once more in float16 and int8, results once more in int32 and float16.
+        shapes = [t.shape for layer in footprint.layers for t in layer.tensors if t.linear]
+        per_token += max((3 * s[1] + 6 * s[0] for s in shapes), default=0)
+    return workload.max_batch_tokens * per_token
+
+
+def _logit_bytes(footprint: Footprint, workload: Workload) -> int:
+    """Logits of all rows in the compute dtype and in float32, and the sampler's scratch for `SAMPLE_ROWS` of them."""
+    rows = min(workload.max_sequences, workload.max_batch_tokens)
+    per_row = dtype_bytes(footprint.dtype) + 4
+    return footprint.geometry.vocab * (rows * per_row + min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
+
+
+def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
+    """A chunk of a prompt against the longest context: gathered keys and values repeated to all query heads, and the
+    mask as kept (bool, per kind of window), per query head of one KV head (bool), and as SDPA adds it."""
+    geometry, size = footprint.geometry, dtype_bytes(footprint.dtype)
+    pairs = workload.max_batch_tokens * workload.max_context
+    windows = len({kv.window for kv in geometry.kv})
+    return max(
+        pairs * (windows + (1 + size) * (geometry.heads // kv.kv_heads))
+        + workload.max_context * (kv.elements_per_token * size * (1 + geometry.heads // kv.kv_heads))
+        + (pairs * geometry.heads * (2 * size + 2 * 4) if geometry.softcap else 0)
+        for kv in set(geometry.kv)
+    )
+
+
+def _gather_bytes(footprint: Footprint, workload: Workload) -> int:
+    """Keys, values and mask of one block in one layer, gathered for a decode step and padded."""
+    geometry, size = footprint.geometry, dtype_bytes(workload.kv_dtype)
+    per_token = max(kv.elements_per_token for kv in geometry.kv) * size + 1 + size
+    if geometry.softcap:
+        per_token += geometry.heads * (2 * size + 2 * 4)
+    return _PADDING * workload.block_size * per_token
+
+
+def _dequantisation_bytes(footprint: Footprint) -> int:
+    """The largest quantised weight, back in the compute dtype (int8: in float32) for one product."""
+    if footprint.quantization not in ("nf4", "fp4", "int8"):
+        return 0
+    size = 4 if footprint.quantization == "int8" else dtype_bytes(footprint.dtype)
+    return size * max((t.elements for module in footprint.modules for t in module.tensors if t.linear), default=0)
+
+
+def _load_peak_bytes(footprint: Footprint, device_type: DeviceType) -> int:
+    """transformers loads quantised models tensor by tensor, others in four threads. On the CPU a tensor is there as
+    the checkpoint has it (float32 at worst) besides what it becomes; on CUDA only what is to be quantised is."""
+    size = dtype_bytes(footprint.dtype)
+    tensors = [t for module in footprint.modules for t in module.tensors]
+    quantised = [t.elements for t in tensors if t.linear and footprint.quantization in ("nf4", "fp4", "int8")]
+    if device_type == "cuda":
+        return size * max(quantised, default=0)
+    if not quantised:
+        return 4 * sum(nlargest(_LOADING_THREADS, (t.elements for t in tensors)))
+    return max(4 * max(t.elements for t in tensors), (4 + size) * max(quantised))
