@@ -19,6 +19,9 @@ from placement.kv import dtype_bytes
 SAMPLE_ROWS = 64
 """Rows of logits that the sampler works on at once."""
 
+CONTEXT = "context"
+"""Name of the one term that a max_memory cap does not bound."""
+
 CUDA_CONTEXT_BYTES = 640 * 2**20
 """CUDA context, libraries and their workspaces: an estimate for recent GPUs, on the safe side."""
 
@@ -95,7 +98,7 @@ class Reserve:
         largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
         loading = self.load_peak - self.activations - workspace - (blocks + 1) * kv_block_bytes
         terms = (
-            Term("context", self.context, "CUDA context and libraries"),
+            Term(CONTEXT, self.context, "CUDA context and libraries"),
             Term("fragmentation", self.fragmentation, "what the allocator can't hand out"),
             Term("activations", self.activations, "hidden states and projections of one step in the widest layer"),
             Term("workspace", workspace, f"the largest of what is never held at once: {largest}"),

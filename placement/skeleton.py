@@ -12,7 +12,7 @@ from typing import get_args
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -66,9 +66,18 @@ def _geometry(model: PreTrainedModel) -> Geometry:
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         heads=config.num_attention_heads,
-        max_context=config.max_position_embeddings,
+        max_context=_max_context(config),
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         kv=layer_kv(facts),
+    )
+
+
+def _max_context(config: PreTrainedConfig) -> int:
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    raise PlacementError(
+        f"{config.model_type}: config.json does not say the longest context; set max_position_embeddings"
     )
 
 
