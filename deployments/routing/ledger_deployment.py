@@ -99,8 +99,7 @@ class LedgerService:
 
 def ledger_application(config: LedgerConfig) -> Application:
     """The Serve application node of one model's ledger, to be bound into ingress and replicas."""
-    deployment = serve.deployment(
-        LedgerService,
+    deploy = serve.deployment(
         name=deployment_name(config.model),
         num_replicas=1,
         max_ongoing_requests=MAX_CALLS,
@@ -110,7 +109,7 @@ def ledger_application(config: LedgerConfig) -> Application:
         graceful_shutdown_timeout_s=1,
         graceful_shutdown_wait_loop_s=0.1,
     )
-    return deployment.bind(config)
+    return deploy(LedgerService).bind(config)
 
 
 def deployment_name(model: str) -> str:

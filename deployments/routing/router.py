@@ -25,14 +25,14 @@ APPEAR_LIMIT_S = 2.0
 RETRY_PAUSE_S = 0.05
 
 
+class NotSent(ReplicaUnavailableError):
+    """The named replica is gone, or has not appeared in time, and the call was never sent."""
+
+
 class GrantRouter(RequestRouter):
     """Sends by grant; calls without one (health, snapshots) go to any replica."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Serve passes options of its locality mixin, which has no say here.
-        for option in ("self_node_id", "prefer_local_node_routing", "prefer_local_az_routing"):
-            kwargs.pop(option, None)
-        kwargs.pop("self_availability_zone", None)
         super().__init__(*args, **kwargs)
         self._seen: set[str] = set()
         """Unique ids of all replicas that ever ran: one that is missing now is gone, one never seen may still come."""
@@ -69,7 +69,7 @@ class GrantRouter(RequestRouter):
         while (replica := self._replicas.get(key)) is None:
             left = give_up_at - self._event_loop.time()
             if unique_id in self._seen or left <= 0:
-                raise ReplicaUnavailableError(unique_id)
+                raise NotSent(unique_id)
             await self._news(left)
         return replica
 
@@ -99,4 +99,5 @@ def grant_of(pending_request: PendingRequest | None) -> Grant | None:
 
 def router_config() -> RequestRouterConfig:
     """What a pool's deployment passes as `request_router_config`."""
-    return RequestRouterConfig(request_router_class=f"{__name__}.{GrantRouter.__name__}")
+    options: dict[str, Any] = {"request_router_class": f"{__name__}.{GrantRouter.__name__}"}
+    return RequestRouterConfig(**options)
