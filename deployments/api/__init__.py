@@ -1,0 +1,1 @@
+"""HTTP, and the only place where there is text. See `app.create_api`."""

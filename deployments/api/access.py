@@ -1,0 +1,92 @@
+"""What surrounds every request: its id, the answer to a mistake of ours, and one line in the access log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import traceback
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.api.problems import answer
+from deployments.api.visit import SCOPE_KEY, Visit
+
+REQUEST_ID = "x-request-id"
+CLIENT_GONE = 499
+"""Logged as the status when the client left before there was one; never sent."""
+_SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PROBES = frozenset({"/health", "/ready"})
+_log = logging.getLogger("headroom.access")
+
+
+class AccessMiddleware:
+    """The outermost layer of the app."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        visit = scope[SCOPE_KEY] = _open(scope)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                visit.status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = visit.request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            pass  # While its body was read; the line in the log says 499.
+        except Exception as error:
+            _report(visit, error)
+            if visit.status is not None:
+                raise  # Too late for an answer: the server cuts the connection.
+            await answer(error)(scope, receive, send_with_id)
+        finally:
+            _write_line(visit, scope)
+
+
+def _open(scope: Scope) -> Visit:
+    now = asyncio.get_running_loop().time()
+    visit = Visit("", now)
+    given = Headers(scope=scope).get(REQUEST_ID, "")
+    visit.request_id = given if _SANE_ID.fullmatch(given) else visit.unique
+    return visit
+
+
+def _report(visit: Visit, error: Exception) -> None:
+    """Log a mistake of ours by type and place. Not its message: it may quote what the client sent."""
+    visit.error = "internal"
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    _log.error("request %s failed with %s at\n%s", visit.request_id, type(error).__name__, frames)
+
+
+def _write_line(visit: Visit, scope: Scope) -> None:
+    now = asyncio.get_running_loop().time()
+    line = {
+        "request_id": visit.request_id,
+        "method": scope["method"],
+        "path": scope["path"][:200],
+        "status": visit.status or CLIENT_GONE,
+        "error": visit.error,
+        "model": visit.model,
+        "choices": visit.choices,
+        "prompt_tokens": visit.prompt_tokens,
+        "cached_tokens": visit.cached_tokens,
+        "output_tokens": visit.output_tokens,
+        "grant_s": _since(visit, visit.granted),
+        "first_token_s": _since(visit, visit.first_token),
+        "total_s": _since(visit, now),
+    }
+    _log.log(logging.DEBUG if scope["path"] in _PROBES else logging.INFO, "%s", json.dumps(line))
+
+
+def _since(visit: Visit, instant: float | None) -> float | None:
+    return None if instant is None else round(instant - visit.arrived, 4)

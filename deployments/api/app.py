@@ -1,0 +1,51 @@
+"""The HTTP API as one ASGI app."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from deployments.api.access import REQUEST_ID, AccessMiddleware
+from deployments.api.auth import load_keys
+from deployments.api.endpoints import Endpoints
+from deployments.api.problems import on_http_exception, on_request_error
+from deployments.api.served import ModelTable, ServedModel
+from deployments.errors import RequestError
+from deployments.settings import ApiSettings
+
+__all__ = ["ServedModel", "create_api"]
+
+
+def create_api(
+    models: Sequence[ServedModel],
+    settings: ApiSettings,
+    *,
+    environment: Mapping[str, str] = os.environ,
+    draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
+) -> FastAPI:
+    """The app that serves `models`. It holds no state between requests and needs no Ray: any ASGI server runs it.
+
+    Raises:
+        ConfigError: two models share a name, or `api_keys_env` names a variable without keys.
+    """
+    endpoints = Endpoints(ModelTable(models), load_keys(settings.api_keys_env, environment), settings, draw_seed)
+    # Bodies are read by deployments.api.body, so the OpenAPI page that FastAPI derives would show none of them.
+    app = FastAPI(title="Headroom", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.router.routes.extend(endpoints.routes())
+    app.add_exception_handler(RequestError, on_request_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "retry-after"],
+        )
+    app.add_middleware(AccessMiddleware)  # Last added is outermost: CORS refusals get their id and line too.
+    return app

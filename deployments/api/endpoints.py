@@ -1,0 +1,125 @@
+"""The endpoints: each reads its request, and leaves the work to the parts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from deployments.api.auth import ApiKeys
+from deployments.api.body import read_json_object
+from deployments.api.formats import ChatFormat, CompletionFormat
+from deployments.api.jobs import Caller, Job, chat_job, completion_job
+from deployments.api.responses import GenerationResponse
+from deployments.api.schemas import parse_chat, parse_completion
+from deployments.api.served import ModelTable, ServedModel
+from deployments.api.visit import Visit, visit_of
+from deployments.settings import ApiSettings
+
+_READY_WITHIN_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+class Endpoints:
+    """Everything that answers at a path.
+
+    Args:
+        draw_seed: gives an unsigned 64-bit seed for a request that names none.
+    """
+
+    def __init__(self, models: ModelTable, keys: ApiKeys, settings: ApiSettings, draw_seed: Callable[[], int]) -> None:
+        self._models = models
+        self._keys = keys
+        self._settings = settings
+        self._draw_seed = draw_seed
+
+    def routes(self) -> list[BaseRoute]:
+        """Path to endpoint. Starlette adds HEAD to GET."""
+        return [
+            Route("/v1/models", self.list_models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self.show_model, methods=["GET"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/ready", self.ready, methods=["GET"]),
+        ]
+
+    async def list_models(self, request: Request) -> Response:
+        """Every name and alias."""
+        self._tenant(request)
+        cards = [_card(name, model) for name, model in self._models]
+        return JSONResponse({"object": "list", "data": cards})
+
+    async def show_model(self, request: Request) -> Response:
+        """One name or alias."""
+        self._tenant(request)
+        name = request.path_params["model"]
+        return JSONResponse(_card(name, self._models[name]))
+
+    async def chat(self, request: Request) -> GenerationResponse:
+        """`/v1/chat/completions`."""
+        caller = self._caller(request)
+        body = parse_chat(await read_json_object(request, self._settings.max_body_bytes))
+        job = await chat_job(body, self._models[body.model], caller)
+        return self._respond(request, job, ChatFormat())
+
+    async def complete(self, request: Request) -> GenerationResponse:
+        """`/v1/completions`."""
+        caller = self._caller(request)
+        body = parse_completion(await read_json_object(request, self._settings.max_body_bytes))
+        job = await completion_job(body, self._models[body.model], caller)
+        return self._respond(request, job, CompletionFormat())
+
+    async def health(self, _: Request) -> Response:
+        """200: this process answers."""
+        return JSONResponse({"status": "alive"})
+
+    async def ready(self, _: Request) -> Response:
+        """200 if a replica of every model can take work, else 503; the body says which."""
+        models = self._models.models
+        states = dict(zip((m.name for m in models), await asyncio.gather(*map(_is_ready, models)), strict=True))
+        return JSONResponse({"ready": all(states.values()), "models": states}, 200 if all(states.values()) else 503)
+
+    def _tenant(self, request: Request) -> str:
+        return self._keys.tenant(request.headers.get("authorization"))
+
+    def _caller(self, request: Request) -> Caller:
+        return Caller(visit_of(request).engine_id, self._tenant(request), self._draw_seed())
+
+    def _respond(self, request: Request, job: Job, format_: ChatFormat | CompletionFormat) -> GenerationResponse:
+        visit = visit_of(request)
+        _note(visit, job)
+        return GenerationResponse(
+            job, format_, visit, created=int(time.time()), timeout_s=self._settings.request_timeout_s
+        )
+
+
+def _note(visit: Visit, job: Job) -> None:
+    visit.model = job.model.name
+    visit.choices = len(job.requests)
+    visit.prompt_tokens = job.prompt_tokens
+
+
+def _card(name: str, model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "headroom",
+        "root": model.name,
+        "max_model_len": model.max_context,
+    }
+
+
+async def _is_ready(model: ServedModel) -> bool:
+    try:
+        return await asyncio.wait_for(model.dispatcher.is_ready(), _READY_WITHIN_S)
+    except Exception as error:  # noqa: BLE001 - whatever keeps it from answering, the model isn't ready
+        _log.warning("model %s: no answer to whether it is ready: %r", model.name, error)
+        return False

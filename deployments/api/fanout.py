@@ -1,0 +1,114 @@
+"""All choices of one HTTP request, generated side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self
+
+from deployments.api.choices import ChoiceText, Piece
+from deployments.api.dispatcher import Dispatcher
+from deployments.errors import EngineFailed
+from deployments.protocol import GenerationRequest, TokenChunk
+
+_log = logging.getLogger(__name__)
+
+
+class Fanout:
+    """Dispatches requests concurrently and merges what they produce.
+
+    Entering waits until every request was granted and taken up, or raises the first refusal. Iterating gives, in
+    lists, all pieces that have arrived, as (choice number, piece); it ends after the last choice's finish and
+    raises the first failure. Leaving closes what is still running.
+
+    Each choice is read by its own task at the engine's pace, so one that meets a stop string is cancelled at once,
+    however slowly the client reads.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        requests: Sequence[GenerationRequest],
+        choices: Sequence[ChoiceText],
+        wait_limit_s: float,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._work = list(zip(requests, choices, strict=True))
+        self._wait_limit_s = wait_limit_s
+        self._inbox: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
+        self._failure: Exception | None = None
+        self._unfinished = set(range(len(requests)))
+        self._unread = len(requests)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        granted = [asyncio.get_running_loop().create_future() for _ in self._work]
+        self._tasks = [asyncio.create_task(self._run(i, granted[i])) for i in range(len(self._work))]
+        try:
+            await asyncio.gather(*granted)
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, Piece]]:
+        if not self._unread:
+            raise StopAsyncIteration
+        arrived = [await self._inbox.get()]
+        while not self._inbox.empty():
+            arrived.append(self._inbox.get_nowait())
+        pieces = [item for item in arrived if item is not None]
+        if self._failure is not None and not pieces:
+            raise self._failure
+        self._unread -= sum(piece.finish_reason is not None for _, piece in pieces)
+        if self._failure is not None:
+            self._inbox.put_nowait(None)
+        return pieces
+
+    async def _run(self, index: int, granted: asyncio.Future[None]) -> None:
+        request, choice = self._work[index]
+        try:
+            chunks = await self._dispatcher.dispatch(request, wait_limit_s=self._wait_limit_s)
+            if not granted.done():
+                granted.set_result(None)
+            async with aclosing(chunks):
+                await self._read(index, chunks, choice)
+        except Exception as error:  # noqa: BLE001 - handed over to the task that answers the client, which raises it
+            self._fail(index, error, granted)
+
+    async def _read(self, index: int, chunks: AsyncGenerator[TokenChunk, None], choice: ChoiceText) -> None:
+        async for chunk in chunks:
+            piece = choice.feed(chunk)
+            if piece.finish_reason is not None:
+                self._unfinished.discard(index)
+            if piece.text or piece.logprobs or piece.finish_reason is not None:
+                self._inbox.put_nowait((index, piece))
+            if piece.finish_reason is not None:
+                return
+        raise EngineFailed("the replica ended the answer without saying why; send the request again")
+
+    def _fail(self, index: int, error: Exception, granted: asyncio.Future[None]) -> None:
+        if index not in self._unfinished:
+            _log.error("closing %s failed: %r", self._work[index][0].request_id, error)
+        elif not granted.done():
+            granted.set_exception(error)
+        elif self._failure is None:
+            self._failure = error
+            self._inbox.put_nowait(None)
+
+    async def _close(self) -> None:
+        """Cancel the choices that still run; let those that have finished end their own closing."""
+        for index in self._unfinished:
+            self._tasks[index].cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,177 @@
+"""A generation's answer: whole or as a stream of server-sent events, for as long as the client is there.
+
+A failure before the status is sent becomes an error's status and body. One after it, in a stream, becomes a last
+event `data: {"error": {...}}`, and the stream ends without `[DONE]`, so that it can't be taken for complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from deployments.api import formats
+from deployments.api.choices import ChoiceText, Piece, PlacedLogprob
+from deployments.api.fanout import Fanout
+from deployments.api.formats import Format, Json
+from deployments.api.jobs import Job
+from deployments.api.problems import describe
+from deployments.api.visit import Visit
+from deployments.errors import RequestError, RequestTimeout
+
+CLIENT_GONE = "client_gone"
+"""The access log's `error` when the client left before its answer was complete."""
+_SSE_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+class GenerationResponse:
+    """An ASGI response that does the work of `job` as it is sent.
+
+    Args:
+        created: Unix seconds.
+        timeout_s: from the visit's arrival to the last token.
+    """
+
+    def __init__(self, job: Job, format_: Format, visit: Visit, *, created: int, timeout_s: float) -> None:
+        self._job = job
+        self._format = format_
+        self._visit = visit
+        self._timeout_s = timeout_s
+        text = job.model.text
+        self._choices = [ChoiceText(text.detokenizer(), job.stop, r.sampling) for r in job.requests]
+        self._with_logprobs = job.requests[0].sampling.logprobs is not None
+        self._head: Json = {
+            "id": format_.id_prefix + visit.unique,
+            "object": format_.chunk_object if job.stream else format_.whole_object,
+            "created": created,
+            "model": job.model_name,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = self._answer_stream(send) if self._job.stream else self._answer_whole(scope, receive, send)
+        try:
+            if not await until_disconnect(receive, work):
+                self._visit.error = CLIENT_GONE
+        except asyncio.CancelledError:  # Ray Serve's way to say the same.
+            self._visit.error = CLIENT_GONE
+            raise
+        finally:
+            self._visit.output_tokens = sum(choice.output_tokens for choice in self._choices)
+            self._visit.cached_tokens = self._cached_tokens()
+
+    async def _answer_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        texts: list[list[Piece]] = [[] for _ in self._choices]
+        async with self._generation() as generation:
+            async for pieces in generation:
+                self._visit.note_first_token()
+                for index, piece in pieces:
+                    texts[index].append(piece)
+            choices = [self._whole_choice(index, pieces) for index, pieces in enumerate(texts)]
+            await JSONResponse({**self._head, "choices": choices, "usage": self._usage()})(scope, receive, send)
+
+    async def _answer_stream(self, send: Send) -> None:
+        try:
+            async with self._generation() as generation:
+                await send({"type": "http.response.start", "status": 200, "headers": list(_SSE_HEADERS)})
+                await self._stream(generation, send)
+        except Exception as error:
+            if self._visit.status is None:
+                raise
+            if isinstance(error, RequestError):
+                self._visit.error = error.code
+            await send(_part(formats.event(describe(error)), more=False))
+            if not isinstance(error, RequestError):
+                raise
+
+    async def _stream(self, generation: Fanout, send: Send) -> None:
+        openings = [self._format.opening(index) for index in range(len(self._choices))]
+        await send(_part(b"".join(self._event(opening) for opening in openings if opening is not None)))
+        async for pieces in generation:
+            self._visit.note_first_token()
+            await send(_part(b"".join(self._event(self._delta(index, piece)) for index, piece in pieces)))
+        last = formats.DONE
+        if self._job.include_usage:
+            last = formats.event({**self._head, "choices": [], "usage": self._usage()}) + last
+        await send(_part(last, more=False))
+
+    @asynccontextmanager
+    async def _generation(self) -> AsyncIterator[Fanout]:
+        """All choices granted and running, until the request's deadline.
+
+        Raises:
+            RequestTimeout: the deadline passed.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = self._visit.arrived + self._timeout_s
+        wait_limit_s = min(self._job.model.wait_limit_s, deadline - loop.time())
+        fanout = Fanout(self._job.model.dispatcher, self._job.requests, self._choices, wait_limit_s)
+        try:
+            async with asyncio.timeout_at(deadline), fanout:
+                self._visit.granted = loop.time()
+                yield fanout
+        except TimeoutError:
+            raise RequestTimeout(
+                f"the answer took longer than {self._timeout_s:g} s, the server's api.request_timeout_s: "
+                "ask for fewer tokens, or raise it"
+            ) from None
+
+    def _event(self, choice: Json) -> bytes:
+        usage: Json = {"usage": None} if self._job.include_usage else {}
+        return formats.event({**self._head, "choices": [choice], **usage})
+
+    def _delta(self, index: int, piece: Piece) -> Json:
+        return self._format.delta(index, piece.text, self._logprobs(piece.logprobs), piece.finish_reason)
+
+    def _whole_choice(self, index: int, pieces: Sequence[Piece]) -> Json:
+        logprobs = [one for piece in pieces for one in piece.logprobs]
+        text = "".join(piece.text for piece in pieces)
+        return self._format.whole(index, text, self._logprobs(logprobs), pieces[-1].finish_reason)
+
+    def _logprobs(self, placed: Sequence[PlacedLogprob]) -> Json | None:
+        return self._format.logprobs(placed, self._job.model.text.vocabulary) if self._with_logprobs else None
+
+    def _usage(self) -> Json:
+        output_tokens = sum(choice.output_tokens for choice in self._choices)
+        return formats.usage(self._job.prompt_tokens, output_tokens, self._cached_tokens())
+
+    def _cached_tokens(self) -> int:
+        """Prompt tokens that no choice had to compute: the least over a prompt's choices, summed over the prompts."""
+        n = self._job.n
+        by_prompt = [self._choices[i : i + n] for i in range(0, len(self._choices), n)]
+        return sum(min(choice.cached_tokens for choice in choices) for choices in by_prompt)
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+    """Run `work`, but cancel it, and wait for that, as soon as the client leaves. Returns whether it was finished.
+
+    The request's body must have been read.
+    """
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in (task, watcher):
+            one.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+    if task.cancelled():
+        return False
+    task.result()
+    return True
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _part(content: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": content, "more_body": more}

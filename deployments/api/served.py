@@ -1,0 +1,59 @@
+"""The models that one API serves, and how a client's name finds its model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from deployments.api.codec import TextCodec
+from deployments.api.dispatcher import Dispatcher
+from deployments.errors import ConfigError, ModelNotFound
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model behind the API."""
+
+    name: str
+    aliases: tuple[str, ...]
+    text: TextCodec
+    dispatcher: Dispatcher
+    max_context: int
+    """Prompt plus output, in tokens: the lesser of the model's context and what its largest replica holds. A chat
+    without `max_tokens` asks for all that the prompt leaves of it."""
+    created: int
+    """Unix seconds."""
+    wait_limit_s: float
+    """Longest wait for blocks."""
+
+
+class ModelTable:
+    """Models by name and alias.
+
+    Raises:
+        ConfigError: two models share a name.
+    """
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self.models = tuple(models)
+        self._by_name: dict[str, ServedModel] = {}
+        for model in models:
+            for name in (model.name, *model.aliases):
+                if name in self._by_name:
+                    raise ConfigError(f"the model name {name} is given twice")
+                self._by_name[name] = model
+
+    def __iter__(self) -> Iterator[tuple[str, ServedModel]]:
+        return iter(self._by_name.items())
+
+    def __getitem__(self, name: str) -> ServedModel:
+        """The model of that name or alias.
+
+        Raises:
+            ModelNotFound: names those that are served.
+        """
+        model = self._by_name.get(name)
+        if model is None:
+            served = ", ".join(sorted(self._by_name))
+            raise ModelNotFound(f"no model {name[:100]!r} is served here; there are: {served}", param="model")
+        return model

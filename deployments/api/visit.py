@@ -1,0 +1,50 @@
+"""What is known of one HTTP request while it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+SCOPE_KEY = "headroom.visit"
+
+
+@dataclass(slots=True)
+class Visit:
+    """One HTTP request, from arrival to its line in the log. Holds no text of prompt or answer."""
+
+    request_id: str
+    """The client's own, if it is short and plain, else made; returned in every answer."""
+    arrived: float
+    """The event loop's clock, seconds."""
+    unique: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tells apart requests whose clients sent the same id."""
+    status: int | None = None
+    model: str | None = None
+    choices: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    granted: float | None = None
+    first_token: float | None = None
+    error: str | None = None
+    """Code of the error that the client was told."""
+
+    @property
+    def engine_id(self) -> str:
+        """Prefix of the ids under which ledger and replicas know the choices."""
+        return f"{self.request_id}-{self.unique[:8]}"
+
+    def note_first_token(self) -> None:
+        """Remember when the first token came."""
+        if self.first_token is None:
+            self.first_token = asyncio.get_running_loop().time()
+
+
+def visit_of(request: Request) -> Visit:
+    """The visit that `AccessMiddleware` opened for this request."""
+    visit = request.scope[SCOPE_KEY]
+    assert isinstance(visit, Visit)
+    return visit
