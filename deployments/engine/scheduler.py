@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import chain, count, islice
 from operator import attrgetter
 from typing import Literal
 
@@ -57,7 +57,8 @@ class TokenSequence:
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when first admitted."""
     preemptions: int = 0
-    last_step: int = 0
+    turn: int = 0
+    """When it was last picked for a step that had no budget for all decodes."""
     digests: list[bytes] = field(default_factory=list)
     """Block digests of `ids`, kept by the block manager across preemptions."""
 
@@ -121,6 +122,7 @@ class Scheduler:
         self._launched: list[StepPlan | None] = [None] * slots
         self._arrivals = count()
         self._steps = count(1)
+        self._turns = count(1)
 
     @property
     def running(self) -> int:
@@ -191,21 +193,21 @@ class Scheduler:
         """
         if self._launched[slot] is not None:
             return None
-        step, budget = next(self._steps), self._max_batch_tokens
-        items = [self._launch(s, step, 1) for s in self._decodes(slot, budget) if self._make_room(s)]
+        budget = self._max_batch_tokens
+        items = [self._launch(s, 1) for s in self._decodes(slot, budget) if self._make_room(s)]
         budget -= len(items)
         for sequence in self._running[slot]:
             if budget and not sequence.in_flight and sequence.remaining > 1:
-                items.append(self._launch(sequence, step, budget))
+                items.append(self._launch(sequence, budget))
                 budget -= len(items[-1].ids)
         share = self._even_share()
         while budget and len(self._running[slot]) < share and (admitted := self._admit(slot)):
-            items.append(self._launch(admitted, step, budget))
+            items.append(self._launch(admitted, budget))
             budget -= len(items[-1].ids)
         if not items:
             return None
-        self._launched[slot] = StepPlan(slot, step, tuple(items))
-        return self._launched[slot]
+        plan = self._launched[slot] = StepPlan(slot, next(self._steps), tuple(items))
+        return plan
 
     def complete(self, step: StepPlan, tokens: Mapping[str, int]) -> None:
         """Take back a step that ran: KV is written, and `tokens` has the id sampled for each item that samples.
@@ -216,11 +218,8 @@ class Scheduler:
             ValueError: the step is not in flight, or `tokens` doesn't match its items; nothing was changed.
         """
         self._check_tokens(step, tokens)
-        for sequence, item in self._land(step):
-            self._blocks.commit(item.request_id, sequence.ids, item.start + len(item.ids))
-            if sequence.state == "finished":
-                self._release(sequence)
-            elif item.samples:
+        for sequence, item in self._land(step, written=True):
+            if item.samples:
                 sequence.output_ids.append(tokens[item.request_id])
                 sequence.ids.append(tokens[item.request_id])
 
@@ -234,14 +233,10 @@ class Scheduler:
             ValueError: the step is not in flight.
         """
         self._check_launched(step)
-        ended = []
-        for sequence, item in self._land(step):
-            if sequence.state == "finished":
-                self._release(sequence)
-            else:
-                ended.append(item.request_id)
-                self._end(sequence)
-        return tuple(ended)
+        lost = [sequence for sequence, _ in self._land(step, written=False)]
+        for sequence in lost:
+            self._end(sequence)
+        return tuple(sequence.request_id for sequence in lost)
 
     def check_integrity(self) -> None:
         """Compare queues, slots, steps in flight and block accounts.
@@ -250,11 +245,12 @@ class Scheduler:
             IntegrityError: names what is wrong.
         """
         self._blocks.check_integrity()
+        known = self._sequences.values()
         launched = [item.request_id for step in self._launched if step for item in step.items]
-        flying = [s.request_id for s in self._sequences.values() if s.in_flight]
-        holding = {s.request_id for s in self._sequences.values() if s.state == "running" or s.in_flight}
-        queued = [*self._waiting, *(s for running in self._running for s in running)]
-        live = [s for s in self._sequences.values() if s.state != "finished"]
+        flying = [s.request_id for s in known if s.in_flight]
+        holding = {s.request_id for s in known if s.in_flight or s.state == "running"}
+        queued = [*self._waiting, *chain.from_iterable(self._running)]
+        live = [s for s in known if s.state != "finished"]
         checks = {
             "sequences in flight differ from the launched steps": sorted(flying) == sorted(launched),
             "block tables differ from the sequences that run": self._blocks.open_tables == holding,
@@ -270,14 +266,17 @@ class Scheduler:
             raise IntegrityError("; ".join(wrong))
 
     def _decodes(self, slot: int, budget: int) -> list[TokenSequence]:
-        """Sequences with one token to compute, oldest first; least recently served ones when not all fit."""
+        """Sequences with one token to compute, oldest first; they take turns when the budget is too small for all."""
         ready = [s for s in self._running[slot] if s.remaining == 1]
         for sequence in ready:
             if len(sequence.output_ids) >= sequence.max_tokens:
                 raise RuntimeError(f"request {sequence.request_id} has its {sequence.max_tokens} tokens: finish it")
-        if len(ready) > budget:
-            ready = sorted(sorted(ready, key=attrgetter("last_step"))[:budget], key=_by_arrival)
-        return ready
+        if len(ready) <= budget:
+            return ready
+        picked = sorted(ready, key=attrgetter("turn"))[:budget]
+        for sequence in picked:
+            sequence.turn = next(self._turns)
+        return sorted(picked, key=_by_arrival)
 
     def _make_room(self, sequence: TokenSequence) -> bool:
         """Grow the table for the next token, at the cost of younger sequences; False if it can't run this step."""
@@ -297,8 +296,7 @@ class Scheduler:
         None if it would be `growing` while a younger or ended one is in flight: that one gives way first. The wait is
         short, for with no block free a younger one gets at most to the end of its last block.
         """
-        grounded = (s for running in self._running for s in running if not s.in_flight)
-        youngest = max(grounded, key=_by_arrival)
+        youngest = max((s for s in chain.from_iterable(self._running) if not s.in_flight), key=_by_arrival)
         if youngest is growing and any(
             s.in_flight and (s.state == "finished" or s.arrival > growing.arrival) for s in self._sequences.values()
         ):
@@ -349,27 +347,29 @@ class Scheduler:
         insort(self._running[slot], self._waiting.pop(0), key=_by_arrival)
         return sequence
 
-    def _launch(self, sequence: TokenSequence, step: int, budget: int) -> StepItem:
+    def _launch(self, sequence: TokenSequence, budget: int) -> StepItem:
         start = sequence.computed
         end = start + min(sequence.remaining, budget)
-        table = self._blocks.table(sequence.request_id)
         sequence.computed = end
         sequence.in_flight = True
-        sequence.last_step = step
-        return StepItem(
-            request_id=sequence.request_id,
-            start=start,
-            ids=tuple(sequence.ids[start:end]),
-            block_table=tuple(table[: self._blocks.blocks_for(end)]),
-            samples=end == len(sequence.ids),
-        )
+        ids = tuple(sequence.ids[start:end])
+        table = tuple(self._blocks.table(sequence.request_id)[: self._blocks.blocks_for(end)])
+        return StepItem(sequence.request_id, start, ids, table, samples=end == len(sequence.ids))
 
-    def _land(self, step: StepPlan) -> list[tuple[TokenSequence, StepItem]]:
+    def _land(self, step: StepPlan, *, written: bool) -> list[tuple[TokenSequence, StepItem]]:
+        """Take a step out of flight, and release those that ended meanwhile; returns the others."""
         self._launched[step.slot] = None
-        landed = [(self._sequences[item.request_id], item) for item in step.items]
-        for sequence, _ in landed:
+        live = []
+        for item in step.items:
+            sequence = self._sequences[item.request_id]
             sequence.in_flight = False
-        return landed
+            if written:
+                self._blocks.commit(item.request_id, sequence.ids, item.start + len(item.ids))
+            if sequence.state == "finished":
+                self._release(sequence)
+            else:
+                live.append((sequence, item))
+        return live
 
     def _check_launched(self, step: StepPlan) -> None:
         if self._launched[step.slot] is not step:
