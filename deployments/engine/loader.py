@@ -1,0 +1,251 @@
+"""Checkpoint + plan -> stages, verified: the bytes are where the plan says, and paged attention computes this model.
+
+`from_pretrained` reads and quantises tensor by tensor onto the devices of the plan's `device_map`. accelerate's hooks,
+which would copy the layers' shared arguments again at every layer, are removed: a stage moves its input once.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from deployments.engine.attention import IMPLEMENTATION, PagedKv, RowSpan, UnsupportedAttention
+from deployments.engine.stages import Stage, StepRows, find_decoder, find_layers
+from deployments.errors import ConfigError
+from placement.export import device_map
+from placement.kv import LayerKv, layer_kv
+from placement.plan import Plan
+
+log = logging.getLogger(__name__)
+
+PROBE_TOKENS = 41
+"""Enough for a prefill, a prefill with context, a decode and several blocks; odd, so that no block is just full."""
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""Bound on RMS(paged - plain) / RMS(plain) of the logits. Rounding stays an order below; a missing mask or bias
+does not."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model cut into stages, ready to run."""
+
+    stages: tuple[Stage, ...]
+    vocab_size: int
+    """Width of the logits."""
+    attention: str
+    """The attention backend in use."""
+
+
+def load(model_dir: Path, plan: Plan, *, device_type: Literal["cpu", "cuda"]) -> LoadedModel:
+    """Load the checkpoint in `model_dir` as `plan` says.
+
+    Raises:
+        ConfigError: the loaded bytes differ from the plan, or the model does not run on paged attention.
+    """
+    model = _read(model_dir, plan, device_type)
+    if plan.dtype == "float32":
+        _keep_float32(model)
+    config = model.config.get_text_config()
+    ids = _probe_ids(config.vocab_size, plan)
+    devices = [torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages]
+    copies = _own_modules(model, plan, devices)
+    verify_bytes(model, plan, copies)
+    expected = _plain_logits(model, ids)
+    remove_hook_from_submodules(model)
+    config._attn_implementation = model.config._attn_implementation = IMPLEMENTATION
+    shapes = layer_kv(config.to_dict())
+    stages = tuple(_stage(model, plan, i, devices[i], shapes, copies) for i in range(len(plan.stages)))
+    _probe(type(model).__name__, stages, plan, ids, expected)
+    return LoadedModel(stages, int(expected.shape[-1]), "torch")
+
+
+def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
+    """What `from_pretrained` is told of the plan's quantisation; None for 16-bit and 32-bit weights.
+
+    int8 runs without an outlier threshold: a threshold waits for the device in each linear, and lets one request's
+    outliers change another's output.
+    """
+    if plan.quantization in ("nf4", "fp4"):
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=plan.quantization,
+            bnb_4bit_use_double_quant=plan.double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, plan.dtype),
+        )
+    if plan.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return None
+
+
+def resident_tensors(modules: Iterable[nn.Module]) -> dict[tuple[int, int], Tensor]:
+    """Parameters, buffers and quantisation state held by `modules`, each storage once, by address and size."""
+    found: dict[tuple[int, int], Tensor] = {}
+    for module in modules:
+        for tensor in [*module.parameters(), *module.buffers(), *_quantization_state(module)]:
+            if tensor.numel():
+                found[tensor.data_ptr(), tensor.nbytes] = tensor
+    return found
+
+
+def verify_bytes(model: PreTrainedModel, plan: Plan, copies: dict[str, nn.Module]) -> None:
+    """Compare what each stage holds with the plan, before the first forward repacks CPU weights.
+
+    Args:
+        copies: modules a stage holds of its own, by "stage index:name".
+
+    Raises:
+        ConfigError: with both numbers, for the first stage that differs.
+    """
+    for i, stage in enumerate(plan.stages):
+        names = [*stage.modules, *stage.copies]
+        modules = [copies.get(f"{i}:{name}") or model.get_submodule(name) for name in names]
+        have = sum(tensor.nbytes for tensor in resident_tensors(modules).values())
+        if have != stage.weight_bytes:
+            raise ConfigError(
+                f"stage {i} of {plan.model} holds {have:,} bytes of weights, but its plan says {stage.weight_bytes:,}; "
+                "the checkpoint does not match its config.json"
+            )
+
+
+def _read(model_dir: Path, plan: Plan, device_type: Literal["cpu", "cuda"]) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": getattr(torch, plan.dtype), "device_map": device_map(plan, device_type)}
+    if (quantization := quantization_config(plan)) is not None:
+        options["quantization_config"] = quantization
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, local_files_only=True, **options)
+    return model.eval()
+
+
+def _keep_float32(model: nn.Module) -> None:
+    """Switch off bitsandbytes' AVX512-BF16 path, which rounds activations and scales to bfloat16 inside."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _quantization_state(module: nn.Module) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    for parameter in module.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code]
+            if state.nested:
+                tensors += [state.offset, state.state2.absmax, state.state2.code]
+        scales = getattr(parameter, "SCB", None)
+        if scales is not None:
+            tensors.append(scales)
+    return tensors
+
+
+def _own_modules(model: PreTrainedModel, plan: Plan, devices: list[torch.device]) -> dict[str, nn.Module]:
+    """Copies that stages hold of their own, by "stage index:name": rotary tables; and the head, where it is tied to an
+    embedding on another device, gets its own weight."""
+    if len(plan.stages) > 1:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and head.weight is embedding.weight:
+            weight = embedding.weight.detach().clone().to(devices[-1])
+            head.weight = nn.Parameter(weight, requires_grad=False)
+    return {
+        f"{i}:{name}": copy.deepcopy(model.get_submodule(name)).to(devices[i])
+        for i, stage in enumerate(plan.stages)
+        for name in stage.copies
+    }
+
+
+def _stage(
+    model: PreTrainedModel,
+    plan: Plan,
+    index: int,
+    device: torch.device,
+    shapes: tuple[LayerKv, ...],
+    copies: dict[str, nn.Module],
+) -> Stage:
+    planned = plan.stages[index]
+    decoder_name, decoder = find_decoder(model)
+    layer_list, _ = find_layers(decoder)
+    held = {*planned.modules, *planned.copies}
+    absent = frozenset(
+        name
+        for name, child in decoder.named_children()
+        if name != layer_list and f"{decoder_name}.{name}" not in held and _has_tensors(child)
+    )
+    own = {
+        name.removeprefix(f"{decoder_name}."): copies[f"{index}:{name}"]
+        for name in planned.copies
+        if name.startswith(f"{decoder_name}.")
+    }
+    dtype = getattr(torch, plan.kv_dtype)
+    kv = tuple(
+        PagedKv(plan.num_blocks, plan.block_size, shape.kv_heads, shape.head_dim, dtype, device)
+        for shape in shapes[slice(*planned.layers)]
+    )
+    have, want = sum(cache.bytes for cache in kv), plan.kv_bytes(planned)
+    if have != want:
+        raise ConfigError(f"stage {index} of {plan.model} needs {have:,} bytes of KV cache, but its plan says {want:,}")
+    return Stage(model, planned.layers, absent=absent, own=own, device=device, kv=kv)
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(), *module.buffers()))
+
+
+def _probe_ids(vocab_size: int, plan: Plan) -> list[int]:
+    count = min(PROBE_TOKENS, plan.capacity_tokens, plan.max_context)
+    return [(7919 * (i + 1)) % vocab_size for i in range(count)]
+
+
+@torch.inference_mode()
+def _plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """float32 [tokens, vocab] on the CPU, of transformers' own forward."""
+    device = model.get_input_embeddings().weight.device
+    logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+    return logits[0].float().cpu()
+
+
+def run_stages(stages: tuple[Stage, ...], step: StepRows, block_size: int) -> Tensor:
+    """One step through all stages, one after the other: logits [sampled rows, vocab]."""
+    hidden: Tensor | None = None
+    for stage in stages:
+        hidden = stage.run(step, hidden, block_size)
+    assert hidden is not None
+    return hidden
+
+
+def _probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], expected: Tensor) -> None:
+    """Run `ids` as a prefill, a prefill with context and a decode, and compare with the plain forward.
+
+    Raises:
+        ConfigError: the attention hook did not run once per layer, or the logits differ.
+    """
+    table = tuple(range(-(-len(ids) // plan.block_size)))
+    cuts = sorted({0, len(ids) // 2, len(ids) - 1, len(ids)})
+    rows = []
+    try:
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            span = RowSpan(start, end - start, table)
+            step = StepRows(tuple(ids[start:end]), tuple(range(start, end)), (span,), tuple(range(end - start)))
+            rows.append(run_stages(stages, step, plan.block_size).float().cpu())
+    except UnsupportedAttention as error:
+        raise ConfigError(f"{name} can't be served: {error}") from error
+    calls = {cache.calls for stage in stages for cache in stage.kv}
+    if calls != {len(cuts) - 1}:
+        raise ConfigError(
+            f"{name} can't be served yet: its layers do not call transformers' attention hook "
+            f"({sorted(calls)} calls in {len(cuts) - 1} steps); choose a model of another architecture"
+        )
+    error_ratio = float((torch.cat(rows) - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
+    bound = _TOLERANCE[getattr(torch, plan.dtype)]
+    if not error_ratio <= bound:
+        raise ConfigError(
+            f"{name} can't be served: its logits on paged attention differ from the plain forward's by {error_ratio:.2g} "
+            f"(relative RMS), over the bound of {bound:g}"
+        )
+    log.info("%s on paged attention (torch): relative RMS error of the logits %.1e", name, error_ratio)

@@ -1,0 +1,220 @@
+"""The engine: submit, abort, step. Token ids in, token chunks out; the only thread that drives the stages.
+
+One `step()` launches the next micro-batch of every idle slot, then waits for the oldest one in flight. With N stages
+there are N slots, so every stage has work while one slot's tokens are read.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deployments.engine.attention import RowSpan
+from deployments.engine.blocks import BlockManager
+from deployments.engine.loader import LoadedModel
+from deployments.engine.pipeline import Pipeline
+from deployments.engine.sampling import Row, SampledToken, SamplingBatch, sample
+from deployments.engine.scheduler import Scheduler, StepItem, StepPlan
+from deployments.engine.stages import StepRows
+from deployments.protocol import FinishReason, GenerationRequest, TokenChunk
+from placement.plan import Plan
+from placement.reserve import SAMPLE_ROWS
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What one replica's scheduler may do."""
+
+    max_batch_tokens: int
+    max_sequences: int
+    prefix_cache: bool
+    threads: int
+    """Torch threads of each stage on the CPU."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request that has not ended."""
+
+    request: GenerationRequest
+    row: Row
+    produced: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    plan: StepPlan
+    tokens: Future[list[SampledToken]]
+
+
+class Engine:
+    """Continuous batching over paged KV blocks.
+
+    Args:
+        model: loaded as `plan` says.
+        plan: its block count and size are the KV cache's.
+        limits: of the scheduler.
+    """
+
+    def __init__(self, model: LoadedModel, plan: Plan, limits: EngineLimits) -> None:
+        namespace = f"{plan.model}:{plan.quantization}:{plan.dtype}:{plan.kv_dtype}".encode()
+        self._blocks = BlockManager(
+            plan.num_blocks, plan.block_size, namespace=namespace, prefix_cache=limits.prefix_cache
+        )
+        self._pipeline = Pipeline(model.stages, plan.block_size, threads=limits.threads)
+        self._scheduler = Scheduler(
+            self._blocks,
+            slots=self._pipeline.depth,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_sequences=limits.max_sequences,
+        )
+        self._vocab_size = model.vocab_size
+        self._device = model.stages[-1].device
+        self._live: dict[str, _Live] = {}
+        self._flight: deque[_Launched] = deque()
+        self._batches: dict[int, tuple[tuple[str, ...], list[SamplingBatch]]] = {}
+        """Per slot: the sampled rows' request ids, and their batches while they stay the same."""
+
+    @property
+    def blocks(self) -> BlockManager:
+        """The KV cache's accounts, to read."""
+        return self._blocks
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The queues, to read."""
+        return self._scheduler
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request; its chunks come out of later steps.
+
+        Raises:
+            ValueError: the request can't be served as it is; nothing was queued.
+        """
+        outside = [token for token in request.prompt_ids if not 0 <= token < self._vocab_size]
+        if outside:
+            raise ValueError(f"prompt has token {outside[0]}, but the model's ids are 0 to {self._vocab_size - 1}")
+        row = Row(request.sampling, request.prompt_ids, self._vocab_size)
+        self._scheduler.add(
+            request.request_id, request.prompt_ids, max_tokens=request.sampling.max_tokens, salt=request.salt
+        )
+        self._live[request.request_id] = _Live(request, row)
+
+    def abort(self, request_id: str) -> None:
+        """End a request without another chunk; unknown ids and ended requests are left alone."""
+        if self._live.pop(request_id, None) is not None:
+            self._scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return self._scheduler.has_work()
+
+    def held(self) -> Iterator[tuple[str, int]]:
+        """(request id, blocks held) of every request not ended."""
+        return self._scheduler.held()
+
+    def step(self) -> list[TokenChunk]:
+        """Launch every idle slot, wait for the oldest step in flight, and return what it produced.
+
+        Raises:
+            Exception: whatever a stage raised. The engine's state is then unknown: the process must end.
+        """
+        for slot in range(self._pipeline.depth):
+            plan = self._scheduler.schedule(slot)
+            if plan is not None:
+                self._flight.append(self._launch(plan))
+        if not self._flight:
+            return []
+        done = self._flight.popleft()
+        return self._land(done.plan, done.tokens.result())
+
+    def check_integrity(self) -> None:
+        """Compare all accounts; raises `IntegrityError` when a block is lost or held twice."""
+        self._scheduler.check_integrity()
+
+    def close(self) -> None:
+        """End the stages' threads."""
+        self._pipeline.close()
+
+    def _launch(self, plan: StepPlan) -> _Launched:
+        sampled = tuple(item.request_id for item in plan.items if item.samples)
+        batch = self._batch(plan.slot, sampled)
+        positions = [item.start + len(item.ids) for item in plan.items if item.samples]
+        return _Launched(plan, self._pipeline.launch(_rows(plan), lambda logits: _sample(logits, batch, positions)))
+
+    def _batch(self, slot: int, sampled: tuple[str, ...]) -> list[SamplingBatch]:
+        known = self._batches.get(slot)
+        if known is None or known[0] != sampled:
+            known = (sampled, self._build_batch(sampled))
+            self._batches[slot] = known
+        return known[1]
+
+    def _land(self, plan: StepPlan, tokens: list[SampledToken]) -> list[TokenChunk]:
+        items = [item for item in plan.items if item.samples]
+        drawn = {item.request_id: token for item, token in zip(items, tokens, strict=True)}
+        self._scheduler.complete(plan, {request_id: token.token_id for request_id, token in drawn.items()})
+        return [
+            self._emit(live, item, drawn[item.request_id])
+            for item in items
+            if (live := self._live.get(item.request_id)) is not None
+        ]
+
+    def _emit(self, live: _Live, item: StepItem, token: SampledToken) -> TokenChunk:
+        request_id = item.request_id
+        cached = self._scheduler.sequence(request_id).cached_tokens if live.produced == 0 else 0
+        live.produced += 1
+        if token.bad:
+            self._end(request_id)
+            error = "the model's logits were not finite, so no token could be drawn; retry, or lower logit_bias"
+            return TokenChunk(request_id, finish_reason="error", error=error, cached_tokens=cached)
+        live.row.append(token.token_id)
+        reason = _finish_reason(live, token.token_id)
+        if reason is not None:
+            self._end(request_id)
+        logprobs = () if token.logprob is None else (token.logprob,)
+        return TokenChunk(request_id, (token.token_id,), logprobs, reason, cached_tokens=cached)
+
+    def _end(self, request_id: str) -> None:
+        del self._live[request_id]
+        self._scheduler.finish(request_id)
+
+    def _build_batch(self, sampled: tuple[str, ...]) -> list[SamplingBatch]:
+        rows = [self._live[request_id].row for request_id in sampled]
+        return [
+            SamplingBatch.build(rows[i : i + SAMPLE_ROWS], vocab_size=self._vocab_size, device=self._device)
+            for i in range(0, len(rows), SAMPLE_ROWS)
+        ]
+
+
+def _rows(plan: StepPlan) -> StepRows:
+    ids: list[int] = []
+    positions: list[int] = []
+    sampled: list[int] = []
+    for item in plan.items:
+        ids += item.ids
+        positions += range(item.start, item.start + len(item.ids))
+        if item.samples:
+            sampled.append(len(ids) - 1)
+    spans = tuple(RowSpan(item.start, len(item.ids), item.block_table) for item in plan.items)
+    return StepRows(tuple(ids), tuple(positions), spans, tuple(sampled))
+
+
+@torch.inference_mode()
+def _sample(logits: Tensor, batches: list[SamplingBatch], positions: list[int]) -> list[SampledToken]:
+    """Draw for all rows, SAMPLE_ROWS at a time: the plan's reserve counts on it."""
+    tokens: list[SampledToken] = []
+    for batch in batches:
+        span = slice(len(tokens), len(tokens) + batch.size)
+        tokens += sample(logits[span], batch, positions[span]).read()
+    return tokens
+
+
+def _finish_reason(live: _Live, token_id: int) -> FinishReason | None:
+    if token_id in live.request.sampling.end_ids:
+        return "stop"
+    return "length" if live.produced >= live.request.sampling.max_tokens else None

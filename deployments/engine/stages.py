@@ -1,0 +1,233 @@
+"""A stage: the contiguous run of decoder layers on one device, run on transformers' own model code.
+
+A stage calls the decoder's `forward` on a shallow copy whose `layers` are cut to the stage's run. Everything the
+forward does around the layers (masks, rotary tables, layer types, scaling) thus stays transformers' code. Two things
+make a cut possible anywhere:
+
+- The first layer of a later stage takes its input from the stage before, whatever the forward computed as embedding;
+  the last layer of an earlier stage keeps its output, whatever the forward does with it afterwards.
+- Submodules that live on another stage (embedding, final norm, projections) are `Absent`: they return a scalar zero,
+  which the forward may add or normalise at no cost, and which nobody reads.
+
+The head is the causal model's `forward` on a shallow copy whose decoder hands over the rows to be sampled, so logit
+scaling and soft caps stay transformers' code as well.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deployments.engine.attention import Geometry, PagedKv, RowSpan, build_geometry
+
+
+class Absent(nn.Module):
+    """Stands for a submodule on another stage; its result is never read."""
+
+    def forward(self, first: Tensor, *_: Any, **__: Any) -> Tensor:
+        return first.new_zeros((), dtype=first.dtype if first.is_floating_point() else torch.float32)
+
+
+class _Entry(nn.Module):
+    """The first layer of a later stage: runs on what the stage before handed over."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.incoming: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("hidden_states", None)
+        return self.layer(self.incoming, *args[1:], **kwargs)
+
+
+class _Exit(nn.Module):
+    """The last layer of an earlier stage: keeps what the next stage needs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.outgoing: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.layer(*args, **kwargs)
+        self.outgoing = result[0] if isinstance(result, tuple) else result
+        return result
+
+
+class _Rows(nn.Module):
+    """The decoder as the head sees it: hands over hidden states [1, rows, hidden] that are already computed."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Handed:
+        return _Handed(inputs_embeds)
+
+
+class _Handed:
+    """A decoder's output with nothing but hidden states, under whatever optional fields an architecture reads."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One step as rows of tokens, in plain integers; the same for all stages."""
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    spans: tuple[RowSpan, ...]
+    """One per sequence, in row order."""
+    sampled: tuple[int, ...]
+    """Rows whose logits are wanted."""
+
+
+class Stage:
+    """Runs its layers for one step on one device.
+
+    Args:
+        model: the loaded causal model; shallow copies are made, its weights are shared.
+        layers: first and past-last decoder layer of this stage.
+        absent: names of the decoder's submodules that live on another stage.
+        own: the stage's own copies of the decoder's submodules (rotary tables), by name.
+        device: where the stage's tensors are.
+        kv: KV blocks of each of its layers, in order.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: tuple[int, int],
+        *,
+        absent: frozenset[str],
+        own: dict[str, nn.Module],
+        device: torch.device,
+        kv: tuple[PagedKv, ...],
+    ) -> None:
+        decoder_name, decoder = find_decoder(model)
+        list_name, every_layer = find_layers(decoder)
+        self.device = device
+        self.layers = layers
+        self.kv = kv
+        self._last = layers[1] == len(every_layer)
+        run: list[nn.Module] = list(every_layer[layers[0] : layers[1]])
+        for layer, cache in zip(run, kv, strict=True):
+            attach_kv(layer, cache)
+        self._entry = self._exit = None
+        if not self._last:
+            run[-1] = self._exit = _Exit(run[-1])
+        if layers[0] > 0:
+            run[0] = self._entry = _Entry(run[0])
+        self._decoder = _shallow(decoder)
+        self._decoder.config = _cut_config(decoder.config, layers)
+        self._decoder._modules[list_name] = nn.ModuleList(run)
+        self._decoder._modules.update(own)
+        for name in absent:
+            self._decoder._modules[name] = Absent()
+        self._head = _with_submodule(model, decoder_name, _Rows()) if self._last else None
+
+    @torch.inference_mode()
+    def run(self, step: StepRows, incoming: Tensor | None, block_size: int) -> Tensor:
+        """Run the stage's layers.
+
+        Args:
+            step: the rows.
+            incoming: [1, T, hidden] from the stage before; None on the first stage.
+            block_size: tokens per KV block.
+
+        Returns:
+            [1, T, hidden] for the next stage, or on the last stage the logits [sampled rows, vocab].
+        """
+        geometry = build_geometry(list(step.spans), block_size, self.kv[0].scratch, self.device)
+        positions = torch.tensor(step.positions, device=self.device)[None]
+        self._set_geometry(geometry)
+        try:
+            hidden = self._run_decoder(step, incoming, positions)
+        finally:
+            self._set_geometry(None)
+        if self._head is None:
+            return hidden
+        if len(step.sampled) < len(step.ids):
+            hidden = hidden[:, torch.tensor(step.sampled, dtype=torch.int64, device=self.device)]
+        logits: Tensor = self._head(inputs_embeds=hidden, use_cache=False).logits
+        return logits[0]
+
+    def _run_decoder(self, step: StepRows, incoming: Tensor | None, positions: Tensor) -> Tensor:
+        if self._entry is None:
+            ids = torch.tensor(step.ids, device=self.device)[None]
+            out = self._decoder(input_ids=ids, position_ids=positions, use_cache=False)
+        else:
+            assert incoming is not None
+            self._entry.incoming = incoming.to(self.device, non_blocking=True)
+            out = self._decoder(inputs_embeds=self._entry.incoming, position_ids=positions, use_cache=False)
+            self._entry.incoming = None
+        if self._exit is None:
+            hidden: Tensor = out.last_hidden_state
+            return hidden
+        outgoing, self._exit.outgoing = self._exit.outgoing, None
+        assert outgoing is not None
+        return outgoing
+
+    def _set_geometry(self, geometry: Geometry | None) -> None:
+        for cache in self.kv:
+            cache.geometry = geometry
+
+
+def find_decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """The stack of decoder layers inside a causal model, with its dotted name."""
+    decoder = model.get_decoder()
+    for name, module in model.named_modules():
+        if module is decoder:
+            return name, module
+    raise LookupError(f"{type(model).__name__}.get_decoder() is not among its submodules")
+
+
+def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's list of layers, with its attribute name."""
+    count = decoder.config.num_hidden_layers  # type: ignore[union-attr]
+    for name, child in decoder.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return name, child
+    raise LookupError(f"{type(decoder).__name__} has no list of {count} layers")
+
+
+def attach_kv(layer: nn.Module, cache: PagedKv) -> None:
+    """Let the attention modules in `layer` find their KV blocks."""
+    for module in layer.modules():
+        if hasattr(module, "layer_idx"):
+            module.headroom_kv = cache  # type: ignore[assignment]
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy with its own table of submodules; parameters, buffers and submodules themselves are shared."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _with_submodule(root: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    """A shallow copy of `root` in which the submodule at dotted `path` is `new`."""
+    head, _, rest = path.partition(".")
+    twin = _shallow(root)
+    child = twin._modules[head]
+    assert child is not None
+    twin._modules[head] = _with_submodule(child, rest, new) if rest else new
+    return twin
+
+
+def _cut_config(config: Any, layers: tuple[int, int]) -> Any:
+    cut = copy.copy(config)
+    cut.num_hidden_layers = layers[1] - layers[0]
+    if getattr(config, "layer_types", None):
+        cut.layer_types = list(config.layer_types[layers[0] : layers[1]])
+    return cut
