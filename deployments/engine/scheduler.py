@@ -4,8 +4,7 @@ Arrival is the one priority. Sequences wait in order of arrival, are admitted fr
 out the youngest gives way. So the oldest always advances, and nobody starves.
 
 A pipeline of N stages runs N slots: a sequence stays in one slot while it runs, and a slot has at most one step in
-flight. Steps of different slots may complete in any order. Blocks that a step in flight names stay held until it
-completes, whatever happens to their sequence in between.
+flight. Steps of different slots complete in any order. Blocks named by a step in flight stay held until it completes.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class StepItem:
     block_table: tuple[int, ...]
     """Blocks of positions 0 .. start + len(ids) - 1; position p is in block_table[p // block_size]."""
     samples: bool
-    """Whether the last of `ids` is the last known token, so that the next one is sampled."""
+    """Whether `ids` ends with the last known token, so that the next one is sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +161,8 @@ class Scheduler:
         need, have = len(prompt_ids) + max_tokens, self._blocks.num_blocks * self._blocks.block_size
         if need > have:
             raise TooLong(request_id, need, have)
-        sequence = TokenSequence(request_id, tuple(prompt_ids), salt, max_tokens, next(self._arrivals))
-        self._sequences[request_id] = sequence
-        self._waiting.append(sequence)
+        self._sequences[request_id] = TokenSequence(request_id, prompt_ids, salt, max_tokens, next(self._arrivals))
+        self._waiting.append(self._sequences[request_id])
 
     def abort(self, request_id: str) -> bool:
         """End a request at any time; False if it is unknown or ended already.
@@ -261,8 +259,7 @@ class Scheduler:
             ),
             "blocks are held while idle": bool(self._sequences) or self._blocks.held_blocks == 0,
         }
-        wrong = [what for what, holds in checks.items() if not holds]
-        if wrong:
+        if wrong := [what for what, holds in checks.items() if not holds]:
             raise IntegrityError("; ".join(wrong))
 
     def _decodes(self, slot: int, budget: int) -> list[TokenSequence]:
@@ -293,8 +290,8 @@ class Scheduler:
     def _victim(self, growing: TokenSequence) -> TokenSequence | None:
         """The youngest running sequence that isn't in flight: `growing` itself if all others are older.
 
-        None if it would be `growing` while a younger or ended one is in flight: that one gives way first. The wait is
-        short, for with no block free a younger one gets at most to the end of its last block.
+        None if it would be `growing` while a younger or ended one is in flight: that one gives way first. With no block
+        free it gets at most to the end of its last block, so the wait is short.
         """
         youngest = max((s for s in chain.from_iterable(self._running) if not s.in_flight), key=_by_arrival)
         if youngest is growing and any(
@@ -315,8 +312,7 @@ class Scheduler:
     def _even_share(self) -> int:
         """Sequences that each slot would run if all that fit now were admitted and spread evenly.
 
-        Cached prefixes are not looked up here, so the count may be low; it is 1 at least, so that the head of the
-        queue always has a slot to go to.
+        Cached prefixes are not looked up: the count may be low, but is 1 at least, so that the head has a slot.
         """
         running, free, fit = self.running, self._blocks.free_blocks, 0
         for sequence in islice(self._waiting, max(0, self._max_sequences - running)):
@@ -336,8 +332,9 @@ class Scheduler:
             return None
         sequence = self._waiting[0]
         request_id, tokens = sequence.request_id, len(sequence.ids)
+        spare = self._blocks.block_size if running else 0
         cached = self._blocks.open(request_id, sequence.ids, sequence.salt, digests=sequence.digests)
-        if not self._blocks.can_grow(request_id, tokens + (self._blocks.block_size if running else 0)):
+        if not self._blocks.can_grow(request_id, tokens + spare):
             self._blocks.close(request_id)
             return None
         self._blocks.grow(request_id, tokens)
