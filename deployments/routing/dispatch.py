@@ -7,6 +7,7 @@ or by the caller's `aclose()` or cancellation.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
@@ -91,7 +92,7 @@ class ServeDispatcher:
             view = await asyncio.wait_for(_awaited(call), READY_LIMIT_S)
         except (TimeoutError, RayError, RayServeException) as error:
             logger.info("the ledger of %s does not answer: %r", self._model, error)
-            call.cancel()
+            _cancel(call)
             return False
         return bool(view.ready)
 
@@ -111,7 +112,7 @@ class ServeDispatcher:
         try:
             answer = await call
         except asyncio.CancelledError:
-            call.cancel()
+            _cancel(call)
             self._notices.cancelled(request.request_id)
             if _is_ours():
                 raise
@@ -153,7 +154,7 @@ class ServeDispatcher:
             reason = self._note_loss(grant, error)
         finally:
             if not ended:
-                call.cancel()
+                _cancel(call)
         if not taken_up:
             raise NotTakenUp(f"replica {grant.replica_id} was lost: {reason}")
         logger.error("request %s failed on replica %s: %s", request.request_id, grant.replica_id, reason)
@@ -188,6 +189,12 @@ def _is_ours() -> bool:
     """Whether a CancelledError is this task's own. Ray raises one too when the callee was cancelled over there."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def _cancel(call: Any) -> None:
+    """Cancel a call over there. Serve's `cancel` raises again what an already failed call raised."""
+    with contextlib.suppress(RayError, RayServeException):
+        call.cancel()
 
 
 def _text(error: Exception) -> str:

@@ -1,0 +1,64 @@
+"""Sends a replica's reports to the ledger: on change, at most every 100 ms, and a heartbeat each second."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from deployments.protocol import ReplicaState
+from deployments.routing.admission import Admission
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.02
+EVERY_S = 0.1
+HEARTBEAT_S = 1.0
+ANSWER_LIMIT_S = 2.0
+
+
+class ReportSender:
+    """One report at a time, so that the ledger counts each ended request once."""
+
+    def __init__(self, admission: Admission, ledger: DeploymentHandle[Any]) -> None:
+        self._admission = admission
+        self._ledger = ledger
+        self._reached = True
+
+    async def run(self) -> None:
+        """Report until cancelled. A ledger that doesn't answer is tried again each heartbeat."""
+        clock = asyncio.get_running_loop().time
+        sent_at = -HEARTBEAT_S
+        while True:
+            wait_s = EVERY_S if self._admission.changed and self._reached else HEARTBEAT_S
+            if clock() - sent_at >= wait_s:
+                sent_at = clock()
+                await self.send()
+            await asyncio.sleep(LOOK_S)
+
+    async def send(self) -> None:
+        """Send one report and take in the answer."""
+        state = self._admission.report()
+        try:
+            epoch = await asyncio.wait_for(self._call(state), ANSWER_LIMIT_S)
+        except (TimeoutError, RayError, RayServeException) as error:
+            if self._reached:
+                logger.warning("replica %s can't reach its ledger: %r", state.replica_id, error)
+            self._reached = False
+            return
+        if not self._reached:
+            logger.info("replica %s reaches its ledger again", state.replica_id)
+        self._reached = True
+        self._admission.acknowledge(state.sequence, epoch)
+
+    async def _call(self, state: ReplicaState) -> int:
+        call: Any = self._ledger.report.remote(state)
+        try:
+            return int(await call)
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
