@@ -10,7 +10,6 @@ sampler that takes at most `SAMPLE_ROWS` rows at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from heapq import nlargest
 
 from placement.footprint import Footprint
 from placement.hardware import DeviceType, format_bytes
@@ -25,10 +24,12 @@ CONTEXT = "context"
 CUDA_CONTEXT_BYTES = 640 * 2**20
 """CUDA context, libraries and their workspaces: an estimate for recent GPUs, on the safe side."""
 
-_LOADING_THREADS = 4
 _SAMPLE_BYTES = 72
 """Per logit of the rows being sampled with top_p: float32 scores, shifted, trimmed and ranked (16); int64 weights,
 trimmed, order, gathered, masked and summed (48); float32 and bool masks (8)."""
+_QUANTISE_BYTES = {"nf4": 20, "fp4": 20, "int8": 12}
+"""Per weight while the CPU quantises it. 4 bits: float32 copy and scaled, int32 and (fp4) int64 codes;
+8 bits: float16 copy and its absolute, float32 scaled and rounded."""
 _PADDING = 2
 """Decodes are gathered in groups padded to at most twice their length."""
 _FRAGMENTATION = 64
@@ -102,9 +103,7 @@ class Reserve:
             Term("fragmentation", self.fragmentation, "what the allocator can't hand out"),
             Term("activations", self.activations, "hidden states and projections of one step in the widest layer"),
             Term("workspace", workspace, f"the largest of what is never held at once: {largest}"),
-            Term(
-                "loading", max(0, loading), "peak of the largest tensors while loading, above all that comes after it"
-            ),
+            Term("loading", max(0, loading), "peak of the largest weight while loading, above all that comes after it"),
         )
         return tuple(term for term in terms if term.bytes)
 
@@ -174,20 +173,20 @@ def _gather_bytes(footprint: Footprint, workload: Workload) -> int:
 
 def _dequantisation_bytes(footprint: Footprint) -> int:
     """The largest quantised weight, back in the compute dtype (int8: in float32) for one product."""
-    if footprint.quantization not in ("nf4", "fp4", "int8"):
-        return 0
     size = 4 if footprint.quantization == "int8" else dtype_bytes(footprint.dtype)
-    return size * max((t.elements for module in footprint.modules for t in module.tensors if t.linear), default=0)
+    return size * _largest_quantised(footprint)
 
 
 def _load_peak_bytes(footprint: Footprint, device_type: DeviceType) -> int:
-    """transformers loads quantised models tensor by tensor, others in four threads. On the CPU a tensor is there as
-    the checkpoint has it (float32 at worst) besides what it becomes; on CUDA only what is to be quantised is."""
-    size = dtype_bytes(footprint.dtype)
-    tensors = [t for module in footprint.modules for t in module.tensors]
-    quantised = [t.elements for t in tensors if t.linear and footprint.quantization in ("nf4", "fp4", "int8")]
-    if device_type == "cuda":
-        return size * max(quantised, default=0)
-    if not quantised:
-        return 4 * sum(nlargest(_LOADING_THREADS, (t.elements for t in tensors)))
-    return max(4 * max(t.elements for t in tensors), (4 + size) * max(quantised))
+    """The largest weight while it is being quantised: on the device in the compute dtype, and on the CPU with what
+    bitsandbytes computes it from. transformers quantises one tensor at a time, and what stays as it is goes straight
+    to its place (on the CPU the checkpoint is mapped, not read)."""
+    scratch = _QUANTISE_BYTES.get(footprint.quantization, 0) if device_type == "cpu" else 0
+    return _largest_quantised(footprint) * (dtype_bytes(footprint.dtype) + scratch)
+
+
+def _largest_quantised(footprint: Footprint) -> int:
+    """Elements of the largest weight that the quantisation converts."""
+    if footprint.quantization not in _QUANTISE_BYTES:
+        return 0
+    return max((t.elements for module in footprint.modules for t in module.tensors if t.linear), default=0)
