@@ -138,6 +138,7 @@ class Ledger:
             self._accounts[state.replica_id] = ReplicaAccount(state, now)
         elif state.epoch == account.state.epoch:
             self._hear(account, state, now)
+        self._still_warming(now)
         return self.epoch
 
     def replica_gone(self, replica_id: str, epoch: int) -> None:
@@ -250,8 +251,8 @@ class Ledger:
 
     def _still_warming(self, now: float) -> bool:
         if self._warming:
-            sellable = sum(1 for _ in self._sellable(None))
-            self._warming = now < self._warm_at and sellable < self.config.expected_replicas
+            known = sum(a.alive and a.state.ledger_epoch == self.epoch for a in self._accounts.values())
+            self._warming = now < self._warm_at and known < self.config.expected_replicas
         return self._warming
 
     def _hopeless(self, request: ReserveRequest, size: Size) -> Refusal | None:

@@ -19,10 +19,9 @@ BLOCK_SIZE = 16
 
 
 class FakeReplica:
-    """Produces one token each `step_s`; the token's id is the number of blocks in use at that moment."""
+    """Produces the tokens 1, 2, 3, ..., one each `sampling.seed` milliseconds."""
 
-    def __init__(self, ledger: DeploymentHandle, capacity_blocks: int, step_s: float) -> None:
-        self._step_s = step_s
+    def __init__(self, ledger: DeploymentHandle, capacity_blocks: int) -> None:
         self._in_use: dict[str, int] = {}
         self._most = 0
         self._served: list[str] = []
@@ -50,7 +49,7 @@ class FakeReplica:
         try:
             yield TokenChunk(request.request_id)
             while produced < request.sampling.max_tokens:
-                await asyncio.sleep(self._step_s)
+                await asyncio.sleep(request.sampling.seed / 1000)
                 produced += 1
                 self._admission.hold(grant.grant_id, blocks_for(len(request.prompt_ids) + produced, BLOCK_SIZE))
                 last = produced == request.sampling.max_tokens

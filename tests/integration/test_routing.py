@@ -29,8 +29,8 @@ CAPACITY = 16
 APP = "routing"
 
 
-def make_request(key: str, prompt: int = 16, output: int = 16) -> GenerationRequest:
-    return GenerationRequest(key, tuple(range(prompt)), Sampling(max_tokens=output, seed=0))
+def make_request(key: str, prompt: int = 16, output: int = 16, step_ms: int = 20) -> GenerationRequest:
+    return GenerationRequest(key, tuple(range(prompt)), Sampling(max_tokens=output, seed=step_ms))
 
 
 async def run_to_end(dispatcher: ServeDispatcher, request: GenerationRequest, wait: float) -> list[TokenChunk]:
@@ -89,7 +89,7 @@ def ingress() -> Iterator[DeploymentHandle]:
         ray_actor_options={"num_cpus": 0.01},
         request_router_config=router_config(),
         graceful_shutdown_timeout_s=1,
-    )(FakeReplica).bind(ledger, CAPACITY, 0.02)
+    )(FakeReplica).bind(ledger, CAPACITY)
     front = serve.deployment(name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.01})
     handle = serve.run(front(FakeIngress).bind(ledger, pool), name=APP, route_prefix=None)
     try:
@@ -191,7 +191,7 @@ def test_killed_replica(ingress: DeploymentHandle) -> None:
 
 def test_killed_ledger_is_rebuilt_from_reports(ingress: DeploymentHandle) -> None:
     before = ingress.view.remote().result().epoch
-    ingress.start.remote(make_request("survivor", prompt=50, output=200), 5.0).result()
+    ingress.start.remote(make_request("survivor", prompt=50, output=200, step_ms=200), 5.0).result()
     actors = ray.util.list_named_actors(all_namespaces=True)
     (name,) = [a for a in actors if "ledger-m" in a["name"]]
     ray.kill(ray.get_actor(**name), no_restart=True)

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from deployments.protocol import IngressNotice, Refusal
+from deployments.routing.ledger import Ledger, Queued
+from tests.unit.routing.worlds import EPOCH, granted, ledger, state, wish
+
+
+def charged(book: Ledger, replica: str = "r0") -> int:
+    return next(r.charged_blocks for r in book.view(0.0).replicas if r.replica_id == replica)
+
+
+def test_a_grant_names_replica_blocks_and_expiry() -> None:
+    book = ledger(state())
+    grant = granted(book.reserve(wish("q", prompt=20, output=20, pool="default"), 1.0))
+    assert (grant.replica_id, grant.replica_epoch, grant.ledger_epoch) == ("r0", 1, EPOCH)
+    assert grant.blocks == 3  # 40 tokens in blocks of 16
+    assert grant.expires_at == 11.0
+    assert charged(book) == 3
+    book.check_integrity()
+
+
+def test_an_unused_grant_is_given_back_once() -> None:
+    book = ledger(state())
+    grant = granted(book.reserve(wish("q"), 0.0))
+    book.release(grant.grant_id, 0.0)
+    book.release(grant.grant_id, 0.0)
+    book.release("unknown", 0.0)
+    assert charged(book) == 0
+    book.check_integrity()
+
+
+def test_a_held_grant_ends_with_the_replicas_word_alone() -> None:
+    book = ledger(state())
+    grant = granted(book.reserve(wish("q"), 0.0))
+    book.report(state(sequence=2, held=((grant.grant_id, 2),)), 0.1)
+    book.release(grant.grant_id, 0.2)
+    assert charged(book) == 2
+    book.report(state(sequence=3, ended=((grant.grant_id, 16, 9),)), 0.3)
+    assert charged(book) == 0
+    book.check_integrity()
+
+
+def test_a_held_grant_also_ends_when_it_is_no_longer_listed() -> None:
+    book = ledger(state())
+    grant = granted(book.reserve(wish("q"), 0.0))
+    book.report(state(sequence=2), 0.1)  # made before the request arrived there
+    assert charged(book) == 2
+    book.report(state(sequence=3, held=((grant.grant_id, 2),)), 0.2)
+    book.report(state(sequence=4), 0.3)
+    assert charged(book) == 0
+
+
+def test_growth_and_unknown_grants_are_charged() -> None:
+    book = ledger(state())
+    grant = granted(book.reserve(wish("q"), 0.0))
+    book.report(state(sequence=2, held=((grant.grant_id, 5), ("of another ledger", 3))), 0.1)
+    assert charged(book) == 8
+    assert isinstance(book.reserve(wish("large", prompt=40, output=8), 0.2), Queued)
+
+
+def test_late_and_duplicate_reports_change_nothing() -> None:
+    book = ledger(state(sequence=5, held=(("x", 4),)))
+    book.report(state(sequence=4), 0.1)
+    book.report(state(sequence=5), 0.1)
+    assert charged(book) == 4
+
+
+def test_a_new_life_of_a_replica_starts_empty_and_the_old_one_is_not_heard() -> None:
+    book = ledger(state())
+    book.reserve(wish("q"), 0.0)
+    book.report(state(epoch=2), 0.1)
+    assert charged(book) == 0
+    book.report(state(epoch=1, sequence=99, held=(("x", 4),)), 0.2)
+    assert charged(book) == 0
+    book.check_integrity()
+
+
+def test_an_untaken_grant_expires_only_after_the_last_report_that_could_list_it() -> None:
+    book = ledger(state())
+    grant = granted(book.reserve(wish("q"), 0.0))
+    for second in range(1, 13):
+        book.report(state(sequence=1 + second), float(second))
+        book.tick(float(second))
+    assert charged(book) == grant.blocks  # taken up at 9.99 s, the report may still be on its way
+    book.tick(13.0)
+    assert charged(book) == 0
+    book.check_integrity()
+
+
+def test_a_replica_is_sold_only_once_it_refuses_the_ledger_before() -> None:
+    book = ledger(expected_replicas=1)
+    assert book.report(state(ledger_epoch=0), 0.0) == EPOCH
+    assert isinstance(book.reserve(wish("q"), 6.0), Refusal) is False
+    assert not book.view(6.0).ready
+    book.report(state(sequence=2), 6.1)
+    (outcome,) = book.admit(6.1)
+    assert granted(outcome).request_id == "q"
+
+
+def test_a_new_ledger_waits_for_its_replicas_or_one_lease_time() -> None:
+    book = ledger(state(), expected_replicas=2)
+    assert isinstance(book.reserve(wish("q"), 1.0), Queued)
+    assert book.tick(4.9) == []
+    book.report(state(sequence=2), 4.9)
+    book.renew_lease("in", 4.9)
+    assert [granted(o).request_id for o in book.tick(5.1)] == ["q"]
+    warm = ledger(state(), expected_replicas=2)
+    warm.report(state("r1"), 0.1)
+    granted(warm.reserve(wish("q"), 0.1))
+
+
+@pytest.mark.parametrize(
+    ("request_of", "kind", "words"),
+    [
+        (wish("q", prompt=160, output=1), "too_long", ["160 tokens", "longest context", "160"]),
+        (wish("q", prompt=100, output=100), "too_long", ["200 tokens", "160", "max_tokens"]),
+        (wish("q", pool="large"), "unknown_pool", ["'large'", "default"]),
+        (wish("q", version=99), "version", ["99", "1"]),
+    ],
+)
+def test_refusals_state_need_and_have(request_of: object, kind: str, words: list[str]) -> None:
+    refusal = ledger(state()).reserve(request_of, 0.0)  # type: ignore[arg-type]
+    assert isinstance(refusal, Refusal)
+    assert refusal.kind == kind
+    assert all(word in refusal.message for word in words), refusal.message
+
+
+def test_no_replica_is_refused_at_once_after_the_start() -> None:
+    book = ledger(expected_replicas=1)
+    assert isinstance(book.reserve(wish("early", wait_limit_s=60.0), 0.0), Queued)
+    book.renew_lease("in", 4.0)
+    assert book.tick(4.9) == []
+    (early,) = book.tick(5.0)
+    late = book.reserve(wish("late"), 5.1)
+    for refusal in (early, late):
+        assert isinstance(refusal, Refusal)
+        assert refusal.kind == "no_replica"
+        assert refusal.retry_after_s == 5
+
+
+def test_a_full_queue_refuses_with_a_forecast() -> None:
+    book = ledger(state(), queue_limit=1)
+    whole = granted(book.reserve(wish("a", prompt=100, output=60), 0.0))
+    assert isinstance(book.reserve(wish("b"), 0.0), Queued)
+    refusal = book.reserve(wish("c"), 0.0)
+    assert isinstance(refusal, Refusal)
+    assert refusal.kind == "queue_full"
+    assert refusal.retry_after_s == 15
+    assert "queue_limit is 1" in refusal.message
+    book.release(whole.grant_id, 1.0)  # 160 tokens in about a second
+    book.admit(1.0)
+    granted(book.reserve(wish("d", prompt=100, output=20), 1.0))
+    book.reserve(wish("e"), 1.0)
+    refusal = book.reserve(wish("f"), 1.0)
+    assert isinstance(refusal, Refusal)
+    assert refusal.retry_after_s == 1
+
+
+def test_waiters_are_served_in_order_and_never_overtaken() -> None:
+    book = ledger(state())
+    first = granted(book.reserve(wish("a", prompt=100, output=60), 0.0))
+    book.reserve(wish("large", prompt=100, output=40), 0.0)
+    book.reserve(wish("small", prompt=1, output=1), 0.0)
+    assert book.admit(0.1) == []
+    book.report(state(sequence=2, held=((first.grant_id, 10),)), 0.2)
+    book.report(state(sequence=3, held=(("x", 8),), ended=((first.grant_id, 1, 1),)), 0.3)
+    assert book.admit(0.3) == []  # 2 blocks are free; the small one would fit
+    assert isinstance(book.reserve(wish("newcomer", prompt=1, output=1), 0.3), Queued)
+    book.report(state(sequence=4), 0.4)
+    assert [granted(o).request_id for o in book.admit(0.4)] == ["large", "small"]  # 9 and 1 blocks of 10
+    assert book.view(0.4).waiting == 1
+
+
+def test_deadlines_and_cancellation() -> None:
+    book = ledger(state())
+    granted(book.reserve(wish("a", prompt=100, output=60), 0.0))
+    book.reserve(wish("leaves"), 0.0)
+    book.reserve(wish("late", wait_limit_s=1.0), 0.0)
+    with pytest.raises(ValueError, match="waits already"):
+        book.reserve(wish("late"), 0.0)
+    book.cancel("leaves", 0.5)
+    (refusal,) = book.tick(1.0)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.request_id, refusal.kind) == ("late", "deadline")
+    assert "wait_limit_s" in refusal.message
+    assert book.tick(9.0) == []
+    book.check_integrity()
+
+
+def test_cancelling_a_request_whose_answer_is_on_its_way_gives_the_grant_back() -> None:
+    book = ledger(state())
+    book.reserve(wish("q"), 0.0)
+    book.cancel("q", 0.1)
+    assert charged(book) == 0
+    book.cancel("q", 0.1)
+    book.check_integrity()
+
+
+def test_a_silent_ingress_loses_its_waiters_but_not_its_grants() -> None:
+    book = ledger(state())
+    granted(book.reserve(wish("a", prompt=100, output=60), 0.0))
+    book.reserve(wish("mine", wait_limit_s=60.0), 0.0)
+    book.reserve(wish("yours", wait_limit_s=60.0, ingress_id="other"), 0.0)
+    book.report(state(sequence=2), 4.0)
+    book.notice(IngressNotice("other"), 4.0)
+    (dropped,) = book.tick(5.0)
+    assert dropped.request_id == "mine"
+    assert charged(book) == 10
+    assert book.view(5.0).waiting == 1
+
+
+def test_silence_hides_a_replica_until_it_reports_again() -> None:
+    book = ledger(state(), state("r1"))
+    book.report(state("r1", 2), 3.0)
+    book.tick(3.5)
+    assert [r.sellable for r in book.view(3.5).replicas] == [False, True]
+    assert granted(book.reserve(wish("q"), 3.5)).replica_id == "r1"
+    book.report(state(sequence=2), 3.6)
+    assert book.view(3.6).ready
+    book.tick(20.0)
+    assert book.view(20.0).replicas == ()
+
+
+def test_a_replica_called_gone_keeps_its_promises() -> None:
+    book = ledger(state())
+    book.reserve(wish("q"), 0.0)
+    book.notice(IngressNotice("in", lost=(("r0", 0), ("r0", 1), ("unknown", 1))), 0.1)
+    assert not book.view(0.1).ready
+    refusal = book.reserve(wish("p"), 0.1)
+    assert isinstance(refusal, Refusal)
+    assert refusal.kind == "no_replica"
+    book.report(state(sequence=2), 0.2)
+    assert charged(book) == 2
+
+
+def test_a_draining_replica_is_not_sold() -> None:
+    book = ledger(state(draining=True), state("r1"))
+    assert {granted(book.reserve(wish(f"q{k}"), 0.0)).replica_id for k in range(3)} == {"r1"}
+
+
+def test_a_pool_is_insisted_on() -> None:
+    book = ledger(state(), state("r1", pool="int8", capacity_blocks=4, max_context=64), pools=("default", "int8"))
+    assert granted(book.reserve(wish("q", pool="int8"), 0.0)).replica_id == "r1"
+    assert granted(book.reserve(wish("p"), 0.0)).replica_id == "r0"
+    refusal = book.reserve(wish("long", prompt=60, output=60, pool="int8"), 0.0)
+    assert isinstance(refusal, Refusal)
+    assert "64" in refusal.message
+
+
+def test_output_lengths_are_learnt_once_each() -> None:
+    book = ledger(state(capacity_blocks=1000, max_context=16000))
+    for k in range(32):
+        grant = granted(book.reserve(wish(f"q{k}", output=200), 0.0))
+        ended = ((grant.grant_id, 16, 40),)
+        for sequence in (2 * k + 2, 2 * k + 3):  # the answer to the first was lost
+            book.report(state(sequence=sequence, capacity_blocks=1000, max_context=16000, ended=ended), 0.1)
+        if k < 31:
+            assert book.view(0.1).expected_output_tokens == 256
+    assert book.view(0.1).expected_output_tokens == 40
+    assert granted(book.reserve(wish("next", output=200), 0.2)).blocks == 4  # 16 + 40 tokens
+
+
+def test_another_protocol_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="protocol 99"):
+        ledger(state(version=99))
+
+
+def test_time_does_not_run_backwards() -> None:
+    book = ledger(state(), now=100.0)
+    assert granted(book.reserve(wish("q"), 50.0)).expires_at == 110.0
+
+
+def test_integrity_check_finds_a_wrong_sum() -> None:
+    book = ledger(state())
+    book.reserve(wish("q"), 0.0)
+    book._accounts["r0"].charged_blocks += 1
+    with pytest.raises(AssertionError, match="charged 3 blocks, a fresh sum gives 2"):
+        book.check_integrity()
+
+
+def test_pairs_per_second() -> None:
+    """The goal is 20,000 pairs/s; the bound here leaves room for a slow, shared machine."""
+    book = ledger(*(state(f"r{k}", capacity_blocks=10_000) for k in range(8)))
+    best = 0.0
+    for turn in range(3):
+        start = time.perf_counter()
+        for k in range(2000):
+            book.release(granted(book.reserve(wish(f"q{turn}-{k}"), 1.0)).grant_id, 1.0)
+        best = max(best, 2000 / (time.perf_counter() - start))
+    assert best > 5_000, f"{best:.0f} pairs/s"
+    book.check_integrity()
