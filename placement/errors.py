@@ -30,3 +30,7 @@ class DoesNotFit(PlacementError):
         )
         mend = "; or ".join(knobs) if knobs else "no single setting mends it: use a smaller model or larger devices"
         super().__init__(f"{model} does not fit: {gpus}. To mend: {mend}")
+
+    def __reduce__(self) -> tuple[type[DoesNotFit], tuple[object, ...]]:
+        # An exception is pickled with its message alone, from which it could not be made again.
+        return type(self), (self.model, self.need, self.have, self.knobs)

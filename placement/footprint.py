@@ -172,10 +172,16 @@ def compute_dtype(quantization: str, dtype: str | None, double_quant: bool) -> s
 
 
 def footprint(
-    model_dir: Path, *, quantization: str = "nf4", double_quant: bool = False, dtype: str | None = None
+    model_dir: Path,
+    *,
+    quantization: str = "nf4",
+    double_quant: bool = False,
+    dtype: str | None = None,
+    name: str | None = None,
 ) -> Footprint:
     """The bytes of every module of the model in `model_dir` (a folder with a config.json), read without weights.
 
+    `name` is what plans and errors call the model; None: the folder's name (a hash, in Hugging Face's cache).
     Imports torch and transformers (seconds, the first time); takes a fraction of a second afterwards.
 
     Raises:
@@ -190,7 +196,7 @@ def footprint(
 
     modules, geometry = read_skeleton(model_dir, dtype)
     weighed = tuple(_weigh(module, quantization, double_quant) for module in modules)
-    return Footprint(model_dir.name, quantization, double_quant, dtype, weighed, geometry)
+    return Footprint(name or model_dir.name, quantization, double_quant, dtype, weighed, geometry)
 
 
 def _weigh(module: Module, quantization: str, double_quant: bool) -> Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from typing import Any
 
@@ -98,6 +99,7 @@ def test_does_not_fit_names_need_have_and_knobs_that_work() -> None:
     assert error.need[0] > 100_000
     assert f"device 0 needs {error.need[0]:,} bytes and has 100,000" in str(error)
     assert "\n" not in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
     more = re.search(r"give each device (\d+) MB more", error.knobs[0])
     assert more is not None
