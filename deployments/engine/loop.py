@@ -17,6 +17,7 @@ from torch import Tensor
 from deployments.engine.attention import RowSpan
 from deployments.engine.blocks import BlockManager
 from deployments.engine.loader import LoadedModel
+from deployments.engine.messages import EngineLimits
 from deployments.engine.pipeline import Pipeline
 from deployments.engine.sampling import Row, SampledToken, SamplingBatch, sample
 from deployments.engine.scheduler import Scheduler, StepItem, StepPlan
@@ -24,17 +25,6 @@ from deployments.engine.stages import StepRows
 from deployments.protocol import FinishReason, GenerationRequest, TokenChunk
 from placement.plan import Plan
 from placement.reserve import SAMPLE_ROWS
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What one replica's scheduler may do."""
-
-    max_batch_tokens: int
-    max_sequences: int
-    prefix_cache: bool
-    threads: int
-    """Torch threads of each stage on the CPU."""
 
 
 @dataclass(slots=True)

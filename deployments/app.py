@@ -1,0 +1,83 @@
+"""What `serve_config.yaml` imports: settings in, the Serve application out. Wiring only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from deployments.ingress import Ingress
+from deployments.replica import ReplicaDeployment
+from deployments.routing.ledger_deployment import deployment_name, ledger_application
+from deployments.routing.refusals import LedgerConfig
+from deployments.routing.router import router_config
+from deployments.settings import ModelSettings, PoolSettings, Settings, parse_settings
+
+ACTOR_CPUS = 0.01
+"""What each actor asks of Ray: Serve's default of one CPU per actor would wait for ever on a small machine."""
+DRAIN_S = 10.0
+"""How long a replica that Serve stops may finish its streams."""
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application of `args`, as validated by `Settings`.
+
+    Raises:
+        ConfigError: a wrong key or value, by name.
+    """
+    settings = parse_settings(args)
+    ledgers = {model.name: ledger_application(_ledger_config(model)) for model in settings.models}
+    pools = {
+        model.name: {pool.name: _pool(settings, model, pool, ledgers[model.name]) for pool in model.pools}
+        for model in settings.models
+    }
+    ingress = serve.deployment(
+        name="ingress",
+        num_replicas=settings.api.replicas,
+        max_ongoing_requests=settings.api.max_ongoing_requests,
+        ray_actor_options={"num_cpus": ACTOR_CPUS},
+    )(Ingress)
+    return ingress.bind(settings, ledgers, pools)
+
+
+def pool_deployment_name(model: str, pool: str) -> str:
+    """The name of a pool's deployment on the Ray dashboard."""
+    return f"{deployment_name(model).removeprefix('ledger-')}-{pool}"
+
+
+def _ledger_config(model: ModelSettings) -> LedgerConfig:
+    return LedgerConfig(
+        model=model.name,
+        pools=tuple(pool.name for pool in model.pools),
+        expected_replicas=sum(pool.replicas for pool in model.pools),
+        queue_limit=model.queue_limit,
+    )
+
+
+def _pool(settings: Settings, model: ModelSettings, pool: PoolSettings, ledger: Application) -> Application:
+    deployment = serve.deployment(
+        name=pool_deployment_name(model.name, pool.name),
+        num_replicas=pool.replicas,
+        # The ledger decides who waits; Serve must never queue before it.
+        max_ongoing_requests=2 * pool.max_sequences + 16,
+        ray_actor_options={"num_cpus": pool.cpus or ACTOR_CPUS, "num_gpus": _gpus(pool)},
+        request_router_config=router_config(),
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=DRAIN_S,
+    )(ReplicaDeployment)
+    return deployment.bind(model, pool, _replicas_on_cpu(settings), ledger)
+
+
+def _gpus(pool: PoolSettings) -> int:
+    """GPUs that one replica asks Ray for: all its stages, or none where the pool runs on virtual CPU devices."""
+    if pool.device == "auto":
+        return pool.stage_count if ray.cluster_resources().get("GPU", 0) >= pool.stage_count else 0
+    return pool.stage_count if pool.device == "cuda" else 0
+
+
+def _replicas_on_cpu(settings: Settings) -> int:
+    """Replicas that share the cores of one machine, as far as the settings tell."""
+    return sum(pool.replicas for model in settings.models for pool in model.pools)

@@ -1,0 +1,164 @@
+"""The replica's end of the engine process: start it, submit, stream, abort, notice its death. asyncio; no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+
+from deployments.engine.messages import Commands, EngineSpec, Failed, Started, StepReport
+from deployments.errors import ConfigError
+from deployments.protocol import GenerationRequest, TokenChunk
+
+_STOP_WAIT_S = 2.0
+
+
+class EngineClient:
+    """One engine process. All methods belong to one event loop.
+
+    Args:
+        on_report: called after each step's report, once its chunks are in their streams.
+    """
+
+    def __init__(self, on_report: Callable[[], None] = lambda: None) -> None:
+        self.held: dict[str, int] = {}
+        """KV blocks by request id, as of the last report."""
+        self.cached_blocks = 0
+        self.preemptions = 0
+        self.failure: str | None = None
+        """Why the engine is gone; None while it lives."""
+        self._on_report = on_report
+        self._streams: dict[str, asyncio.Queue[TokenChunk]] = {}
+        self._pending = Commands()
+        self._sending = False
+        self._started: asyncio.Future[Started] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        # A full pipe must hold up this thread and not the event loop.
+        self._writer = ThreadPoolExecutor(1, "engine-commands")
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, once it was started."""
+        return self._process.pid if self._process else None
+
+    async def start(self, spec: EngineSpec) -> Started:
+        """Start the process and wait until the model is loaded and checked.
+
+        Raises:
+            ConfigError: the engine's own reason, or that it ended without one.
+        """
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        command = [sys.executable, "-m", "deployments.engine.process", str(theirs.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        self._started = loop.create_future()
+        loop.add_reader(self._connection.fileno(), self._read)
+        await loop.run_in_executor(self._writer, self._connection.send, spec)
+        return await self._started
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        """Stream a request's chunks up to its terminal one; leaving early aborts it."""
+        if self.failure is not None:
+            yield TokenChunk(request.request_id, finish_reason="error", error=self.failure)
+            return
+        stream: asyncio.Queue[TokenChunk] = asyncio.Queue()
+        self._streams[request.request_id] = stream
+        self._send(submit=(request,))
+        try:
+            while True:
+                chunk = await stream.get()
+                if chunk.finish_reason is not None:
+                    self._streams.pop(request.request_id, None)
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            if self._streams.pop(request.request_id, None) is not None:
+                self._send(abort=(request.request_id,))
+
+    def stop(self) -> None:
+        """End the process; its live requests end with an error."""
+        self._fail("the replica is shutting down")
+
+    def _send(self, submit: tuple[GenerationRequest, ...] = (), abort: tuple[str, ...] = ()) -> None:
+        if self.failure is not None:
+            return
+        self._pending = Commands(self._pending.submit + submit, self._pending.abort + abort)
+        if not self._sending:
+            self._sending = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Hand everything that piled up to the writer; what comes meanwhile goes with the next message."""
+        self._sending = False
+        if self.failure is not None or self._connection is None:
+            return
+        commands, self._pending = self._pending, Commands()
+        if commands != Commands():
+            self._writer.submit(self._write, commands)
+
+    def _write(self, commands: Commands) -> None:
+        assert self._connection is not None
+        try:
+            self._connection.send(commands)
+        except OSError:
+            return  # the reader sees the same broken connection, and fails every request
+
+    def _read(self) -> None:
+        assert self._connection is not None
+        try:
+            message = self._connection.recv()
+        except (EOFError, OSError):
+            self._fail("the engine process ended unexpectedly; its log tells why")
+            return
+        match message:
+            case StepReport():
+                self._take(message)
+            case Started():
+                assert self._started is not None
+                self._started.set_result(message)
+            case Failed(reason):
+                self._fail(reason)
+
+    def _take(self, report: StepReport) -> None:
+        self.held = dict(report.held)
+        self.cached_blocks, self.preemptions = report.cached_blocks, report.preemptions
+        for chunk in report.chunks:
+            stream = self._streams.get(chunk.request_id)
+            if stream is not None:
+                stream.put_nowait(chunk)
+        self._on_report()
+
+    def _fail(self, reason: str) -> None:
+        if self.failure is not None:
+            return
+        self.failure, self.held = reason, {}
+        if self._connection is not None:
+            asyncio.get_running_loop().remove_reader(self._connection.fileno())
+            self._connection.close()
+        for request_id, stream in self._streams.items():
+            stream.put_nowait(TokenChunk(request_id, finish_reason="error", error=f"the engine failed: {reason}"))
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(ConfigError(reason))
+        self._end_process()
+        self._writer.shutdown(wait=False)
+        self._on_report()
+
+    def _end_process(self) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

@@ -1,0 +1,70 @@
+"""What crosses the pipe between a replica and its engine process: one message each way per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from deployments.protocol import GenerationRequest, TokenChunk
+from placement.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What one replica's scheduler may do."""
+
+    max_batch_tokens: int
+    max_sequences: int
+    prefix_cache: bool
+    threads: int
+    """Torch threads of each stage on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Everything an engine process needs to start."""
+
+    model_dir: Path
+    plan: Plan
+    device_type: Literal["cpu", "cuda"]
+    limits: EngineLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """Replica to engine: what came in since the last message."""
+
+    submit: tuple[GenerationRequest, ...] = ()
+    abort: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Engine to replica, once: the model is loaded and checked."""
+
+    vocab_size: int
+    attention: str
+    """The attention backend in use."""
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Engine to replica, last: the engine could not start, or can't go on."""
+
+    message: str
+    """One line."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Engine to replica after each step."""
+
+    chunks: tuple[TokenChunk, ...]
+    held: tuple[tuple[str, int], ...]
+    """(request id, KV blocks held) of every request not ended."""
+    cached_blocks: int
+    """Blocks that only the prefix cache keeps."""
+    preemptions: int
+    """Since the start."""

@@ -1,0 +1,90 @@
+"""The engine's own process: `python -m deployments.engine.process FD`, started by a replica, ending with it.
+
+A replica's process runs asyncio, whose hold on the interpreter lock must not be in the step. Here one thread reads
+commands, steps, and writes one report per step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+
+from transformers.utils.logging import disable_progress_bar
+
+from deployments.engine.loader import load
+from deployments.engine.loop import Engine
+from deployments.engine.messages import Commands, EngineSpec, Failed, Started, StepReport
+from deployments.errors import HeadroomError
+from deployments.protocol import TokenChunk
+
+log = logging.getLogger("headroom.engine")
+
+
+def main(argv: list[str]) -> int:
+    """Serve one engine over the connection whose file descriptor is `argv[1]`."""
+    logging.basicConfig(level=logging.INFO, format="engine %(levelname)s %(message)s", stream=sys.stderr)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    disable_progress_bar()
+    with Connection(int(argv[1])) as connection:
+        try:
+            run(connection)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return 0  # the replica closed its end or died
+        except HeadroomError as error:
+            connection.send(Failed(str(error)))
+        except Exception as error:
+            log.exception("the engine stops")
+            connection.send(Failed(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+    return 1
+
+
+def run(connection: Connection) -> None:
+    """Load, then step until the connection ends.
+
+    Raises:
+        EOFError: the other end closed.
+    """
+    spec: EngineSpec = connection.recv()
+    began = time.monotonic()
+    model = load(spec.model_dir, spec.plan, device_type=spec.device_type)
+    engine = Engine(model, spec.plan, spec.limits)
+    connection.send(Started(model.vocab_size, model.attention, time.monotonic() - began))
+    while True:
+        chunks = _take_commands(connection, engine)
+        chunks += engine.step()
+        if not engine.has_work():
+            engine.check_integrity()
+        held = tuple(engine.held())
+        connection.send(StepReport(tuple(chunks), held, engine.blocks.cached_blocks, engine.scheduler.preemptions))
+
+
+def _take_commands(connection: Connection, engine: Engine) -> list[TokenChunk]:
+    """Apply what came in, waiting for it while the engine is idle; the refused requests' terminal chunks."""
+    refused = []
+    wait = not engine.has_work()
+    while wait or connection.poll():
+        wait = False
+        commands: Commands = connection.recv()
+        for request in commands.submit:
+            try:
+                engine.submit(request)
+            except ValueError as error:
+                refused.append(TokenChunk(request.request_id, finish_reason="error", error=str(error)))
+        for request_id in commands.abort:
+            engine.abort(request_id)
+    return refused
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, also while it loads or hangs in a step."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,64 @@
+"""From a pool's settings to its plan: which devices this machine offers, and what the solver makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deployments.errors import ConfigError
+from deployments.settings import PoolSettings
+from placement import probe
+from placement.errors import PlacementError
+from placement.footprint import footprint
+from placement.hardware import DeviceType, Gpu, virtual_cpu_devices
+from placement.plan import Plan, solve
+
+_FIXED_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def plan_pool(model_dir: Path, pool: PoolSettings) -> tuple[Plan, DeviceType]:
+    """The plan of one replica of `pool` on this machine's devices, and what they are.
+
+    Imports torch (seconds), loads no weights.
+
+    Raises:
+        ConfigError: the model does not fit, the devices are not there, or the settings contradict each other; one line.
+    """
+    try:
+        gpus = () if pool.device == "cpu" else probe.cuda_gpus()
+        if pool.device == "cuda" and len(gpus) < pool.stage_count:
+            raise ConfigError(
+                f"pool {pool.name} needs {pool.stage_count} GPUs, and {len(gpus)} are visible; "
+                "lower `stages`, set `device: cpu`, or make more visible"
+            )
+        on_gpu = len(gpus) >= pool.stage_count
+        plan = solve(
+            footprint(
+                model_dir,
+                quantization=pool.quantization,
+                double_quant=pool.double_quant,
+                dtype=_dtype(pool, "cuda" if on_gpu else "cpu"),
+            ),
+            gpus[: pool.stage_count] if on_gpu else _virtual_devices(pool),
+            block_size=pool.block_size,
+            max_batch_tokens=pool.max_batch_tokens,
+            max_sequences=pool.max_sequences,
+            max_context=pool.max_context,
+            max_memory=pool.max_memory if on_gpu else None,
+        )
+    except PlacementError as error:
+        raise ConfigError(f"pool {pool.name}: {error}") from error
+    return plan, "cuda" if on_gpu else "cpu"
+
+
+def _virtual_devices(pool: PoolSettings) -> tuple[Gpu, ...]:
+    sizes = (pool.max_memory.get(i, pool.cpu_device_memory) for i in range(pool.stage_count))
+    return virtual_cpu_devices(tuple(sizes))
+
+
+def _dtype(pool: PoolSettings, device_type: DeviceType) -> str | None:
+    """The compute dtype; None leaves it to an unquantised name such as bf16."""
+    if pool.dtype != "auto":
+        return pool.dtype
+    if pool.quantization in _FIXED_DTYPE:
+        return None
+    return "bfloat16" if device_type == "cuda" or probe.computes_bf16_natively() else "float32"

@@ -1,0 +1,184 @@
+"""A replica: the Serve deployment that plans, loads, and serves one engine; its health, reports and drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments import store
+from deployments.engine.client import EngineClient
+from deployments.engine.messages import EngineLimits, EngineSpec
+from deployments.errors import EngineFailed
+from deployments.home import state_folder
+from deployments.planning import plan_pool
+from deployments.protocol import PROTOCOL_VERSION, REFUSED, GenerationRequest, TokenChunk
+from deployments.routing.admission import Admission
+from deployments.routing.reports import ReportSender
+from deployments.settings import ModelSettings, PoolSettings
+from placement import probe
+from placement.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """What a replica tells a person or a test that asks it directly."""
+
+    replica_id: str
+    engine_pid: int | None
+    plan: Plan
+    attention: str
+    held_blocks: int
+    cached_blocks: int
+    requests: int
+    preemptions: int
+
+
+class Replica:
+    """One engine on one group of devices.
+
+    Args:
+        model: the served model.
+        pool: this replica's pool.
+        replicas_here: replicas that share this machine's cores, for the default thread count.
+        ledger: where reports go.
+    """
+
+    def __init__(
+        self, model: ModelSettings, pool: PoolSettings, replicas_here: int, ledger: DeploymentHandle[Any]
+    ) -> None:
+        self._model, self._pool, self._replicas_here, self._ledger = model, pool, replicas_here, ledger
+        self._engine = EngineClient(self._note_held)
+        self._requests: dict[str, str] = {}
+        """Engine request id -> grant id, of requests taken up and not ended."""
+        self._admission: Admission | None = None
+        self._plan: Plan | None = None
+        self._attention = ""
+        self._reporting: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Fetch, plan, load, and begin to report.
+
+        Raises:
+            ConfigError: one line that says what does not fit or work.
+        """
+        local = await asyncio.to_thread(
+            store.fetch, self._model.source, revision=self._model.revision, home=state_folder()
+        )
+        plan, device_type = await asyncio.to_thread(plan_pool, local.path, self._pool)
+        spec = EngineSpec(local.path, plan, device_type, self._limits(plan))
+        started = await self._engine.start(spec)
+        self._plan, self._attention = plan, started.attention
+        context = serve.get_replica_context()
+        self._admission = Admission(
+            replica_id=context.replica_id.unique_id,
+            pool=self._pool.name,
+            epoch=time.time_ns(),
+            block_size=plan.block_size,
+            capacity_blocks=plan.num_blocks,
+            max_context=plan.max_context,
+        )
+        log.info("%s/%s loaded in %.1f s: %s", self._model.name, self._pool.name, started.load_s, plan.capacity_tokens)
+        sender = ReportSender(self._admission, self._ledger)
+        self._reporting = asyncio.get_running_loop().create_task(sender.run())
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Take the request up and stream its chunks.
+
+        The first chunk is empty and says that the grant was taken up, or is terminal and says why not (`REFUSED`).
+        """
+        reason = self._reason_against(request)
+        if reason is not None:
+            yield TokenChunk(request.request_id, finish_reason="error", error=REFUSED + reason)
+            return
+        assert request.grant is not None
+        admission, grant_id, produced = self._admitted(), request.grant.grant_id, 0
+        self._requests[request.request_id] = grant_id
+        stream = self._engine.generate(request)
+        try:
+            yield TokenChunk(request.request_id)
+            async for chunk in stream:
+                produced += len(chunk.token_ids)
+                yield chunk
+        finally:
+            await stream.aclose()
+            del self._requests[request.request_id]
+            admission.end(grant_id, prompt_tokens=len(request.prompt_ids), output_tokens=produced)
+
+    async def status(self) -> ReplicaStatus:
+        """Who and how this replica is."""
+        assert self._plan is not None
+        return ReplicaStatus(
+            replica_id=self._admitted().replica_id,
+            engine_pid=self._engine.pid,
+            plan=self._plan,
+            attention=self._attention,
+            held_blocks=sum(self._engine.held.values()),
+            cached_blocks=self._engine.cached_blocks,
+            requests=len(self._requests),
+            preemptions=self._engine.preemptions,
+        )
+
+    async def check_health(self) -> None:
+        """Serve restarts the replica when this raises.
+
+        Raises:
+            EngineFailed: the engine process is gone.
+        """
+        if self._engine.failure is not None:
+            raise EngineFailed(self._engine.failure)
+        if self._reporting is not None and self._reporting.done():
+            self._reporting.result()
+
+    def stop(self) -> None:
+        """End reports and the engine process."""
+        if self._reporting is not None:
+            self._reporting.cancel()
+        self._engine.stop()
+
+    def _limits(self, plan: Plan) -> EngineLimits:
+        threads = self._pool.threads or max(1, probe.cpu_cores() // (self._replicas_here * len(plan.stages)))
+        return EngineLimits(
+            max_batch_tokens=self._pool.max_batch_tokens,
+            max_sequences=self._pool.max_sequences,
+            prefix_cache=self._pool.prefix_cache,
+            threads=threads,
+        )
+
+    def _admitted(self) -> Admission:
+        assert self._admission is not None, "start() comes first"
+        return self._admission
+
+    def _reason_against(self, request: GenerationRequest) -> str | None:
+        if request.version != PROTOCOL_VERSION:
+            return f"the request speaks protocol {request.version}, this replica {PROTOCOL_VERSION}"
+        if self._engine.failure is not None:
+            return f"the engine failed: {self._engine.failure}"
+        if request.request_id in self._requests:
+            return f"request {request.request_id} is running here already"
+        return self._admitted().take_up(request.grant, time.time())
+
+    def _note_held(self) -> None:
+        for request_id, blocks in self._engine.held.items():
+            grant_id = self._requests.get(request_id)
+            if grant_id is not None:
+                self._admitted().hold(grant_id, blocks)
+
+
+class ReplicaDeployment(Replica):
+    """`Replica` as Serve constructs it: ready once the constructor returns."""
+
+    async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
+        super().__init__(*args, **kwargs)
+        await self.start()
+
+    async def __del__(self) -> None:
+        self.stop()
