@@ -38,17 +38,20 @@ class AccessMiddleware:
             if message["type"] == "http.response.start":
                 visit.status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID] = visit.request_id
+            elif message["type"] == "http.response.body":
+                visit.complete = not message.get("more_body", False)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass  # While its body was read; the line in the log says 499.
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the last layer: whatever it is, the client gets an answer
             _report(visit, error)
-            if visit.status is not None:
-                raise  # Too late for an answer: the server cuts the connection.
-            await answer(error)(scope, receive, send_with_id)
+            if visit.status is None:
+                await answer(error)(scope, receive, send_with_id)
+            elif not visit.complete:  # Too late for an answer: the server is to cut the connection.
+                raise RuntimeError(f"the answer to request {visit.request_id} broke off") from None
         finally:
             _write_line(visit, scope)
 

@@ -22,6 +22,8 @@ class Visit:
     unique: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Tells apart requests whose clients sent the same id."""
     status: int | None = None
+    complete: bool = False
+    """Whether the whole answer was sent."""
     model: str | None = None
     choices: int = 0
     prompt_tokens: int = 0
