@@ -1,0 +1,231 @@
+"""Load on Headroom over HTTP, against sequential `generate()` and against the bare engine.
+
+    python -m benchmarks.serve_load                          starts `headroom serve serve_config.yaml` itself
+    python -m benchmarks.serve_load --url http://host:8000   measures one that runs; --config says what it serves
+
+Every round runs each number of clients and then, while the server is idle, the sequential baseline and the bare engine,
+so that a slow spell of the machine hits all of them. The baseline runs twice more with no server beside it (before it
+starts, after it stops), and the better of the two medians counts. Prompts are chat turns that no cache has seen,
+answered greedily and with `ignore_eos`, so that all answers are equally long. The baseline gets the first prompts of
+the round's last level, the bare engine those of its one-client level.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import httpx
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from benchmarks.child import ROOT, ChildFailed
+from benchmarks.client import Answer, LoadFailed, run_clients
+from benchmarks.contenders import Contenders, SequentialRun
+from benchmarks.report import Baseline, Level, Report, plot
+from benchmarks.server import OwnServer
+from benchmarks.subject import Subject
+from benchmarks.workload import CYCLE, prompts
+from deployments.errors import ConfigError
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the rounds add up to."""
+
+    levels: dict[int, list[tuple[Answer, ...]]]
+    alone: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
+    engine: list[float] = field(default_factory=list)
+    same: int = 0
+    compared: int = 0
+
+    def compare(self, served: Sequence[Answer], run: SequentialRun) -> None:
+        """Check that both sides saw the same prompts, and count equal answers.
+
+        Raises:
+            LoadFailed: a prompt has another length in tokens on the two sides.
+        """
+        by_prompt = {answer.prompt: answer for answer in served}
+        for prompt, tokens, text in zip(run.prompts, run.prompt_tokens, run.texts, strict=True):
+            answer = by_prompt[prompt]
+            if answer.prompt_tokens != tokens:
+                raise LoadFailed(
+                    f"the server counts {answer.prompt_tokens} prompt tokens where generate() has {tokens}: "
+                    "--config is not what the server serves"
+                )
+            self.same += answer.text == text
+            self.compared += 1
+
+
+class Benchmark:
+    """One run: `measure` does all of it."""
+
+    def __init__(self, options: argparse.Namespace, subject: Subject, logs: Path) -> None:
+        self._options, self._subject, self._logs = options, subject, logs
+        self._tally = Tally({clients: [] for clients in options.concurrency})
+        self._contenders: Contenders | None = None
+        baseline_answers = (options.rounds + 2 * (options.url is None)) * CYCLE * (not options.no_baseline)
+        served_answers = CYCLE + options.rounds * sum(map(_requests, options.concurrency))
+        self._bar = tqdm(total=served_answers + baseline_answers, unit="answer")
+
+    def measure(self) -> Report:
+        """Raises LoadFailed or ChildFailed."""
+        try:
+            if not self._options.no_baseline:
+                self._bar.set_description("loading the baseline, sweeping its threads")
+                self._contenders = Contenders(self._subject, self._logs, self._options.output_tokens)
+                self._contenders.load()
+            self._run_alone("before")
+            self._bar.set_description("starting the server")
+            with _serving(self._options, self._logs) as url:
+                asyncio.run(self._run_rounds(url))
+            self._run_alone("after")
+            return self._report()
+        finally:
+            self._bar.close()
+            if self._contenders:
+                self._contenders.close()
+
+    def _run_alone(self, when: str) -> None:
+        if self._contenders and self._options.url is None:
+            self._bar.set_description("generate() alone")
+            self._tally.alone.append(self._contenders.generate(prompts(when, CYCLE)).tokens_per_s)
+            self._bar.update(CYCLE)
+
+    async def _run_rounds(self, url: str) -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600), limits=limits) as http:
+            await self._load(http, "first", clients=4, count=CYCLE)
+            for i in range(self._options.rounds):
+                for clients in self._options.concurrency:
+                    served = await self._load(http, f"r{i}c{clients}", clients=clients, count=_requests(clients))
+                    self._tally.levels[clients].append(served)
+                if self._contenders:
+                    self._run_contenders(self._contenders, i, served)
+
+    async def _load(self, http: httpx.AsyncClient, tag: str, *, clients: int, count: int) -> tuple[Answer, ...]:
+        self._bar.set_description(f"{clients} clients")
+        answers = await run_clients(
+            http,
+            self._subject.model.name,
+            prompts(tag, count),
+            clients=clients,
+            output_tokens=self._options.output_tokens,
+            done=self._bar.update,
+        )
+        return tuple(answers)
+
+    def _run_contenders(self, contenders: Contenders, i: int, served: Sequence[Answer]) -> None:
+        self._bar.set_description("generate() and the bare engine")
+        run = contenders.generate(prompts(f"r{i}c{self._options.concurrency[-1]}", CYCLE))
+        self._tally.beside.append(run.tokens_per_s)
+        self._tally.compare(served, run)
+        self._tally.engine += contenders.first_tokens(prompts(f"r{i}c1", CYCLE))
+        self._bar.update(CYCLE)
+
+    def _report(self) -> Report:
+        tally, plan = self._tally, self._subject.plan
+        setup = {
+            "model": self._subject.model.name,
+            "quantization": plan.quantization,
+            "dtype": plan.dtype,
+            "stages": len(plan.stages),
+            "replicas": self._subject.pool.replicas,
+            "threads_per_replica": self._subject.threads,
+            "cores": self._subject.cores,
+            "machine": platform.platform(),
+            "output_tokens": self._options.output_tokens,
+            "rounds": self._options.rounds,
+        }
+        baseline = None
+        if self._contenders:
+            same_text = (tally.same, tally.compared)
+            baseline = Baseline(self._contenders.sweep, tuple(tally.alone), tuple(tally.beside), same_text)
+        levels = tuple(Level(clients, tuple(rounds)) for clients, rounds in tally.levels.items())
+        return Report(setup, levels, baseline, tuple(tally.engine))
+
+
+def _requests(clients: int) -> int:
+    """Requests of one round: whole cycles of prompt lengths, and at least two for each client."""
+    return CYCLE * max(1, -(-2 * clients // CYCLE))
+
+
+@contextmanager
+def _serving(options: argparse.Namespace, logs: Path) -> Iterator[str]:
+    if options.url is not None:
+        yield options.url
+        return
+    server = OwnServer(options.config, logs / "server.log")
+    try:
+        yield server.url
+    finally:
+        server.stop()
+
+
+def _clients(text: str) -> list[int]:
+    counts = sorted({int(part) for part in text.split(",")})
+    if not counts or counts[0] < 1:
+        raise ValueError
+    return counts
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_load", description=__doc__.splitlines()[0])
+    parser.add_argument("--url", help="of a Headroom that runs; default: start one on a free port")
+    parser.add_argument("--config", type=Path, default=ROOT / "serve_config.yaml", help="what is served")
+    parser.add_argument("--concurrency", type=_clients, default=[1, 4, 16], help="numbers of clients: 1,4,16")
+    parser.add_argument("--output-tokens", type=_positive, default=64, help="tokens of each answer")
+    parser.add_argument("--rounds", type=_positive, default=3)
+    parser.add_argument("--no-baseline", action="store_true", help="only the load: no generate(), no bare engine")
+    parser.add_argument("--goals", action="store_true", help="exit with 1 unless every goal was measured and met")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--plot", type=Path, metavar="FILE", default=Path("serve_load.png"), help=".png or .svg")
+    parser.add_argument(
+        "--logs", type=Path, metavar="FOLDER", help="of the server and the baseline; default: a new one"
+    )
+    options = parser.parse_args(arguments)
+    if options.goals and options.no_baseline:
+        parser.error("--goals compares with the baseline: drop --no-baseline")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0; 1 when a goal is missed under --goals; 2 when nothing could be measured."""
+    options = _parse(arguments)
+    logs = options.logs or Path(tempfile.mkdtemp(prefix="serve_load-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        subject = Subject.of(options.config)
+        if subject.device_type == "cuda" and not options.no_baseline:
+            raise ConfigError("on GPUs the plan leaves the baseline no memory beside the server; pass --no-baseline")
+        report = Benchmark(options, subject, logs).measure()
+    except (ConfigError, LoadFailed, ChildFailed) as error:
+        print(f"serve_load: {error}\nserve_load: the logs are in {logs}", file=sys.stderr)
+        return 2
+    print(report)
+    plot(report, options.plot)
+    print(f"plot: {options.plot}")
+    if options.json:
+        options.json.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+    return 1 if options.goals and not report.meets_all_goals() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
