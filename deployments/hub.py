@@ -1,0 +1,150 @@
+"""A Hugging Face repository -> a local safetensors folder, with each failure as one line that says how to mend it.
+
+`HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean to huggingface_hub, whose cache is used as
+it is: what another program fetched is not fetched again. The token goes into request headers and nowhere else.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from deployments.errors import ConfigError
+
+PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors")
+"""What serving needs: configs, tokenizer, chat template, weights. No pickles: loading one runs its author's code."""
+
+Progress = Callable[[str], None]
+
+
+def download(repo_id: str, revision: str | None, progress: Progress) -> Path:
+    """The folder of `repo_id` at `revision` in huggingface_hub's cache, fetched where it is not whole yet.
+
+    Raises:
+        ConfigError: not to be had: unknown, gated, wrong revision, no safetensors, offline, broken off, disk full.
+    """
+    where = f"{repo_id}@{revision}" if revision else repo_id
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return _cached(repo_id, revision)
+        return _fetch(repo_id, revision, where, progress)
+    except HFValidationError:
+        raise ConfigError(
+            f"source {repo_id!r} is neither a folder, a .gguf file, nor a Hugging Face id such as org/model"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ConfigError(
+            f"{where} is not (wholly) in the cache {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set; fetch it once "
+            "with HF_HUB_OFFLINE unset"
+        ) from None
+    except HfHubHTTPError as error:
+        raise ConfigError(_refusal(where, error)) from None
+
+
+def _fetch(repo_id: str, revision: str | None, where: str, progress: Progress) -> Path:
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=10)
+    except HfHubHTTPError:
+        raise
+    except Exception as error:  # noqa: BLE001  its HTTP client (httpx, later httpx2) raises errors of its own
+        return _cached_without_network(repo_id, revision, where, error)
+    files = {entry.rfilename: entry.size or 0 for entry in info.siblings or () if _wanted(entry.rfilename)}
+    _check_weights(where, [entry.rfilename for entry in info.siblings or ()])
+    if (folder := _cached_snapshot(repo_id, info.sha or revision)) and all((folder / name).is_file() for name in files):
+        return folder
+    _check_disk(where, sum(files.values()))
+    progress(f"fetching {where}: {len(files)} files, {sum(files.values()) / 1e6:,.0f} MB")
+    try:
+        return Path(snapshot_download(repo_id, revision=info.sha or revision, allow_patterns=list(files)))
+    except HfHubHTTPError:
+        raise
+    except Exception as error:  # noqa: BLE001  see above; the message keeps the cause
+        raise ConfigError(
+            f"the download of {where} from {constants.ENDPOINT} broke off: {_line(error)}; start again, what is whole "
+            "is kept"
+        ) from None
+
+
+def _wanted(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in PATTERNS) and "/" not in name
+
+
+def _check_weights(where: str, names: list[str]) -> None:
+    if any(_wanted(name) and name.endswith(".safetensors") for name in names):
+        return
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        raise ConfigError(
+            f"{where} has its weights as pickles only (.bin), which may run code when loaded; use a repository or "
+            "revision with .safetensors"
+        )
+    if any(name.endswith(".gguf") for name in names):
+        raise ConfigError(f"{where} has .gguf files only; download one and give its path as the source")
+    raise ConfigError(f"{where} has no .safetensors weights; give the id of a language model")
+
+
+def _check_disk(where: str, need: int) -> None:
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    if (have := shutil.disk_usage(cache).free) < need:
+        raise ConfigError(
+            f"{where} needs {need / 1e9:.1f} GB in {cache}, {have / 1e9:.1f} GB are free; free some or set HF_HOME"
+        )
+
+
+def _cached(repo_id: str, revision: str | None) -> Path:
+    return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+
+
+def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
+    try:
+        return _cached(repo_id, revision)
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _cached_without_network(repo_id: str, revision: str | None, where: str, error: Exception) -> Path:
+    try:
+        return _cached(repo_id, revision)
+    except LocalEntryNotFoundError:
+        raise ConfigError(
+            f"{constants.ENDPOINT} can't be reached ({_line(error)}) and {where} is not in the cache "
+            f"{constants.HF_HUB_CACHE}; check the network, HF_ENDPOINT and proxy settings"
+        ) from None
+
+
+def _refusal(where: str, error: Exception) -> str:
+    """One line for an answer of the hub's that is not the model."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    token = "the token of HF_TOKEN (or of `hf auth login`)" if get_token() else None
+    if isinstance(error, GatedRepoError):
+        page = f"{constants.ENDPOINT}/{where.partition('@')[0]}"
+        if token:
+            return f"{where} is gated and {token} has no access; accept its terms at {page} with that account"
+        return f"{where} is gated; accept its terms at {page} and set HF_TOKEN to a token of that account"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{where}: no such revision; name a branch, tag or commit of the repository in `revision`"
+    if status == 401 and token:
+        return f"{constants.ENDPOINT} refused {token} for {where} (401), or there is no such model; check both"
+    if isinstance(error, RepositoryNotFoundError):
+        mend = f"or {token} has no access to it" if token else "or it is private and HF_TOKEN is not set"
+        return f"{constants.ENDPOINT} has no model {where} ({status}), {mend}; check the spelling of `source`"
+    if status in (401, 403):
+        mend = f"check what {token} may read" if token else "set HF_TOKEN"
+        return f"{constants.ENDPOINT} denies access to {where} ({status}); {mend}"
+    return f"{constants.ENDPOINT} answered {status} for {where}; try later, or set HF_HUB_OFFLINE=1 if it is cached"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
