@@ -44,13 +44,11 @@ class Ingress:
             for model in settings.models
         ]
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201  the name is Serve's
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._models, self._settings.api)
 
     async def _served(self, model: ModelSettings, dispatcher: ServeDispatcher) -> ServedModel:
-        local = await asyncio.to_thread(
-            store.fetch, model.source, revision=model.revision, home=state_folder()
-        )
+        local = await asyncio.to_thread(store.fetch, model.source, revision=model.revision, home=state_folder())
         return ServedModel(
             name=model.name,
             aliases=model.aliases,

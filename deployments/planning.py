@@ -15,10 +15,10 @@ from placement.plan import Plan, solve
 _FIXED_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def plan_pool(model_dir: Path, pool: PoolSettings) -> tuple[Plan, DeviceType]:
+def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, DeviceType]:
     """The plan of one replica of `pool` on this machine's devices, and what they are.
 
-    Imports torch (seconds), loads no weights.
+    Imports torch (seconds), loads no weights. `name` is the model's, for messages and the plan.
 
     Raises:
         ConfigError: the model does not fit, the devices are not there, or the settings contradict each other; one line.
@@ -34,6 +34,7 @@ def plan_pool(model_dir: Path, pool: PoolSettings) -> tuple[Plan, DeviceType]:
         plan = solve(
             footprint(
                 model_dir,
+                name=name,
                 quantization=pool.quantization,
                 double_quant=pool.double_quant,
                 dtype=_dtype(pool, "cuda" if on_gpu else "cpu"),

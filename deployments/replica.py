@@ -73,7 +73,7 @@ class Replica:
         local = await asyncio.to_thread(
             store.fetch, self._model.source, revision=self._model.revision, home=state_folder()
         )
-        plan, device_type = await asyncio.to_thread(plan_pool, local.path, self._pool)
+        plan, device_type = await asyncio.to_thread(plan_pool, self._model.name, local.path, self._pool)
         spec = EngineSpec(local.path, plan, device_type, self._limits(plan))
         started = await self._engine.start(spec)
         self._plan, self._attention = plan, started.attention

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
@@ -65,7 +65,7 @@ class EngineClient:
         await loop.run_in_executor(self._writer, self._connection.send, spec)
         return await self._started
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Stream a request's chunks up to its terminal one; leaving early aborts it."""
         if self.failure is not None:
             yield TokenChunk(request.request_id, finish_reason="error", error=self.failure)

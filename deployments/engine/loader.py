@@ -56,7 +56,9 @@ def load(model_dir: Path, plan: Plan, *, device_type: Literal["cpu", "cuda"]) ->
         _keep_float32(model)
     config = model.config.get_text_config()
     ids = _probe_ids(config.vocab_size, plan)
-    devices = [torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages]
+    devices = [
+        torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
+    ]
     copies = _own_modules(model, plan, devices)
     verify_bytes(model, plan, copies)
     expected = _plain_logits(model, ids)
@@ -121,7 +123,8 @@ def _read(model_dir: Path, plan: Plan, device_type: Literal["cpu", "cuda"]) -> P
     if (quantization := quantization_config(plan)) is not None:
         options["quantization_config"] = quantization
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, local_files_only=True, **options)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _keep_float32(model: nn.Module) -> None:
@@ -149,7 +152,8 @@ def _own_modules(model: PreTrainedModel, plan: Plan, devices: list[torch.device]
     """Copies that stages hold of their own, by "stage index:name": rotary tables; and the head, where it is tied to an
     embedding on another device, gets its own weight."""
     if len(plan.stages) > 1:
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        head: Any = model.get_output_embeddings()
+        embedding: Any = model.get_input_embeddings()
         if head is not None and head.weight is embedding.weight:
             weight = embedding.weight.detach().clone().to(devices[-1])
             head.weight = nn.Parameter(weight, requires_grad=False)
@@ -205,7 +209,7 @@ def _probe_ids(vocab_size: int, plan: Plan) -> list[int]:
 @torch.inference_mode()
 def _plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """float32 [tokens, vocab] on the CPU, of transformers' own forward."""
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
     return logits[0].float().cpu()
 
@@ -245,7 +249,7 @@ def _probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], exp
     bound = _TOLERANCE[getattr(torch, plan.dtype)]
     if not error_ratio <= bound:
         raise ConfigError(
-            f"{name} can't be served: its logits on paged attention differ from the plain forward's by {error_ratio:.2g} "
-            f"(relative RMS), over the bound of {bound:g}"
+            f"{name} can't be served: its logits on paged attention differ from the plain forward's by "
+            f"{error_ratio:.2g} (relative RMS), over the bound of {bound:g}"
         )
     log.info("%s on paged attention (torch): relative RMS error of the logits %.1e", name, error_ratio)

@@ -18,7 +18,6 @@ from deployments.engine.stages import Stage, StepRows
 T = TypeVar("T")
 
 
-
 class Pipeline:
     """Launches steps through the stages.
 

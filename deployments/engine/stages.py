@@ -185,7 +185,7 @@ class Stage:
 
 def find_decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """The stack of decoder layers inside a causal model, with its dotted name."""
-    decoder = model.get_decoder()
+    decoder: nn.Module = model.get_decoder()
     for name, module in model.named_modules():
         if module is decoder:
             return name, module
