@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deployments.errors import ConfigError
+from placement.errors import PlacementError
+from placement.hardware import parse_bytes
 
 Quantization = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
 
@@ -47,6 +50,16 @@ class PoolSettings(_Strict):
     """Ray CPUs a replica asks for; default: a fraction, so that one core starts the whole service."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """Torch threads per replica on CPU; default: cores / replicas on this machine, at least 1."""
+
+    @field_validator("max_memory", "cpu_device_memory")
+    @classmethod
+    def _sizes(cls, value: Any) -> Any:
+        for size in value.values() if isinstance(value, dict) else (value,):
+            try:
+                parse_bytes(size)
+            except PlacementError as error:
+                raise ValueError(str(error)) from None
+        return value
 
     @model_validator(mode="after")
     def _stages_match_caps(self) -> PoolSettings:
@@ -132,11 +145,26 @@ def parse_settings(args: dict[str, Any]) -> Settings:
     try:
         return Settings.model_validate(args)
     except ValidationError as error:
-        raise ConfigError("serve_config: " + "; ".join(_describe(e) for e in error.errors())) from None
+        raise ConfigError("serve_config: " + "; ".join(describe(e) for e in mistakes(error))) from None
 
 
-def _describe(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"]) or "args"
+def mistakes(error: ValidationError) -> list[Any]:
+    """Pydantic's errors without those that only follow from others: a list is "too short" where its item is wrong."""
+    found: list[Any] = list(error.errors())
+    return [e for e in found if not any(o is not e and o["loc"][: len(e["loc"])] == e["loc"] for o in found)]
+
+
+def describe(error: Any) -> str:
+    """One of pydantic's errors in a few words: the key's path below `args`, and what is wrong with it."""
+    loc = tuple(error["loc"])
+    path = ".".join(map(str, loc[3:] if loc[:3] == ("applications", 0, "args") else loc)) or "args"
     if error["type"] == "extra_forbidden":
-        return f"unknown key {path}"
+        near = get_close_matches(str(loc[-1]), _known_keys(), n=1)
+        return f"unknown key {path}" + (f"; did you mean {near[0]}?" if near else "")
+    if error["type"] == "missing":
+        return f"{path} is missing"
     return f"{path}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _known_keys() -> list[str]:
+    return [key for part in (Settings, ApiSettings, ModelSettings, PoolSettings) for key in part.model_fields]
