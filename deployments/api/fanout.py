@@ -108,7 +108,10 @@ class Fanout:
             self._inbox.put_nowait(None)
 
     async def _close(self) -> None:
-        """Cancel the choices that still run; let those that have finished end their own closing."""
+        """Cancel the choices that still run, and wait for those that have finished to end their own closing.
+
+        Cancelling this wait (servers do, once the answer is out) does not interrupt the closings.
+        """
         for index in self._unfinished:
             self._tasks[index].cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.wait(self._tasks)

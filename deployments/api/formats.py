@@ -102,10 +102,34 @@ def usage(prompt_tokens: int, output_tokens: int, cached_tokens: int) -> Json:
 
 def event(data: Json) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
+    return b"data: " + _encode(data) + b"\n\n"
+
+
+class ChunkWriter:
+    """Writes the chunks of one stream, whose common fields are encoded once.
+
+    Args:
+        head: the chunk without its choices.
+        null_usage: whether chunks say `"usage": null`, as OpenAI's do before a last one with the counts.
+    """
+
+    def __init__(self, head: Json, *, null_usage: bool) -> None:
+        self._before = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._after = (b'],"usage":null}' if null_usage else b"]}") + b"\n\n"
+
+    def write(self, choice: Json) -> bytes:
+        """The event of a chunk with one choice."""
+        return self._before + _encode(choice) + self._after
 
 
 DONE = b"data: [DONE]\n\n"
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _encode(data: Json) -> bytes:
+    return _ENCODER.encode(data).encode()
 
 
 def _choice(index: int, content: Json, logprobs: Json | None, finish_reason: str | None) -> Json:

@@ -58,12 +58,10 @@ class GenerationResponse:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = self._answer_stream(send) if self._job.stream else self._answer_whole(scope, receive, send)
         try:
-            if not await until_disconnect(receive, work):
-                self._visit.error = CLIENT_GONE
-        except asyncio.CancelledError:  # Ray Serve's way to say the same.
-            self._visit.error = CLIENT_GONE
-            raise
+            await until_disconnect(receive, work)
         finally:
+            if not self._visit.complete and self._visit.error is None:
+                self._visit.error = CLIENT_GONE  # A failure, if it was one, overwrites it with its own code.
             self._visit.output_tokens = sum(choice.output_tokens for choice in self._choices)
             self._visit.cached_tokens = self._cached_tokens()
 
@@ -92,11 +90,12 @@ class GenerationResponse:
                 raise
 
     async def _stream(self, generation: Fanout, send: Send) -> None:
-        openings = [self._format.opening(index) for index in range(len(self._choices))]
-        await send(_part(b"".join(self._event(opening) for opening in openings if opening is not None)))
+        write = formats.ChunkWriter(self._head, null_usage=self._job.include_usage).write
+        for opening in filter(None, (self._format.opening(index) for index in range(len(self._choices)))):
+            await send(_part(write(opening)))
         async for pieces in generation:
             self._visit.note_first_token()
-            await send(_part(b"".join(self._event(self._delta(index, piece)) for index, piece in pieces)))
+            await send(_part(b"".join(write(self._delta(index, piece)) for index, piece in pieces)))
         last = formats.DONE
         if self._job.include_usage:
             last = formats.event({**self._head, "choices": [], "usage": self._usage()}) + last
@@ -118,14 +117,11 @@ class GenerationResponse:
                 self._visit.granted = loop.time()
                 yield fanout
         except TimeoutError:
-            raise RequestTimeout(
-                f"the answer took longer than {self._timeout_s:g} s, the server's api.request_timeout_s: "
-                "ask for fewer tokens, or raise it"
-            ) from None
-
-    def _event(self, choice: Json) -> bytes:
-        usage: Json = {"usage": None} if self._job.include_usage else {}
-        return formats.event({**self._head, "choices": [choice], **usage})
+            if not self._visit.complete:  # Else it was the closing of choices that had said all.
+                raise RequestTimeout(
+                    f"the answer took longer than {self._timeout_s:g} s, the server's api.request_timeout_s: "
+                    "ask for fewer tokens, or raise it"
+                ) from None
 
     def _delta(self, index: int, piece: Piece) -> Json:
         return self._format.delta(index, piece.text, self._logprobs(piece.logprobs), piece.finish_reason)
@@ -149,8 +145,8 @@ class GenerationResponse:
         return sum(min(choice.cached_tokens for choice in choices) for choices in by_prompt)
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
-    """Run `work`, but cancel it, and wait for that, as soon as the client leaves. Returns whether it was finished.
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`, but cancel it, and wait for that, as soon as the client leaves.
 
     The request's body must have been read.
     """
@@ -162,10 +158,8 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) ->
         for one in (task, watcher):
             one.cancel()
         await asyncio.gather(task, watcher, return_exceptions=True)
-    if task.cancelled():
-        return False
-    task.result()
-    return True
+    if not task.cancelled():
+        task.result()
 
 
 async def _disconnected(receive: Receive) -> None:

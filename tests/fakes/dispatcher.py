@@ -19,6 +19,8 @@ class Script:
     grant_after_s: float = 0.0
     step_s: float = 0.0
     """Pause before each chunk."""
+    release_s: float = 0.0
+    """How long a release takes."""
     failure: Exception | None = None
     """Raised after the last chunk: a breach of the contract, or a bug."""
 
@@ -63,6 +65,7 @@ class FakeDispatcher:
             if script.failure is not None:
                 raise script.failure
         finally:
+            await asyncio.sleep(script.release_s)
             self.running.discard(request_id)
             self.released.append(request_id)
             if not ended:

@@ -151,3 +151,29 @@ async def test_pieces_that_have_piled_up_go_out_together(make_api: Callable[...,
     bodies = [message["body"] for message in connection.sent if message["type"] == "http.response.body"]
     assert b"".join(bodies).count(b'"content"') == 201
     assert len(bodies) == 3  # The opening, all the pieces, the end.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_end_of_the_answer_does_not_interrupt_a_release(
+    make_api: Callable[..., Api], speak: Callable[..., Script], stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Servers report a disconnect once the answer is out, while a choice cut at a stop string is still closing."""
+    caplog.set_level("INFO")
+    api = make_api(speak("ab STOP" + "c" * 40, finish="length", release_s=0.03))
+    connection = Connection(api, asking(stream=stream, stop="STOP", n=2, max_tokens=100))
+    await until(lambda: any("body" in m and not m.get("more_body", False) for m in connection.sent))
+    assert len(api.dispatcher.running) == 2
+    connection.left.set()
+    await connection.task
+    await until(lambda: not api.dispatcher.running)
+    assert len(api.dispatcher.released) == 2
+    line = json.loads(caplog.records[-1].message)
+    assert (line["status"], line["error"]) == (200, None)
+
+
+async def test_a_deadline_during_a_release_is_no_failure(
+    make_api: Callable[..., Api], speak: Callable[..., Script]
+) -> None:
+    api = make_api(speak("ab STOP", finish="length", release_s=0.3), ApiSettings(request_timeout_s=0.2))
+    streamed = events(await api.post(CHAT, json=asking(stream=True, stop="STOP")))
+    assert streamed[-1] == "data: [DONE]"
