@@ -71,6 +71,8 @@ class Baseline:
     """With no server on the machine."""
     beside: tuple[float, ...]
     """While the server was up and idle."""
+    seconds: tuple[float, ...]
+    """End to end, of every answer in all runs."""
     same_text: tuple[int, int]
     """Answers whose text equals the served one, of how many compared."""
 
@@ -152,10 +154,11 @@ class Report:
         heads = ["clients", "tokens/s", *(f"{q} p{p}" for q in ("ttft", "token", "total") for p in PERCENTILES)]
         rows = [_cells(level.summary()) for level in self.levels]
         if self.baseline:
-            rows.append(["generate()", f"{self.baseline.tokens_per_s:.1f}"])
+            totals = [_milliseconds(percentile(self.baseline.seconds, p)) for p in PERCENTILES]
+            rows.append(["generate()", f"{self.baseline.tokens_per_s:.1f}", *[""] * 2 * len(PERCENTILES), *totals])
         lines = [heads, *rows]
-        widths = [max(len(row[i]) for row in lines if i < len(row)) for i in range(len(heads))]
-        return "\n".join(" ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) for row in lines)
+        widths = [max(len(row[i]) for row in lines) for i in range(len(heads))]
+        return "\n".join(" ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in lines)
 
     def __str__(self) -> str:
         setup = ", ".join(f"{name}: {value}" for name, value in self.setup.items())
@@ -172,7 +175,11 @@ class Report:
 def _cells(summary: dict[str, Any]) -> list[str]:
     times = [summary[q][f"p{p}"] for q in ("ttft_s", "inter_token_s", "end_to_end_s") for p in PERCENTILES]
     rates = statistics.median(summary["tokens_per_s"])
-    return [str(summary["clients"]), f"{rates:.1f}", *(f"{1e3 * seconds:.0f}" for seconds in times)]
+    return [str(summary["clients"]), f"{rates:.1f}", *map(_milliseconds, times)]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}"
 
 
 def plot(report: Report, path: Path) -> None:

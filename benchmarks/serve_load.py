@@ -46,6 +46,7 @@ class Tally:
     levels: dict[int, list[tuple[Answer, ...]]]
     alone: list[float] = field(default_factory=list)
     beside: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     engine: list[float] = field(default_factory=list)
     same: int = 0
     compared: int = 0
@@ -100,7 +101,9 @@ class Benchmark:
     def _run_alone(self, when: str) -> None:
         if self._contenders and self._options.url is None:
             self._bar.set_description("generate() alone")
-            self._tally.alone.append(self._contenders.generate(prompts(when, CYCLE)).tokens_per_s)
+            run = self._contenders.generate(prompts(when, CYCLE))
+            self._tally.alone.append(run.tokens_per_s)
+            self._tally.seconds += run.seconds
             self._bar.update(CYCLE)
 
     async def _run_rounds(self, url: str) -> None:
@@ -130,6 +133,7 @@ class Benchmark:
         self._bar.set_description("generate() and the bare engine")
         run = contenders.generate(prompts(f"r{i}c{self._options.concurrency[-1]}", CYCLE))
         self._tally.beside.append(run.tokens_per_s)
+        self._tally.seconds += run.seconds
         self._tally.compare(served, run)
         self._tally.engine += contenders.first_tokens(prompts(f"r{i}c1", CYCLE))
         self._bar.update(CYCLE)
@@ -150,8 +154,13 @@ class Benchmark:
         }
         baseline = None
         if self._contenders:
-            same_text = (tally.same, tally.compared)
-            baseline = Baseline(self._contenders.sweep, tuple(tally.alone), tuple(tally.beside), same_text)
+            baseline = Baseline(
+                sweep=self._contenders.sweep,
+                alone=tuple(tally.alone),
+                beside=tuple(tally.beside),
+                seconds=tuple(tally.seconds),
+                same_text=(tally.same, tally.compared),
+            )
         levels = tuple(Level(clients, tuple(rounds)) for clients, rounds in tally.levels.items())
         return Report(setup, levels, baseline, tuple(tally.engine))
 

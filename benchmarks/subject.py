@@ -7,11 +7,11 @@ from pathlib import Path
 
 import yaml
 
-from deployments import store
 from deployments.errors import ConfigError
 from deployments.home import state_folder
 from deployments.planning import plan_pool
 from deployments.settings import ModelSettings, PoolSettings, Settings, parse_settings
+from deployments.store import fetch
 from placement import probe
 from placement.hardware import DeviceType
 from placement.plan import Plan
@@ -35,8 +35,8 @@ class Subject:
             raise ConfigError(f"{config} is no Serve config with `applications`: {error}") from None
         settings = parse_settings(applications[0]["args"])
         model = settings.models[0]
-        local = store.fetch(model.source, revision=model.revision, home=state_folder())
-        plan, device_type = plan_pool(local.path, model.pools[0])
+        local = fetch(model.source, revision=model.revision, home=state_folder())
+        plan, device_type = plan_pool(model.name, local.path, model.pools[0])
         return cls(settings, local.path, plan, device_type)
 
     @property

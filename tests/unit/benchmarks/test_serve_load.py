@@ -107,7 +107,7 @@ def report(served: dict[int, float], *, baseline: float, engine: float) -> Repor
     levels = tuple(
         Level(clients, ((answer(first=0.1, gap=(10 / rate - 0.1) / 9),),)) for clients, rate in served.items()
     )
-    return Report({"model": "m"}, levels, Baseline({"1": 9.0}, (baseline,), (1.0, 2.0), (1, 1)), (engine,))
+    return Report({"model": "m"}, levels, Baseline({"1": 9.0}, (baseline,), (1.0, 2.0), (0.5, 0.7), (1, 1)), (engine,))
 
 
 class TestGoals:
@@ -130,8 +130,8 @@ class TestGoals:
         assert not report(served, baseline=baseline, engine=engine).meets_all_goals()
 
     def test_the_better_of_the_baselines_medians_counts(self) -> None:
-        assert Baseline({}, (5.0, 6.0, 9.0), (1.0, 7.0, 8.0), (0, 0)).tokens_per_s == 7.0
-        assert Baseline({}, (), (3.0,), (0, 0)).tokens_per_s == 3.0
+        assert Baseline({}, (5.0, 6.0, 9.0), (1.0, 7.0, 8.0), (), (0, 0)).tokens_per_s == 7.0
+        assert Baseline({}, (), (3.0,), (), (0, 0)).tokens_per_s == 3.0
 
 
 class TestOutput:
@@ -140,7 +140,7 @@ class TestOutput:
     def test_table_and_json_hold_the_figures(self) -> None:
         lines = self.run.table().splitlines()
         assert lines[1].split()[:3] == ["1", "9.5", "100"]
-        assert lines[-1].split() == ["generate()", "10.0"]
+        assert lines[-1].split() == ["generate()", "10.0", "600", "680", "698"]
         assert "MISSED" not in str(self.run)
         written = json.loads(json.dumps(self.run.as_json()))
         assert written["levels"][1]["ttft_s"]["p50"] == pytest.approx(0.1)
