@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from deployments.errors import ConfigError
+from deployments.config_file import read_config
 from deployments.home import state_folder
 from deployments.planning import plan_pool
 from deployments.settings import ModelSettings, PoolSettings, Settings, parse_settings
@@ -28,12 +26,8 @@ class Subject:
 
     @classmethod
     def of(cls, config: Path) -> Subject:
-        """Raises ConfigError."""
-        try:
-            applications = yaml.safe_load(config.read_text())["applications"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise ConfigError(f"{config} is no Serve config with `applications`: {error}") from None
-        settings = parse_settings(applications[0]["args"])
+        """Fetches the model where it is not here yet. Raises ConfigError."""
+        settings = parse_settings(read_config(config).args)
         model = settings.models[0]
         local = fetch(model.source, revision=model.revision, home=state_folder())
         plan, device_type = plan_pool(model.name, local.path, model.pools[0])

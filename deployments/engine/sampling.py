@@ -219,8 +219,8 @@ def _first(scores: Tensor, ranked: Tensor, count: Tensor) -> Tensor:
     """The `count` [rows] largest of each row, lower ids first among equals: bool [rows, vocab]."""
     last = ranked.gather(-1, count[:, None] - 1)
     above, equal = scores > last, scores == last
-    room = count - above.sum(-1)
-    return above | (equal & (equal.cumsum(-1) <= room[:, None]))
+    room = count - above.sum(-1, dtype=torch.int32)
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room[:, None]))
 
 
 def _logprobs(raw: Tensor, ids: Tensor, wanted: Wanted) -> _Logprobs:
