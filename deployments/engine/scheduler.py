@@ -202,10 +202,8 @@ class Scheduler:
         while budget and len(self._running[slot]) < share and (admitted := self._admit(slot)):
             items.append(self._launch(admitted, budget))
             budget -= len(items[-1].ids)
-        if not items:
-            return None
-        plan = self._launched[slot] = StepPlan(slot, next(self._steps), tuple(items))
-        return plan
+        self._launched[slot] = StepPlan(slot, next(self._steps), tuple(items)) if items else None
+        return self._launched[slot]
 
     def complete(self, step: StepPlan, tokens: Mapping[str, int]) -> None:
         """Take back a step that ran: KV is written, and `tokens` has the id sampled for each item that samples.
@@ -253,6 +251,9 @@ class Scheduler:
             "sequences in flight differ from the launched steps": sorted(flying) == sorted(launched),
             "block tables differ from the sequences that run": self._blocks.open_tables == holding,
             "queues differ from the sequences not ended": sorted(map(id, queued)) == sorted(map(id, live)),
+            "a queue is not in order of arrival": all(
+                queue == sorted(queue, key=_by_arrival) for queue in (self._waiting, *self._running)
+            ),
             "a waiting sequence has a slot": all(s.state == "waiting" and s.slot is None for s in self._waiting),
             "a sequence is in another slot than it says": all(
                 s.state == "running" and s.slot == slot for slot, running in enumerate(self._running) for s in running
@@ -347,8 +348,7 @@ class Scheduler:
     def _launch(self, sequence: TokenSequence, budget: int) -> StepItem:
         start = sequence.computed
         end = start + min(sequence.remaining, budget)
-        sequence.computed = end
-        sequence.in_flight = True
+        sequence.computed, sequence.in_flight = end, True
         ids = tuple(sequence.ids[start:end])
         table = tuple(self._blocks.table(sequence.request_id)[: self._blocks.blocks_for(end)])
         return StepItem(sequence.request_id, start, ids, table, samples=end == len(sequence.ids))

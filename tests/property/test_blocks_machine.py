@@ -50,6 +50,14 @@ class BlockMachine(RuleBasedStateMachine):
             assert self.content[block] == (salt, known[: (index + 1) * self.size])
         self.sequences[seq_id] = (salt, known)
 
+    @rule(ids=st.lists(st.integers(0, 1), min_size=1, max_size=12), salt=st.sampled_from(["", "tenant"]))
+    def prefill(self, ids: list[int], salt: str) -> None:
+        """The common path at once, so that the cache has something to find."""
+        self.open(ids, salt)
+        newest = sorted(self.sequences).index(f"s{self.opened - 1}")
+        self.grow(newest, len(ids))
+        self.write(newest, 1.0)
+
     @precondition(lambda self: self.sequences)
     @rule(index=st.integers(0, 9), num_tokens=st.integers(0, 40))
     def grow(self, index: int, num_tokens: int) -> None:

@@ -166,12 +166,18 @@ def test_the_head_of_the_queue_is_not_overtaken() -> None:
 def test_an_admission_leaves_one_block_to_those_that_run() -> None:
     scheduler = make(num_blocks=4)
     scheduler.add("a", prompt(3), max_tokens=8)
-    scheduler.add("b", prompt(12, 1000), max_tokens=4)
+    scheduler.add("b", prompt(9, 1000), max_tokens=4)
     step = plan(scheduler)
-    assert shape(step) == [("a", 0, 3)]
+    assert shape(step) == [("a", 0, 3)]  # a and b need all four blocks between them
     done(scheduler, step)
     scheduler.finish("a")
-    assert shape(plan(scheduler)) == [("b", 0, 12)]  # alone, it may take what it needs
+    assert shape(plan(scheduler)) == [("b", 0, 9)]
+
+
+def test_alone_a_sequence_may_take_every_block() -> None:
+    scheduler = make(num_blocks=4)
+    scheduler.add("a", prompt(13), max_tokens=3)
+    assert shape(plan(scheduler)) == [("a", 0, 13)]
 
 
 def test_a_prefix_computed_by_one_is_not_computed_by_the_next() -> None:
@@ -266,21 +272,34 @@ def test_an_older_sequence_waits_for_a_younger_one_in_flight() -> None:
 
 
 def test_preempted_sequences_wait_in_order_of_arrival() -> None:
-    scheduler = make(num_blocks=3, slots=3)
-    blocks = scheduler._blocks
+    scheduler = make(num_blocks=5, slots=2)
     for index, name in enumerate("abc"):
-        scheduler.add(name, prompt(1, 1000 * index), max_tokens=11)
-    scheduler.add("d", prompt(1, 3000), max_tokens=11)
-    for slot in (0, 1):
-        done(scheduler, plan(scheduler, slot))
-    assert blocks.free_blocks == 1
-    assert [s.request_id for s in scheduler._waiting] == ["c", "d"]
+        scheduler.add(name, prompt(4, 1000 * index), max_tokens=12)
+    steps = [plan(scheduler, 0), plan(scheduler, 1)]
+    assert [shape(step) for step in steps] == [[("a", 0, 4), ("b", 0, 4)], [("c", 0, 4)]]
+    for step in steps:
+        done(scheduler, step)
+    scheduler.add("d", prompt(4, 3000), max_tokens=12)
+    young = plan(scheduler, 1)
+    assert shape(young) == [("c", 4, 1)]
+    old = plan(scheduler, 0)
+    assert shape(old) == [("a", 4, 1)]  # the last block; b waits in its slot for c
+    assert scheduler.preemptions == 0
+    done(scheduler, old)
     for _ in range(3):
-        for slot in (0, 1):
-            done(scheduler, plan(scheduler, slot))
-    done(scheduler, plan(scheduler, 0))
-    assert scheduler.schedule(1) is None
+        old = plan(scheduler, 0)
+        assert shape(old) == [("a", scheduler.sequence("a").computed - 1, 1)]
+        done(scheduler, old)
+    old = plan(scheduler, 0)  # a needs a third block: b is the youngest that isn't in flight
+    assert shape(old) == [("a", 8, 1)]
+    done(scheduler, young)
+    done(scheduler, old)
+    assert [s.request_id for s in scheduler._waiting] == ["b", "d"]
+    for _ in range(3):
+        done(scheduler, plan(scheduler, 1))
+    assert scheduler.schedule(1) is None  # c, now the youngest, needs a third block
     assert [s.request_id for s in scheduler._waiting] == ["b", "c", "d"]
+    assert scheduler.preemptions == 2
 
 
 def test_abort_frees_at_once_what_no_step_names() -> None:
@@ -405,6 +424,10 @@ def test_check_integrity_finds_each_kind_of_damage() -> None:
     def slot_of_a_waiting_one(scheduler: Scheduler) -> None:
         scheduler.sequence("c").slot = 0
 
+    def out_of_order(scheduler: Scheduler) -> None:
+        scheduler.add("d", prompt(1), max_tokens=1)
+        scheduler._waiting.reverse()
+
     def wrong_slot(scheduler: Scheduler) -> None:
         scheduler.sequence("a").slot = 1
 
@@ -416,6 +439,7 @@ def test_check_integrity_finds_each_kind_of_damage() -> None:
         forgotten_table: "block tables differ",
         lost_from_queue: "queues differ",
         slot_of_a_waiting_one: "a waiting sequence has a slot",
+        out_of_order: "not in order of arrival",
         wrong_slot: "another slot than it says",
         forgotten_sequences: "held while idle",
     }
