@@ -14,15 +14,13 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments import store
 from deployments.engine.client import EngineClient
-from deployments.engine.messages import EngineLimits, EngineSpec
+from deployments.engine.messages import EngineSpec
 from deployments.errors import EngineFailed
 from deployments.home import state_folder
-from deployments.planning import plan_pool
 from deployments.protocol import PROTOCOL_VERSION, REFUSED, GenerationRequest, TokenChunk
 from deployments.routing.admission import Admission
 from deployments.routing.reports import ReportSender
 from deployments.settings import ModelSettings, PoolSettings
-from placement import probe
 from placement.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -73,9 +71,10 @@ class Replica:
         local = await asyncio.to_thread(
             store.fetch, self._model.source, revision=self._model.revision, home=state_folder()
         )
-        plan, device_type = await asyncio.to_thread(plan_pool, self._model.name, local.path, self._pool)
-        spec = EngineSpec(local.path, plan, device_type, self._limits(plan))
+        cache_dir = state_folder() / "quantized"
+        spec = EngineSpec(self._model.name, local.path, self._pool, self._replicas_here, cache_dir)
         started = await self._engine.start(spec)
+        plan = started.plan
         self._plan, self._attention = plan, started.attention
         context = serve.get_replica_context()
         self._admission = Admission(
@@ -86,7 +85,13 @@ class Replica:
             capacity_blocks=plan.num_blocks,
             max_context=plan.max_context,
         )
-        log.info("%s/%s loaded in %.1f s: %s", self._model.name, self._pool.name, started.load_s, plan.capacity_tokens)
+        log.info(
+            "%s/%s loaded in %.1f s, %d KV tokens",
+            self._model.name,
+            self._pool.name,
+            started.load_s,
+            plan.capacity_tokens,
+        )
         sender = ReportSender(self._admission, self._ledger)
         self._reporting = asyncio.get_running_loop().create_task(sender.run())
 
@@ -143,15 +148,6 @@ class Replica:
         if self._reporting is not None:
             self._reporting.cancel()
         self._engine.stop()
-
-    def _limits(self, plan: Plan) -> EngineLimits:
-        threads = self._pool.threads or max(1, probe.cpu_cores() // (self._replicas_here * len(plan.stages)))
-        return EngineLimits(
-            max_batch_tokens=self._pool.max_batch_tokens,
-            max_sequences=self._pool.max_sequences,
-            prefix_cache=self._pool.prefix_cache,
-            threads=threads,
-        )
 
     def _admitted(self) -> Admission:
         assert self._admission is not None, "start() comes first"

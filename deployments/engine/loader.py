@@ -7,9 +7,12 @@ which would copy the layers' shared arguments again at every layer, are removed:
 from __future__ import annotations
 
 import copy
+import hashlib
+import itertools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from deployments.engine.attention import IMPLEMENTATION, PagedKv, RowSpan, UnsupportedAttention
 from deployments.engine.stages import Stage, StepRows, find_decoder, find_layers
 from deployments.errors import ConfigError
+from deployments.once import make_once
 from placement.export import device_map
 from placement.kv import LayerKv, layer_kv
 from placement.plan import Plan
@@ -45,13 +49,22 @@ class LoadedModel:
     """The attention backend in use."""
 
 
-def load(model_dir: Path, plan: Plan, *, device_type: Literal["cpu", "cuda"]) -> LoadedModel:
+def load(
+    model_dir: Path, plan: Plan, *, device_type: Literal["cpu", "cuda"], cache_dir: Path | None = None
+) -> LoadedModel:
     """Load the checkpoint in `model_dir` as `plan` says.
+
+    Args:
+        cache_dir: where a checkpoint that was quantised on the CPU is kept for the next start; None keeps none. A GPU
+            quantises faster than a disk reads, so nothing is kept for one.
 
     Raises:
         ConfigError: the loaded bytes differ from the plan, or the model does not run on paged attention.
     """
-    model = _read(model_dir, plan, device_type)
+    quantization = quantization_config(plan)
+    if quantization is not None and device_type == "cpu" and cache_dir is not None:
+        model_dir, quantization = quantized_copy(model_dir, plan, quantization, cache_dir), None
+    model = _read(model_dir, plan, quantization, device_map(plan, device_type))
     if plan.dtype == "float32":
         _keep_float32(model)
     config = model.config.get_text_config()
@@ -118,11 +131,29 @@ def verify_bytes(model: PreTrainedModel, plan: Plan, copies: dict[str, nn.Module
             )
 
 
-def _read(model_dir: Path, plan: Plan, device_type: Literal["cpu", "cuda"]) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": getattr(torch, plan.dtype), "device_map": device_map(plan, device_type)}
-    if (quantization := quantization_config(plan)) is not None:
-        options["quantization_config"] = quantization
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, local_files_only=True, **options)
+def quantized_copy(model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig, cache_dir: Path) -> Path:
+    """The checkpoint quantised as planned, as bitsandbytes saves it; made once. On the CPU, quantising takes a hundred
+    times as long as reading the result."""
+    files = [*sorted(model_dir.glob("*.safetensors")), model_dir / "config.json"]
+    stats = [f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files]
+    versions = [version(package) for package in ("bitsandbytes", "transformers")]
+    kind = [plan.quantization, str(plan.double_quant), plan.dtype]
+    key = hashlib.sha256("\n".join([*stats, *versions, *kind]).encode()).hexdigest()[:16]
+
+    def make(folder: Path) -> None:
+        log.info("quantising %s to %s, once", model_dir, plan.quantization)
+        _read(model_dir, plan, quantization, {"": "cpu"}).save_pretrained(folder)
+
+    return make_once(cache_dir / f"{plan.quantization}-{key}", make)
+
+
+def _read(
+    model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig | None, devices: dict[str, int | str]
+) -> PreTrainedModel:
+    options = {} if quantization is None else {"quantization_config": quantization}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model_dir, local_files_only=True, dtype=getattr(torch, plan.dtype), device_map=devices, **options
+    )
     model.train(False)
     return model
 
@@ -233,7 +264,7 @@ def _probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], exp
     cuts = sorted({0, len(ids) // 2, len(ids) - 1, len(ids)})
     rows = []
     try:
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in itertools.pairwise(cuts):
             span = RowSpan(start, end - start, table)
             step = StepRows(tuple(ids[start:end]), tuple(range(start, end)), (span,), tuple(range(end - start)))
             rows.append(run_stages(stages, step, plan.block_size).float().cpu())

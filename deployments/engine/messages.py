@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from deployments.protocol import GenerationRequest, TokenChunk
+from deployments.settings import PoolSettings
 from placement.plan import Plan
 
 
@@ -23,12 +23,16 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """Everything an engine process needs to start."""
+    """Everything an engine process needs to plan, load and start."""
 
+    name: str
+    """The model's, for messages and the plan."""
     model_dir: Path
-    plan: Plan
-    device_type: Literal["cpu", "cuda"]
-    limits: EngineLimits
+    pool: PoolSettings
+    replicas_here: int
+    """Replicas that share this machine's cores."""
+    cache_dir: Path
+    """Where checkpoints quantised on the CPU are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,11 @@ class Commands:
 class Started:
     """Engine to replica, once: the model is loaded and checked."""
 
-    vocab_size: int
+    plan: Plan
     attention: str
     """The attention backend in use."""
     load_s: float
+    """Seconds from the spec to here."""
 
 
 @dataclass(frozen=True, slots=True)

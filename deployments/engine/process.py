@@ -17,9 +17,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
-from deployments.engine.messages import Commands, EngineSpec, Failed, Started, StepReport
+from deployments.engine.messages import Commands, EngineLimits, EngineSpec, Failed, Started, StepReport
 from deployments.errors import HeadroomError
+from deployments.planning import plan_pool
 from deployments.protocol import TokenChunk
+from placement import probe
+from placement.plan import Plan
 
 log = logging.getLogger("headroom.engine")
 
@@ -50,9 +53,10 @@ def run(connection: Connection) -> None:
     """
     spec: EngineSpec = connection.recv()
     began = time.monotonic()
-    model = load(spec.model_dir, spec.plan, device_type=spec.device_type)
-    engine = Engine(model, spec.plan, spec.limits)
-    connection.send(Started(model.vocab_size, model.attention, time.monotonic() - began))
+    plan, device_type = plan_pool(spec.name, spec.model_dir, spec.pool)
+    model = load(spec.model_dir, plan, device_type=device_type, cache_dir=spec.cache_dir)
+    engine = Engine(model, plan, _limits(spec, plan))
+    connection.send(Started(plan, model.attention, time.monotonic() - began))
     while True:
         chunks = _take_commands(connection, engine)
         chunks += engine.step()
@@ -60,6 +64,16 @@ def run(connection: Connection) -> None:
             engine.check_integrity()
         held = tuple(engine.held())
         connection.send(StepReport(tuple(chunks), held, engine.blocks.cached_blocks, engine.scheduler.preemptions))
+
+
+def _limits(spec: EngineSpec, plan: Plan) -> EngineLimits:
+    share = max(1, probe.cpu_cores() // (spec.replicas_here * len(plan.stages)))
+    return EngineLimits(
+        max_batch_tokens=spec.pool.max_batch_tokens,
+        max_sequences=spec.pool.max_sequences,
+        prefix_cache=spec.pool.prefix_cache,
+        threads=spec.pool.threads or share,
+    )
 
 
 def _take_commands(connection: Connection, engine: Engine) -> list[TokenChunk]:
