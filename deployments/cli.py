@@ -1,0 +1,180 @@
+"""`headroom`: serve a config, fetch the embedded model, plan a placement."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from deployments import preflight, service, store
+from deployments.checkpoint import has_chat_template
+from deployments.config_file import ConfigFile, HttpOptions, read_config
+from deployments.errors import ConfigError
+from deployments.home import state_folder
+from deployments.local_ray import LocalRay
+from deployments.settings import Settings
+from deployments.survey import Survey
+from placement import probe
+from placement.export import table
+
+WATCH_S = 1.0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code: 0, or 2 with one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["plan"]:
+        from placement.__main__ import main as plan
+
+        return plan(arguments[1:])
+    options = _arguments().parse_args(arguments)
+    try:
+        if options.command == "serve":
+            return serve(_with_address(read_config(options.config), options.host, options.port), options.logs)
+        store.install_demo(_say)
+        return 0
+    except ConfigError as error:
+        print(f"headroom: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("headroom: interrupted", file=sys.stderr)
+        return 130
+
+
+def serve(file: ConfigFile, show_logs: bool = False) -> int:
+    """Check, start, and serve until SIGINT or SIGTERM; 0 when all has ended.
+
+    Raises:
+        ConfigError: it can't start, or Ray ended under it; nothing of it runs any more.
+        KeyboardInterrupt: a signal before it was ready; likewise.
+    """
+    begun = time.monotonic()
+    signal.signal(signal.SIGTERM, _interrupt)
+    home = state_folder()
+    ready = preflight.check(file, home, os.environ, _say)
+    _print_plans(ready.survey)
+    ray = LocalRay(home, cpus=probe.cpu_cores(), show_logs=show_logs)
+    try:
+        _start(ray, file)
+        _say(f"ready after {time.monotonic() - begun:.0f} s\n")
+        print(_invitation(file, ready.survey, ray), flush=True)
+        _watch(ray)
+    except KeyboardInterrupt:
+        _say("\nstopping (again to stop at once)")
+    finally:
+        _stop(ray)
+        ready.held_port.close()
+        _say(f"stopped; logs of this run are in {home / 'logs'}")
+    return 0
+
+
+def _start(ray: LocalRay, file: ConfigFile) -> None:
+    _say("starting Ray")
+    ray.start()
+    signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own handler there.
+    _say("starting Serve and the replicas")
+    service.deploy(file)
+    service.wait_until_ready(file, lambda line: _say(f"replicas running: {line}"), lambda: _check_alive(ray))
+
+
+def _watch(ray: LocalRay) -> None:
+    while True:
+        time.sleep(WATCH_S)
+        _check_alive(ray)
+
+
+def _check_alive(ray: LocalRay) -> None:
+    ray.note_processes()
+    if not ray.alive():
+        raise ConfigError("Ray's node ended by itself (out of memory, or killed); its logs say why; start again")
+
+
+def _stop(ray: LocalRay) -> None:
+    def now(_signal: int, _frame: FrameType | None) -> None:
+        ray.kill()
+        os._exit(130)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, now)
+    ray.stop()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = _Parser(prog="headroom", description="4-bit and 8-bit language models on Ray Serve.")
+    parser.add_argument("--version", action="version", version=f"headroom {importlib.metadata.version('headroom')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    start = commands.add_parser("serve", help="serve the models of a config until Ctrl-C")
+    start.add_argument("config", nargs="?", type=Path, default=Path("serve_config.yaml"), help="default: %(default)s")
+    start.add_argument("--host", help="instead of http_options.host; 0.0.0.0 serves the network")
+    start.add_argument("--port", type=int, help="instead of http_options.port")
+    start.add_argument("--logs", action="store_true", help="print what the replicas log")
+    commands.add_parser("fetch-demo", help="install the embedded model (92 MB)")
+    commands.add_parser("plan", help="where a model's layers go; `headroom plan --help`", add_help=False)
+    return parser
+
+
+def _with_address(file: ConfigFile, host: str | None, port: int | None) -> ConfigFile:
+    given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    try:
+        http = HttpOptions.model_validate({**file.config.http_options.model_dump(), **given})
+    except ValueError:
+        raise ConfigError(f"--port {port} is not a port; use 1 to 65535") from None
+    return ConfigFile(file.path, file.config.model_copy(update={"http_options": http}), file.args)
+
+
+def _print_plans(survey: Survey) -> None:
+    for planned in survey.pools:
+        print(f"\npool {planned.pool.name}, {planned.pool.replicas} replicas, each:\n{table(planned.plan)}")
+    print(flush=True)
+
+
+def _invitation(file: ConfigFile, survey: Survey, ray: LocalRay) -> str:
+    """Where it listens, and a curl line that works when pasted."""
+    http, application = file.config.http_options, file.config.application
+    url = f"http://{service.reachable_host(http.host)}:{http.port}{application.route_prefix.rstrip('/')}"
+    lines = [f"serving on {url}/v1 until Ctrl-C; try:", "", f"  {_curl(url, application.args, survey)}", ""]
+    if ray.dashboard_url:
+        lines.append(f"Ray dashboard: {ray.dashboard_url}; logs: {ray.log_folder}")
+    return "\n".join(lines)
+
+
+def _curl(url: str, settings: Settings, survey: Survey) -> str:
+    model = settings.models[0]
+    prompt: dict[str, Any]
+    if model.chat_template or has_chat_template(survey.folders[model.name]):
+        path, prompt = "chat/completions", {"messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+    else:
+        path, prompt = "completions", {"prompt": "The sky is blue because"}
+    body = json.dumps({"model": model.name, **prompt, "max_tokens": 64})
+    keys = settings.api.api_keys_env
+    authorization = f' -H "Authorization: Bearer ${{{keys}%%,*}}"' if keys else ""
+    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{authorization} -d {shlex.quote(body)}"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
