@@ -7,18 +7,18 @@ or by the caller's `aclose()` or cancellation.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import BadRequest, ContextLengthExceeded, EngineFailed, NoReplica, Overloaded, RequestError
 from deployments.protocol import REFUSED, GenerationRequest, Grant, Refusal, ReserveRequest, TokenChunk
+from deployments.routing.calls import CallFailed, answer_of, cancel, cancelled_here, one_line
 from deployments.routing.notices import NoticeSender
 from deployments.routing.router import NotSent
 from deployments.routing.view import LedgerView
@@ -87,14 +87,12 @@ class ServeDispatcher:
 
     async def is_ready(self) -> bool:
         """Whether the ledger answers and knows a replica that can take work."""
-        call: Any = self._ledger.snapshot.remote()
         try:
-            view = await asyncio.wait_for(_awaited(call), READY_LIMIT_S)
-        except (TimeoutError, RayError, RayServeException) as error:
-            logger.info("the ledger of %s does not answer: %r", self._model, error)
-            _cancel(call)
+            view: LedgerView = await answer_of(self._ledger.snapshot.remote(), READY_LIMIT_S)
+        except CallFailed as error:
+            logger.info("the ledger of %s does not answer: %s", self._model, error)
             return False
-        return bool(view.ready)
+        return view.ready
 
     async def close(self) -> None:
         """Send what is left to tell and stop the background task."""
@@ -108,17 +106,13 @@ class ServeDispatcher:
             max_tokens=request.sampling.max_tokens,
             wait_limit_s=wait_limit_s,
         )
-        call: Any = self._ledger.reserve.remote(wish)
         try:
-            answer = await call
+            answer = await answer_of(self._ledger.reserve.remote(wish))
         except asyncio.CancelledError:
-            _cancel(call)
             self._notices.cancelled(request.request_id)
-            if _is_ours():
-                raise
-            raise NotTakenUp(f"the ledger of {self._model} stopped") from None
-        except (RayError, RayServeException) as error:
-            raise NotTakenUp(f"the ledger of {self._model} is not reachable: {_text(error)}") from error
+            raise
+        except CallFailed as error:  # no notice: it could arrive after the next try and cancel that
+            raise NotTakenUp(f"the ledger of {self._model} gave no answer: {error}") from error
         if isinstance(answer, Refusal):
             raise error_of(answer)
         if not isinstance(answer, Grant):
@@ -145,7 +139,7 @@ class ServeDispatcher:
                     return
             reason = "its stream stopped without a last chunk"
         except asyncio.CancelledError:
-            if _is_ours():
+            if cancelled_here():
                 raise
             reason = "it cancelled the request, as a replica that shuts down does"
         except NotTakenUp:
@@ -154,7 +148,7 @@ class ServeDispatcher:
             reason = self._note_loss(grant, error)
         finally:
             if not ended:
-                _cancel(call)
+                cancel(call)
         if not taken_up:
             raise NotTakenUp(f"replica {grant.replica_id} was lost: {reason}")
         logger.error("request %s failed on replica %s: %s", request.request_id, grant.replica_id, reason)
@@ -167,7 +161,7 @@ class ServeDispatcher:
             self._notices.unused(grant.grant_id)
         if isinstance(error, (ReplicaUnavailableError, RayActorError)):
             self._notices.lost(grant.replica_id, grant.replica_epoch)
-        return _text(error)
+        return one_line(error)
 
 
 def error_of(refusal: Refusal) -> RequestError:
@@ -183,25 +177,3 @@ def error_of(refusal: Refusal) -> RequestError:
             return BadRequest(refusal.message, param="pool")
         case "version":
             return EngineFailed(refusal.message)
-
-
-def _is_ours() -> bool:
-    """Whether a CancelledError is this task's own. Ray raises one too when the callee was cancelled over there."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def _cancel(call: Any) -> None:
-    """Cancel a call over there. Serve's `cancel` raises again what an already failed call raised."""
-    with contextlib.suppress(RayError, RayServeException):
-        call.cancel()
-
-
-def _text(error: Exception) -> str:
-    """One line about an error; some of Serve's have their text in `message` alone, and Ray's have a traceback."""
-    lines = str(getattr(error, "message", error)).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-
-
-async def _awaited(call: DeploymentResponse[LedgerView]) -> LedgerView:
-    return await call  # wait_for takes no bare awaitable of Serve's

@@ -12,16 +12,16 @@ import contextvars
 import logging
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.protocol import IngressNotice
+from deployments.routing.calls import CallFailed, answer_of
 
 logger = logging.getLogger(__name__)
 
 RENEW_S = 1.0
 RETRY_S = 0.5
+ANSWER_LIMIT_S = 5.0
 
 
 class NoticeSender:
@@ -71,8 +71,10 @@ class NoticeSender:
 
     async def _send_forever(self) -> None:
         while True:
+            # asyncio.wait_for of Python 3.11 loses a cancellation that comes together with the event
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), RENEW_S)
+                async with asyncio.timeout(RENEW_S):
+                    await self._wake.wait()
             if not await self._send():
                 await asyncio.sleep(RETRY_S)
 
@@ -84,10 +86,10 @@ class NoticeSender:
         notice = IngressNotice(self._ingress_id, tuple(unused), tuple(cancelled), tuple(sorted(lost)))
         sent = False
         try:
-            await self._ledger.notice.remote(notice)
+            await answer_of(self._ledger.notice.remote(notice), ANSWER_LIMIT_S)
             sent = True
-        except (RayError, RayServeException) as error:
-            logger.warning("the ledger took no notice, trying again in %g s: %r", RETRY_S, error)
+        except CallFailed as error:
+            logger.warning("the ledger took no notice, trying again in %g s: %s", RETRY_S, error)
         finally:
             if not sent:
                 self._unused[:0], self._cancelled[:0] = unused, cancelled

@@ -6,12 +6,10 @@ import asyncio
 import logging
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.protocol import ReplicaState
 from deployments.routing.admission import Admission
+from deployments.routing.calls import CallFailed, answer_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +42,13 @@ class ReportSender:
         """Send one report and take in the answer."""
         state = self._admission.report()
         try:
-            epoch = await asyncio.wait_for(self._call(state), ANSWER_LIMIT_S)
-        except (TimeoutError, RayError, RayServeException) as error:
+            epoch: int = await answer_of(self._ledger.report.remote(state), ANSWER_LIMIT_S)
+        except CallFailed as error:
             if self._reached:
-                logger.warning("replica %s can't reach its ledger: %r", state.replica_id, error)
+                logger.warning("replica %s can't reach its ledger: %s", state.replica_id, error)
             self._reached = False
             return
         if not self._reached:
             logger.info("replica %s reaches its ledger again", state.replica_id)
         self._reached = True
         self._admission.acknowledge(state.sequence, epoch)
-
-    async def _call(self, state: ReplicaState) -> int:
-        call: Any = self._ledger.report.remote(state)
-        try:
-            return int(await call)
-        except asyncio.CancelledError:
-            call.cancel()
-            raise

@@ -8,6 +8,7 @@ turns one pending call into one replica leaves that loop unused. Written against
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from typing import Any
 
@@ -83,10 +84,9 @@ class GrantRouter(RequestRouter):
     async def _news(self, limit_s: float | None) -> None:
         """Wait until Serve tells of a change, or for `limit_s` seconds."""
         self._replicas_updated_event.clear()
-        try:
-            await asyncio.wait_for(self._replicas_updated_event.wait(), limit_s)
-        except TimeoutError:
-            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._replicas_updated_event.wait()
 
 
 def grant_of(pending_request: PendingRequest | None) -> Grant | None:

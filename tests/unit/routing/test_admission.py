@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from deployments.protocol import Grant
+from deployments.routing.admission import Admission
+
+GRANT = Grant("g", "q", "default", "r0", 3, 7, 2, expires_at=10.0)
+
+
+def admission(ledger_epoch: int = 7) -> Admission:
+    built = Admission(replica_id="r0", pool="default", epoch=3, block_size=16, capacity_blocks=10, max_context=160)
+    built.acknowledge(0, ledger_epoch)
+    return built
+
+
+@pytest.mark.parametrize(
+    ("grant", "now", "words"),
+    [
+        (None, 0.0, "no grant"),
+        (replace(GRANT, replica_id="r1"), 0.0, "names replica r1"),
+        (replace(GRANT, replica_epoch=2), 0.0, "epoch 2"),
+        (replace(GRANT, ledger_epoch=6), 0.0, "ledger 7 has taken over"),
+        (GRANT, 10.0, "expired 0.0 s ago"),
+    ],
+)
+def test_what_is_not_taken_up(grant: Grant | None, now: float, words: str) -> None:
+    own = admission()
+    assert words in (own.take_up(grant, now) or "")
+    assert own.report().held == ()
+
+
+def test_a_grant_is_taken_up_once() -> None:
+    own = admission()
+    assert own.take_up(GRANT, 9.9) is None
+    own.end("g", prompt_tokens=1, output_tokens=1)
+    assert "before" in (own.take_up(GRANT, 9.9) or "")
+
+
+def test_spent_grants_are_forgotten_after_their_expiry() -> None:
+    own = admission()
+    for k in range(100):
+        own.take_up(replace(GRANT, grant_id=f"g{k}", expires_at=10.0 + k), 9.0 + k)
+    assert len(own._spent) == 1
+
+
+def test_a_draining_replica_refuses_and_says_so() -> None:
+    own = admission()
+    own.report()
+    own.drain()
+    assert own.changed
+    assert "draining" in (own.take_up(GRANT, 0.0) or "")
+    assert own.report().draining
+
+
+def test_held_is_the_more_of_granted_and_used() -> None:
+    own = admission()
+    own.take_up(GRANT, 0.0)
+    assert own.report().held == (("g", 2),)
+    own.hold("g", 1)
+    assert not own.changed
+    own.hold("g", 5)
+    assert own.changed
+    assert own.report().held == (("g", 5),)
+
+
+def test_what_ended_is_reported_until_acknowledged() -> None:
+    own = admission()
+    own.take_up(GRANT, 0.0)
+    own.end("g", prompt_tokens=16, output_tokens=9)
+    lost, kept = own.report(), own.report()
+    assert lost.ended == kept.ended == (("g", 16, 9),)
+    assert kept.sequence == lost.sequence + 1
+    own.acknowledge(kept.sequence, 7)
+    assert own.report().ended == ()
+
+
+def test_an_answer_to_an_older_report_keeps_what_ended_since() -> None:
+    own = admission()
+    own.take_up(GRANT, 0.0)
+    early = own.report()
+    own.end("g", prompt_tokens=16, output_tokens=9)
+    own.acknowledge(early.sequence, 7)
+    assert own.report().ended == (("g", 16, 9),)
+
+
+def test_a_new_ledger_is_owed_a_report_that_knows_it() -> None:
+    own = admission()
+    first = own.report()
+    assert not own.changed
+    own.acknowledge(first.sequence, 8)
+    assert own.changed
+    assert own.report().ledger_epoch == 8
+    own.acknowledge(2, 7)  # the old ledger lingers
+    assert own.report().ledger_epoch == 8

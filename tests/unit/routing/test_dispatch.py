@@ -1,0 +1,292 @@
+"""The dispatcher against handles that answer like Serve's, without Serve."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayError
+
+from deployments.errors import (
+    BadRequest,
+    ContextLengthExceeded,
+    EngineFailed,
+    NoReplica,
+    Overloaded,
+    RequestError,
+)
+from deployments.protocol import (
+    REFUSED,
+    GenerationRequest,
+    Grant,
+    IngressNotice,
+    Refusal,
+    RefusalKind,
+    ReserveRequest,
+    Sampling,
+    TokenChunk,
+)
+from deployments.routing.dispatch import ServeDispatcher, error_of
+from deployments.routing.router import NotSent
+
+REQUEST = GenerationRequest("q", (1, 2, 3), Sampling(max_tokens=4, seed=0))
+TAKEN = TokenChunk("q")
+
+
+class Call:
+    """A Serve response: awaitable or iterable, and to be cancelled."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.cancelled = False
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._get().__await__()
+
+    async def _get(self) -> Any:
+        answer = self.answer() if callable(self.answer) else self.answer
+        if isinstance(answer, Awaitable):
+            answer = await answer
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for item in self.answer:
+            await asyncio.sleep(0)
+            if isinstance(item, BaseException):
+                raise item
+            if callable(item):
+                await item()
+            else:
+                yield item
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Method:
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        self._answer = answer
+        self.calls: list[Call] = []
+
+    def remote(self, *args: Any) -> Call:
+        self.calls.append(Call(self._answer(*args)))
+        return self.calls[-1]
+
+
+class World:
+    """A ledger handle and a pool handle with scripts of answers."""
+
+    def __init__(self, reserves: list[Any], streams: list[Any]) -> None:
+        self.reserves, self.streams = list(reserves), list(streams)
+        self.wishes: list[ReserveRequest] = []
+        self.sent: list[GenerationRequest] = []
+        self.notices: list[IngressNotice] = []
+        self.reserve = Method(self._reserve)
+        self.generate = Method(self._generate)
+        self.notice = Method(self._notice)
+        self.snapshot = Method(lambda: RayError("no ledger"))
+        self.dispatcher = ServeDispatcher("m", "in", self, {"default": self})  # type: ignore[arg-type, dict-item]
+
+    def options(self, *, stream: bool) -> World:
+        assert stream
+        return self
+
+    def _reserve(self, wish: ReserveRequest) -> Any:
+        self.wishes.append(wish)
+        return self.reserves.pop(0)
+
+    def _generate(self, request: GenerationRequest) -> Any:
+        self.sent.append(request)
+        return self.streams.pop(0)
+
+    def _notice(self, notice: IngressNotice) -> int:
+        self.notices.append(notice)
+        return 7
+
+    async def told(self) -> tuple[list[str], list[str], list[tuple[str, int]]]:
+        """(unused, cancelled, lost) in all notices."""
+        await self.dispatcher.close()
+        return (
+            [key for notice in self.notices for key in notice.unused],
+            [key for notice in self.notices for key in notice.cancelled],
+            [pair for notice in self.notices for pair in notice.lost],
+        )
+
+
+def grant(number: int = 1) -> Grant:
+    return Grant(f"g{number}", "q", "default", f"r{number}", 1, 7, 1, 1e12)
+
+
+def text(*ids: int, finish: Any = None) -> TokenChunk:
+    return TokenChunk("q", ids, finish_reason=finish)
+
+
+async def run(world: World, wait: float = 5.0) -> list[TokenChunk]:
+    chunks = await world.dispatcher.dispatch(REQUEST, wait_limit_s=wait)
+    return [chunk async for chunk in chunks]
+
+
+async def test_a_request_is_granted_sent_and_streamed() -> None:
+    world = World([grant()], [[TAKEN, text(5), text(6, finish="length")]])
+    assert await run(world) == [text(5), text(6, finish="length")]
+    assert world.wishes[0].prompt_tokens == 3
+    assert world.wishes[0].max_tokens == 4
+    assert world.sent[0].grant == grant()
+    assert not world.generate.calls[0].cancelled
+    assert await world.told() == ([], [], [])
+
+
+async def test_dispatch_returns_before_the_first_token() -> None:
+    gate = asyncio.Event()
+    world = World([grant()], [[TAKEN, gate.wait, text(5, finish="stop")]])
+    chunks = await asyncio.wait_for(world.dispatcher.dispatch(REQUEST, wait_limit_s=5.0), 1.0)
+    gate.set()
+    assert [chunk async for chunk in chunks] == [text(5, finish="stop")]
+    await world.dispatcher.close()
+
+
+async def test_a_first_chunk_with_tokens_is_not_lost() -> None:
+    world = World([grant()], [[text(5, finish="stop")]])
+    assert await run(world) == [text(5, finish="stop")]
+    await world.dispatcher.close()
+
+
+@pytest.mark.parametrize(
+    ("failure", "unused", "lost"),
+    [
+        ([TokenChunk("q", finish_reason="error", error=REFUSED + "expired")], ["g1"], []),
+        ([NotSent("r1")], ["g1"], [("r1", 1)]),
+        ([ActorDiedError()], [], [("r1", 1)]),
+        ([RayError("the replica raised")], [], []),
+        ([], [], []),
+        ([asyncio.CancelledError()], [], []),
+    ],
+    ids=["refused", "not sent", "died", "raised", "ended early", "cancelled over there"],
+)
+async def test_lost_before_the_take_up_is_tried_again(
+    failure: list[Any], unused: list[str], lost: list[tuple[str, int]]
+) -> None:
+    world = World([grant(1), grant(2)], [failure, [TAKEN, text(5, finish="stop")]])
+    assert await run(world) == [text(5, finish="stop")]
+    assert [request.grant for request in world.sent] == [grant(1), grant(2)]
+    assert world.wishes[1].wait_limit_s < world.wishes[0].wait_limit_s
+    assert await world.told() == (unused, [], lost)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [[ActorDiedError()], [RayError("x")], [], [asyncio.CancelledError()]],
+    ids=["died", "raised", "ended", "cut"],
+)
+async def test_lost_after_the_take_up_ends_in_one_error_chunk(failure: list[Any]) -> None:
+    world = World([grant()], [[TAKEN, text(5), *failure]])
+    chunks = await run(world)
+    assert chunks[0] == text(5)
+    assert [chunk.finish_reason for chunk in chunks] == [None, "error"]
+    assert "replica r1 failed" in (chunks[-1].error or "")
+    await world.dispatcher.close()
+
+
+async def test_an_error_of_the_engine_passes_through() -> None:
+    failed = TokenChunk("q", finish_reason="error", error="out of memory")
+    world = World([grant()], [[TAKEN, failed]])
+    assert await run(world) == [failed]
+    assert not world.generate.calls[0].cancelled
+    await world.dispatcher.close()
+
+
+async def test_closing_cancels_the_replicas_call_once() -> None:
+    world = World([grant()], [[TAKEN, text(5), text(6)]])
+    chunks = await world.dispatcher.dispatch(REQUEST, wait_limit_s=5.0)
+    await chunks.aclose()
+    await chunks.aclose()
+    assert world.generate.calls[0].cancelled
+    assert await world.told() == ([], [], [])
+
+
+async def test_cancelling_while_it_waits_tells_the_ledger() -> None:
+    world = World([lambda: asyncio.sleep(60)], [])
+    task = asyncio.create_task(world.dispatcher.dispatch(REQUEST, wait_limit_s=60.0))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert world.reserve.calls[0].cancelled
+    assert await world.told() == ([], ["q"], [])
+
+
+async def test_cancelling_before_the_take_up_cancels_the_call() -> None:
+    gate = asyncio.Event()
+    world = World([grant()], [[gate.wait, TAKEN]])
+    task = asyncio.create_task(world.dispatcher.dispatch(REQUEST, wait_limit_s=60.0))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert world.generate.calls[0].cancelled
+    assert len(world.sent) == 1
+    await world.dispatcher.close()
+
+
+async def test_an_unreachable_ledger_is_tried_until_the_deadline() -> None:
+    world = World([RayError("gone")] * 20, [])
+    with pytest.raises(NoReplica, match="ledger of m gave no answer"):
+        await run(world, wait=0.3)
+    assert 2 <= len(world.wishes) <= 5  # after 0, 0.05, 0.15 s
+    assert await world.told() == ([], [], [])
+
+
+async def test_a_reserve_cancelled_over_there_is_tried_again() -> None:
+    world = World([asyncio.CancelledError(), grant()], [[TAKEN, text(5, finish="stop")]])
+    assert await run(world) == [text(5, finish="stop")]
+    assert await world.told() == ([], [], [])  # a late "cancelled" would end the second try
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("too_long", ContextLengthExceeded),
+        ("queue_full", Overloaded),
+        ("deadline", Overloaded),
+        ("no_replica", NoReplica),
+        ("unknown_pool", BadRequest),
+        ("version", EngineFailed),
+    ],
+)
+async def test_a_refusal_is_raised_and_not_tried_again(kind: RefusalKind, error: type[RequestError]) -> None:
+    refusal = Refusal("q", kind, "because", retry_after_s=3)
+    world = World([refusal], [])
+    with pytest.raises(error, match="because"):
+        await run(world)
+    assert type(error_of(refusal)) is error
+    assert error_of(refusal).retry_after_s == (3 if kind in ("queue_full", "deadline", "no_replica") else None)
+    await world.dispatcher.close()
+
+
+async def test_not_ready_without_a_ledger() -> None:
+    assert not await World([], []).dispatcher.is_ready()
+
+
+async def test_the_lease_is_renewed_without_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.routing.notices.RENEW_S", 0.01)
+    world = World([grant()], [[TAKEN, text(5, finish="stop")]])
+    await run(world)
+    await asyncio.sleep(0.1)
+    assert len(world.notices) >= 3
+    await world.dispatcher.close()
+
+
+async def test_a_notice_that_was_not_taken_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.routing.notices.RETRY_S", 0.01)
+    world = World([grant(1), grant(2)], [[NotSent("r1")], [TAKEN, text(5, finish="stop")]])
+    fails = [RayError("down"), RayError("down")]
+    taken = world.notice._answer
+    world.notice._answer = lambda notice: fails.pop() if fails else taken(notice)
+    await run(world)
+    await asyncio.sleep(0.1)
+    assert not fails
+    assert await world.told() == (["g1"], [], [("r1", 1)])

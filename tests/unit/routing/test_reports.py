@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import RayError
+
+from deployments.protocol import Grant, ReplicaState
+from deployments.routing import reports
+from deployments.routing.admission import Admission
+from deployments.routing.reports import ReportSender
+
+
+class LedgerHandle:
+    """Counts reports; fails while told to."""
+
+    def __init__(self) -> None:
+        self.heard: list[ReplicaState] = []
+        self.failing = False
+        self.report = self
+
+    def remote(self, state: ReplicaState) -> Any:
+        async def answer() -> int:
+            if self.failing:
+                raise RayError("down")
+            self.heard.append(state)
+            return 7
+
+        return answer()
+
+
+def sender() -> tuple[Admission, LedgerHandle, ReportSender]:
+    own = Admission(replica_id="r0", pool="p", epoch=1, block_size=16, capacity_blocks=10, max_context=160)
+    ledger = LedgerHandle()
+    return own, ledger, ReportSender(own, ledger)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def ten_times_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOOK_S", "EVERY_S", "HEARTBEAT_S"):
+        monkeypatch.setattr(reports, name, getattr(reports, name) / 10)
+
+
+async def test_a_new_ledger_hears_twice_at_once_then_by_heartbeat() -> None:
+    _, ledger, reporting = sender()
+    task = asyncio.create_task(reporting.run())
+    await asyncio.sleep(0.05)
+    assert [state.ledger_epoch for state in ledger.heard] == [0, 7]
+    await asyncio.sleep(0.25)
+    task.cancel()
+    assert 3 <= len(ledger.heard) <= 5
+
+
+async def test_changes_are_reported_at_most_each_100_ms() -> None:
+    own, ledger, reporting = sender()
+    task = asyncio.create_task(reporting.run())
+    await asyncio.sleep(0.05)
+    before = len(ledger.heard)
+    for k in range(20):
+        own.take_up(Grant(f"g{k}", "q", "p", "r0", 1, 7, 1, 1e12), 0.0)
+        await asyncio.sleep(0.002)
+    await asyncio.sleep(0.03)
+    task.cancel()
+    assert len(ledger.heard[-1].held) == 20
+    assert 2 <= len(ledger.heard) - before <= 8
+
+
+async def test_a_ledger_that_comes_back_hears_what_ended_meanwhile() -> None:
+    own, ledger, reporting = sender()
+    own.take_up(Grant("g", "q", "p", "r0", 1, 7, 1, 1e12), 0.0)
+    own.end("g", prompt_tokens=1, output_tokens=2)
+    ledger.failing = True
+    await reporting.send()
+    ledger.failing = False
+    await reporting.send()
+    await reporting.send()
+    assert [state.ended for state in ledger.heard] == [(("g", 1, 2),), ()]
