@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import shlex
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from deployments import preflight, service, store
+from deployments import __version__, preflight, service, store
 from deployments.checkpoint import has_chat_template
 from deployments.config_file import ConfigFile, HttpOptions, read_config
 from deployments.errors import ConfigError
@@ -122,7 +121,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 def _arguments() -> argparse.ArgumentParser:
     parser = _Parser(prog="headroom", description="4-bit and 8-bit language models on Ray Serve.")
-    parser.add_argument("--version", action="version", version=f"headroom {importlib.metadata.version('headroom')}")
+    parser.add_argument("--version", action="version", version=f"headroom {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     start = commands.add_parser("serve", help="serve the models of a config until Ctrl-C")
     start.add_argument("config", nargs="?", type=Path, default=Path("serve_config.yaml"), help="default: %(default)s")

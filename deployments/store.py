@@ -163,7 +163,7 @@ def _convert(source: Path, folder: Path, progress: Progress) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """For a Python process of our own: this process's, with this package importable whatever the working directory, and no network."""
+    """This process's, for a Python process of ours: this package importable from any folder, and no network."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
