@@ -195,7 +195,7 @@ class Scheduler:
         items = [self._launch(s, 1) for s in self._decodes(slot, budget) if self._make_room(s)]
         budget -= len(items)
         for sequence in self._running[slot]:
-            if budget and not sequence.in_flight and sequence.remaining > 1:
+            if budget and sequence.remaining > 1:
                 items.append(self._launch(sequence, budget))
                 budget -= len(items[-1].ids)
         share = self._even_share()

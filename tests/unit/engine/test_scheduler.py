@@ -195,6 +195,14 @@ def test_a_prefix_computed_by_one_is_not_computed_by_the_next() -> None:
     assert scheduler._blocks.table("a")[:2] == scheduler._blocks.table("b")[:2]
 
 
+def test_a_prompt_that_fits_only_by_its_cached_prefix_is_admitted() -> None:
+    scheduler = make(num_blocks=6)
+    scheduler.add("a", prompt(13), max_tokens=3)
+    done(scheduler, plan(scheduler))
+    scheduler.add("b", prompt(13), max_tokens=3)  # four blocks, three of them shared; two are free
+    assert shape(plan(scheduler)) == [("a", 13, 1), ("b", 12, 1)]
+
+
 def squeezed() -> Scheduler:
     """Three sequences of one full block each in one slot, all decoding, with one block free."""
     scheduler = make(num_blocks=4)
