@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,9 +47,12 @@ class Answer:
 
 
 def rate(answers: Sequence[Answer]) -> float:
-    """Output tokens per second, from the first request's sending to the last answer's end."""
-    wall = max(a.ended for a in answers) - min(a.sent for a in answers)
-    return sum(a.output_tokens for a in answers) / wall
+    """Output tokens per second of the time in which at least one request was under way."""
+    busy, until = 0.0, -math.inf
+    for answer in sorted(answers, key=lambda a: a.sent):
+        busy += max(0.0, answer.ended - max(answer.sent, until))
+        until = max(until, answer.ended)
+    return sum(a.output_tokens for a in answers) / busy
 
 
 async def run_clients(

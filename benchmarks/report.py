@@ -112,6 +112,8 @@ class Report:
     baseline: Baseline | None
     engine_first_token_s: tuple[float, ...]
     """Of the bare engine, one request at a time; empty when it was not measured."""
+    added_s: tuple[float, ...]
+    """Client's less the bare engine's time to the first token, prompt by prompt, in the order of the field above."""
 
     def level(self, clients: int) -> Level | None:
         """The level of that many clients, if it was run."""
@@ -120,16 +122,13 @@ class Report:
     def goals(self) -> list[Goal]:
         """Those that this run measured."""
         goals: list[Goal] = []
-        one = self.level(1)
         for clients, wanted in ((MANY, GOAL_MANY), (1, GOAL_ONE)):
             if self.baseline and (level := self.level(clients)):
                 ratio = statistics.median(level.rates) / self.baseline.tokens_per_s
                 goals.append(Goal(f"tokens/s at {clients} over sequential generate()", ratio, wanted, True, "x"))
-        if one and self.engine_first_token_s:
-            served = percentile(one.pooled(lambda a: [a.ttft]), 50)
-            added = served - percentile(self.engine_first_token_s, 50)
+        if self.added_s:
             name = "added to the first token at p50 by HTTP, router and ledger"
-            goals.append(Goal(name, added * 1e3, GOAL_ADDED_S * 1e3, False, " ms"))
+            goals.append(Goal(name, 1e3 * percentile(self.added_s, 50), 1e3 * GOAL_ADDED_S, False, " ms"))
         return goals
 
     def meets_all_goals(self) -> bool:
@@ -146,6 +145,7 @@ class Report:
             if self.baseline is None
             else {**asdict(self.baseline), "rate": self.baseline.tokens_per_s},
             "engine_first_token_s": list(self.engine_first_token_s),
+            "added_s": list(self.added_s),
             "goals": [{**asdict(goal), "met": goal.met} for goal in self.goals()],
         }
 

@@ -3,11 +3,11 @@
     python -m benchmarks.serve_load                          starts `headroom serve serve_config.yaml` itself
     python -m benchmarks.serve_load --url http://host:8000   measures one that runs; --config says what it serves
 
-Every round runs each number of clients and then, while the server is idle, the sequential baseline and the bare engine,
-so that a slow spell of the machine hits all of them. The baseline runs twice more with no server beside it (before it
-starts, after it stops), and the better of the two medians counts. Prompts are chat turns that no cache has seen,
-answered greedily and with `ignore_eos`, so that all answers are equally long. The baseline gets the first prompts of
-the round's last level, the bare engine those of its one-client level.
+Every round begins with one client whose requests alternate, prompt by prompt, with the sequential baseline and the bare
+engine, so that a slow spell of the machine hits all three; then come the larger numbers of clients. The baseline runs
+twice more with no server beside it (before it starts, after it stops), and the better of the two medians counts.
+Prompts are chat turns that no cache has seen, answered greedily and with `ignore_eos`, so that all answers are equally
+long.
 """
 
 from __future__ import annotations
@@ -48,25 +48,23 @@ class Tally:
     beside: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     engine: list[float] = field(default_factory=list)
+    added: list[float] = field(default_factory=list)
     same: int = 0
     compared: int = 0
 
-    def compare(self, served: Sequence[Answer], run: SequentialRun) -> None:
-        """Check that both sides saw the same prompts, and count equal answers.
+    def compare(self, answer: Answer, run: SequentialRun) -> None:
+        """Check that both sides saw the same prompt, and count equal answers.
 
         Raises:
-            LoadFailed: a prompt has another length in tokens on the two sides.
+            LoadFailed: the prompt has another length in tokens on the two sides.
         """
-        by_prompt = {answer.prompt: answer for answer in served}
-        for prompt, tokens, text in zip(run.prompts, run.prompt_tokens, run.texts, strict=True):
-            answer = by_prompt[prompt]
-            if answer.prompt_tokens != tokens:
-                raise LoadFailed(
-                    f"the server counts {answer.prompt_tokens} prompt tokens where generate() has {tokens}: "
-                    "--config is not what the server serves"
-                )
-            self.same += answer.text == text
-            self.compared += 1
+        if (answer.prompt_tokens,) != run.prompt_tokens:
+            raise LoadFailed(
+                f"the server counts {answer.prompt_tokens} prompt tokens where generate() has {run.prompt_tokens[0]}: "
+                "--config is not what the server serves"
+            )
+        self.same += (answer.text,) == run.texts
+        self.compared += 1
 
 
 class Benchmark:
@@ -109,34 +107,45 @@ class Benchmark:
     async def _run_rounds(self, url: str) -> None:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600), limits=limits) as http:
-            await self._load(http, "first", clients=4, count=CYCLE)
+            await self._load(http, prompts("first", CYCLE), clients=4)
             for i in range(self._options.rounds):
                 for clients in self._options.concurrency:
-                    served = await self._load(http, f"r{i}c{clients}", clients=clients, count=_requests(clients))
-                    self._tally.levels[clients].append(served)
-                if self._contenders:
-                    self._run_contenders(self._contenders, i, served)
+                    texts = prompts(f"r{i}c{clients}", _requests(clients))
+                    if clients == 1 and self._contenders:
+                        answers = await self._alternate(http, texts, self._contenders)
+                    else:
+                        answers = await self._load(http, texts, clients=clients)
+                    self._tally.levels[clients].append(tuple(answers))
 
-    async def _load(self, http: httpx.AsyncClient, tag: str, *, clients: int, count: int) -> tuple[Answer, ...]:
-        self._bar.set_description(f"{clients} clients")
-        answers = await run_clients(
+    async def _load(self, http: httpx.AsyncClient, texts: Sequence[str], *, clients: int) -> list[Answer]:
+        self._bar.set_description(f"{clients} clients" if clients > 1 else "1 client")
+        return await run_clients(
             http,
             self._subject.model.name,
-            prompts(tag, count),
+            texts,
             clients=clients,
             output_tokens=self._options.output_tokens,
             done=self._bar.update,
         )
-        return tuple(answers)
 
-    def _run_contenders(self, contenders: Contenders, i: int, served: Sequence[Answer]) -> None:
-        self._bar.set_description("generate() and the bare engine")
-        run = contenders.generate(prompts(f"r{i}c{self._options.concurrency[-1]}", CYCLE))
-        self._tally.beside.append(run.tokens_per_s)
-        self._tally.seconds += run.seconds
-        self._tally.compare(served, run)
-        self._tally.engine += contenders.first_tokens(prompts(f"r{i}c1", CYCLE))
-        self._bar.update(CYCLE)
+    async def _alternate(self, http: httpx.AsyncClient, texts: Sequence[str], contenders: Contenders) -> list[Answer]:
+        """Each prompt through HTTP, `generate()` and the bare engine, one at a time."""
+        tally = self._tally
+        answers: list[Answer] = []
+        seconds: list[float] = []
+        for text in texts:
+            [answer] = await self._load(http, [text], clients=1)
+            run = contenders.generate([text])
+            [first] = contenders.first_tokens([text])
+            tally.compare(answer, run)
+            tally.engine.append(first)
+            tally.added.append(answer.ttft - first)
+            answers.append(answer)
+            seconds += run.seconds
+            self._bar.update()
+        tally.seconds += seconds
+        tally.beside.append(len(texts) * self._options.output_tokens / sum(seconds))
+        return answers
 
     def _report(self) -> Report:
         tally, plan = self._tally, self._subject.plan
@@ -162,7 +171,7 @@ class Benchmark:
                 same_text=(tally.same, tally.compared),
             )
         levels = tuple(Level(clients, tuple(rounds)) for clients, rounds in tally.levels.items())
-        return Report(setup, levels, baseline, tuple(tally.engine))
+        return Report(setup, levels, baseline, tuple(tally.engine), tuple(tally.added))
 
 
 def _requests(clients: int) -> int:
@@ -212,6 +221,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.goals and options.no_baseline:
         parser.error("--goals compares with the baseline: drop --no-baseline")
+    if not options.no_baseline and 1 not in options.concurrency:
+        parser.error("the baseline alternates with one client: add 1 to --concurrency, or give --no-baseline")
     return options
 
 

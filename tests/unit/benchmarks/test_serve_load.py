@@ -48,9 +48,16 @@ class TestArithmetic:
         assert one.gaps == pytest.approx([0.02, 0.02])
         assert one.end_to_end == pytest.approx(0.34)
 
-    def test_rate_is_over_the_wall_time_of_all(self) -> None:
-        early, late = answer(sent=0.0, first=1.0, gap=0.0), answer(sent=1.0, first=3.0, gap=0.0)
-        assert rate([early, late]) == pytest.approx(20 / 4)
+    @pytest.mark.parametrize(
+        ("second_sent", "second_took", "busy"),
+        [(1.0, 3.0, 4.0), (0.5, 1.5, 2.0), (0.2, 0.3, 1.0), (5.0, 2.0, 3.0)],
+        ids=["one after the other", "overlapping", "one within the other", "with a pause between"],
+    )
+    def test_rate_is_over_the_time_that_any_was_under_way(
+        self, second_sent: float, second_took: float, busy: float
+    ) -> None:
+        answers = [answer(sent=second_sent, first=second_took, gap=0.0), answer(sent=0.0, first=1.0, gap=0.0)]
+        assert rate(answers) == pytest.approx(20 / busy)
 
 
 def stream_body(pieces: Sequence[str], tokens: int) -> bytes:
@@ -107,7 +114,13 @@ def report(served: dict[int, float], *, baseline: float, engine: float) -> Repor
     levels = tuple(
         Level(clients, ((answer(first=0.1, gap=(10 / rate - 0.1) / 9),),)) for clients, rate in served.items()
     )
-    return Report({"model": "m"}, levels, Baseline({"1": 9.0}, (baseline,), (1.0, 2.0), (0.5, 0.7), (1, 1)), (engine,))
+    return Report(
+        {"model": "m"},
+        levels,
+        Baseline({"1": 9.0}, (baseline,), (1.0, 2.0), (0.5, 0.7), (1, 1)),
+        (engine,),
+        (0.1 - engine,),
+    )
 
 
 class TestGoals:
