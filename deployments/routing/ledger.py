@@ -257,8 +257,8 @@ class Ledger:
 
     def _hopeless(self, request: ReserveRequest, size: Size) -> Refusal | None:
         pool = request.pool
-        living = [a for a in self._accounts.values() if a.alive and (pool is None or a.state.pool == pool)]
-        return refusals.hopeless(self.config, request, size, living)
+        known = [a for a in self._accounts.values() if pool is None or a.state.pool == pool]
+        return refusals.hopeless(self.config, request, size, known, alive=any(a.alive for a in known))
 
     def _refuse_late(self, request: ReserveRequest, now: float) -> Refusal:
         size = self._lengths.size(request.prompt_tokens, request.max_tokens)

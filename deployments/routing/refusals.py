@@ -37,22 +37,33 @@ def malformed(config: LedgerConfig, request: ReserveRequest) -> Refusal | None:
     return None
 
 
-def hopeless(config: LedgerConfig, request: ReserveRequest, size: Size, living: Sequence[Candidate]) -> Refusal | None:
-    """No replica lives, or none that lives could hold the request even if it were empty."""
-    if not living:
+def hopeless(
+    config: LedgerConfig, request: ReserveRequest, size: Size, known: Sequence[Candidate], *, alive: bool
+) -> Refusal | None:
+    """No replica lives, or none that is known could hold the request even if it were empty.
+
+    Args:
+        config: of the ledger.
+        request: the request.
+        size: its size.
+        known: replicas of its pool, those that fell silent a moment ago included: what fits one of them is worth
+            waiting for, and must not be told that it is too long.
+        alive: whether any of them is alive.
+    """
+    if not alive:
         where = f"model {config.model}" + (f", pool {request.pool}" if request.pool else "")
         text = f"no replica of {where} is alive. Try again, or see the service's log"
         return Refusal(request.request_id, "no_replica", text, retry_after_s=max(1, int(config.lease_s)))
-    if any(fits_ever(replica, size) for replica in living):
+    if any(fits_ever(replica, size) for replica in known):
         return None
-    context = max(replica.max_context for replica in living)
+    context = max(replica.max_context for replica in known)
     if request.prompt_tokens + 1 > context:
         text = (
             f"the prompt has {request.prompt_tokens} tokens and needs room for at least 1 of output; "
             f"the longest context of {config.model} is {context} tokens. Shorten the prompt"
         )
     else:
-        capacity = max(replica.capacity_blocks * replica.block_size for replica in living)
+        capacity = max(replica.capacity_blocks * replica.block_size for replica in known)
         text = (
             f"{request.prompt_tokens} prompt tokens and {request.max_tokens} max_tokens need "
             f"{request.prompt_tokens + request.max_tokens} tokens of KV cache; the largest replica of "

@@ -237,6 +237,14 @@ def test_a_replica_called_gone_keeps_its_promises() -> None:
     assert charged(book) == 2
 
 
+def test_what_fits_a_replica_that_just_fell_silent_waits_instead_of_being_too_long() -> None:
+    book = ledger(state(), state("large", capacity_blocks=20, max_context=320))
+    book.replica_gone("large", 1)
+    assert isinstance(book.reserve(wish("q", prompt=200, output=1), 0.0), Queued)
+    book.report(state("large", 2, capacity_blocks=20, max_context=320), 0.5)
+    assert granted(book.admit(0.5)[0]).replica_id == "large"
+
+
 def test_a_draining_replica_is_not_sold() -> None:
     book = ledger(state(draining=True), state("r1"))
     assert {granted(book.reserve(wish(f"q{k}"), 0.0)).replica_id for k in range(3)} == {"r1"}
