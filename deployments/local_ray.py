@@ -53,7 +53,7 @@ class LocalRay:
         Raises:
             ConfigError: Ray does not come up; one line.
         """
-        _set_environment(self._home)
+        set_environment(self._home)
         self._folder = make_temp_folder()
         import ray
 
@@ -88,14 +88,14 @@ class LocalRay:
         return any(p.is_running() and _name(p) == "raylet" for p in self._processes.values())
 
     def stop(self, *, serve_wait_s: float = 8.0) -> None:
-        """Stop Serve, Ray, and whatever of their processes is left; keep the logs; remove the folder.
+        """Stop the replicas, Ray, and whatever of their processes is left; keep the logs; remove the folder.
 
         Args:
             serve_wait_s: how long replicas may take to finish what runs.
         """
         self.note_processes()
         if "ray" in sys.modules:
-            _within(serve_wait_s, _shutdown_serve)
+            _within(serve_wait_s, _delete_applications)
             self.note_processes()
             _within(4.0, sys.modules["ray"].shutdown)
         self.kill()
@@ -135,7 +135,9 @@ def end_processes(processes: list[psutil.Process], wait_s: float) -> None:
     psutil.wait_procs(left, timeout=wait_s)
 
 
-def _set_environment(home: Path) -> None:
+def set_environment(home: Path) -> None:
+    """Point Ray at our token and away from any cluster. Ray reads this once per process, when it is first imported."""
+    home.mkdir(parents=True, exist_ok=True)
     token = home / "ray_token"
     if not token.exists():
         with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -154,10 +156,12 @@ def _set_environment(home: Path) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
 
 
-def _shutdown_serve() -> None:
+def _delete_applications() -> None:
+    """Let replicas finish. Serve's controller ends with Ray: asked to end by itself, it is reported as dead."""
     from ray import serve
 
-    serve.shutdown()
+    for name in serve.status().applications:
+        serve.delete(name)
 
 
 def _within(limit_s: float, action: Callable[[], object]) -> None:

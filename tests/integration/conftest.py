@@ -1,0 +1,131 @@
+"""One real service for the tests of this folder that need one: own Ray, free port, the embedded model, two replicas."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments import service, store
+from deployments.app import pool_deployment_name
+from deployments.config_file import read_config
+from deployments.errors import ConfigError
+from deployments.home import state_folder
+from deployments.local_ray import LocalRay
+from deployments.replica import ReplicaStatus
+from deployments.routing.ledger_deployment import deployment_name
+from deployments.routing.view import LedgerView
+
+MODEL = "smol"
+START_LIMIT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """The running service as the tests see it: HTTP, and two looks behind it."""
+
+    url: str
+
+    def ledger(self) -> LedgerView:
+        return self._call(deployment_name(MODEL), "snapshot")
+
+    def replicas(self) -> dict[str, ReplicaStatus]:
+        """Status of each of the two replicas, by id. Calls without a grant go to any replica, so ask until both did."""
+        found: dict[str, ReplicaStatus] = {}
+
+        def both() -> bool:
+            status: ReplicaStatus = self._call(pool_deployment_name(MODEL, "default"), "status")
+            found[status.replica_id] = status
+            return len(found) == 2
+
+        wait_for(both, 30.0)
+        return found
+
+    def idle(self) -> bool:
+        """No block is promised, held or waited for anywhere."""
+        view = self.ledger()
+        return view.waiting == 0 and not any(r.charged_blocks or r.held_blocks for r in view.replicas)
+
+    def _call(self, deployment: str, method: str) -> Any:
+        from ray import serve
+
+        def ask() -> Any:
+            handle = serve.get_deployment_handle(deployment, "headroom")
+            return getattr(handle, method).remote().result(timeout_s=20)
+
+        with ThreadPoolExecutor(1) as thread:  # Serve refuses to block in a thread that runs an event loop
+            return thread.submit(ask).result()
+
+
+def wait_for(condition: Callable[[], bool], limit_s: float) -> float:
+    """Seconds until `condition` held; fails the test at the limit."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < limit_s, f"{condition} did not hold within {limit_s} s"
+        time.sleep(0.05)
+    return time.monotonic() - begun
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The embedded model as a folder; skipped only where its wheel is not installed."""
+    try:
+        return store.fetch("demo", home=state_folder()).path
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Iterator[Service]:
+    port = free_port()
+    config = {
+        "http_options": {"port": port},
+        "applications": [
+            {
+                "name": "headroom",
+                "import_path": "deployments.app:build",
+                "args": {
+                    "models": [
+                        {
+                            "name": MODEL,
+                            "aliases": ["alias"],
+                            "source": str(demo_folder),
+                            "queue_limit": 1000,
+                            "pools": [{"replicas": 2}],
+                        }
+                    ],
+                    "api": {"max_body_bytes": 200_000, "cors_origins": ["https://ui.example"]},
+                },
+            }
+        ],
+    }
+    path = tmp_path_factory.mktemp("service") / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    ray = LocalRay(state_folder(), cpus=os.cpu_count() or 1)
+    try:
+        ray.start()
+        file = read_config(path)
+        service.deploy(file)
+        deadline = time.monotonic() + START_LIMIT_S
+
+        def check() -> None:
+            assert time.monotonic() < deadline, "the service did not start in time"
+
+        service.wait_until_ready(file, print, check)
+        yield Service(f"http://127.0.0.1:{port}")
+    finally:
+        ray.stop()
