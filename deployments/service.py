@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ def deploy(file: ConfigFile) -> None:
 
     from deployments.app import build
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     config = file.config
     serve.start(
         proxy_location=config.proxy_location,
