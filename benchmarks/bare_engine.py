@@ -32,9 +32,9 @@ class BareEngine:
         operations: dict[str, Callable[..., dict[str, Any]]] = {"load": self._load, "first_tokens": self._first_tokens}
         return operations[op](**arguments)
 
-    def _load(self, path: str, plan: str, device_type: Any, limits: dict[str, Any]) -> dict[str, Any]:
+    def _load(self, path: str, plan: str, cache: str, limits: dict[str, Any]) -> dict[str, Any]:
         placed = from_json(plan)
-        model = load(Path(path), placed, device_type=device_type)
+        model = load(Path(path), placed, device_type="cpu", cache_dir=Path(cache))
         self._engine = Engine(model, placed, EngineLimits(**limits))
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         return {}

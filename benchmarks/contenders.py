@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.child import Child
 from benchmarks.subject import Subject
-from benchmarks.workload import prompts
+from benchmarks.workload import CYCLE, prompts
 from placement.export import to_json
 
 
@@ -40,14 +40,15 @@ class Contenders:
         """Load both models, and find the baseline's best thread count."""
         plan, path, pool = to_json(self._subject.plan), str(self._subject.path), self._subject.pool
         self._sequential.ask(op="load", path=path, plan=plan)
-        self.sweep = self._sequential.ask(op="sweep", prompts=prompts("sweep", 2), output_tokens=24)["rates"]
+        texts = prompts("sweep", CYCLE)[2::3]  # of middling length
+        self.sweep = self._sequential.ask(op="sweep", prompts=texts, output_tokens=self._output_tokens)["rates"]
         limits = {
             "max_batch_tokens": pool.max_batch_tokens,
             "max_sequences": pool.max_sequences,
             "prefix_cache": pool.prefix_cache,
             "threads": self._subject.threads,
         }
-        self._engine.ask(op="load", path=path, plan=plan, device_type=self._subject.device_type, limits=limits)
+        self._engine.ask(op="load", path=path, plan=plan, cache=str(self._subject.cache_dir), limits=limits)
         self.first_tokens(prompts("warm-up", 4))
 
     def generate(self, texts: Sequence[str]) -> SequentialRun:

@@ -18,6 +18,8 @@ GOAL_ONE = 0.9
 GOAL_ADDED_S = 0.015
 """Seconds that HTTP, router and ledger may add to the first token at p50."""
 MANY = 16
+STEADY = 1.5
+"""Factor by which the baseline's runs may differ; beyond it the machine was busy with something else."""
 PERCENTILES = (50, 90, 99)
 
 
@@ -81,6 +83,12 @@ class Baseline:
         """The better of the two medians."""
         return max(statistics.median(runs) for runs in (self.alone, self.beside) if runs)
 
+    @property
+    def spread(self) -> float:
+        """The fastest over the slowest run, the sweep's best among them."""
+        runs = (max(self.sweep.values()), *self.alone, *self.beside)
+        return max(runs) / min(runs)
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:
@@ -132,9 +140,14 @@ class Report:
         return goals
 
     def meets_all_goals(self) -> bool:
-        """Whether all three were measured, and met."""
+        """Whether all three were measured on a steady machine, and met."""
         goals = self.goals()
-        return len(goals) == 3 and all(goal.met for goal in goals)
+        return self.steady and len(goals) == 3 and all(goal.met for goal in goals)
+
+    @property
+    def steady(self) -> bool:
+        """Whether the baseline's runs agree."""
+        return self.baseline is None or self.baseline.spread <= STEADY
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the answers' texts."""
@@ -144,6 +157,7 @@ class Report:
             "baseline": None
             if self.baseline is None
             else {**asdict(self.baseline), "rate": self.baseline.tokens_per_s},
+            "steady": self.steady,
             "engine_first_token_s": list(self.engine_first_token_s),
             "added_s": list(self.added_s),
             "goals": [{**asdict(goal), "met": goal.met} for goal in self.goals()],
@@ -169,7 +183,13 @@ class Report:
             parts.append(f"generate(): tokens/s by threads {sweep}; {same} of {compared} answers have the served text")
         if self.engine_first_token_s:
             parts.append(f"bare engine: first token p50 {1e3 * percentile(self.engine_first_token_s, 50):.0f} ms")
-        return "\n".join([*parts, *map(str, self.goals())])
+        parts += map(str, self.goals())
+        if self.baseline and not self.steady:
+            parts.append(
+                f"UNSTEADY: the baseline's runs differ by a factor of {self.baseline.spread:.1f} (over {STEADY}), so "
+                "the machine was busy with something else and the ratios mean nothing; stop that, and run again"
+            )
+        return "\n".join(parts)
 
 
 def _cells(summary: dict[str, Any]) -> list[str]:

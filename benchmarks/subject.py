@@ -42,6 +42,11 @@ class Subject:
         return self.model.pools[0]
 
     @property
+    def cache_dir(self) -> Path:
+        """Where replicas keep the quantised checkpoint."""
+        return state_folder() / "quantized"
+
+    @property
     def cores(self) -> int:
         """Cores that this process may use."""
         return probe.cpu_cores()

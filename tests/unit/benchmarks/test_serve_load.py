@@ -117,7 +117,7 @@ def report(served: dict[int, float], *, baseline: float, engine: float) -> Repor
     return Report(
         {"model": "m"},
         levels,
-        Baseline({"1": 9.0}, (baseline,), (1.0, 2.0), (0.5, 0.7), (1, 1)),
+        Baseline({"1": 4.0, "2": 9.0}, (baseline,), (8.0, 9.0), (0.5, 0.7), (1, 1)),
         (engine,),
         (0.1 - engine,),
     )
@@ -141,6 +141,13 @@ class TestGoals:
     )
     def test_missed(self, served: dict[int, float], baseline: float, engine: float) -> None:
         assert not report(served, baseline=baseline, engine=engine).meets_all_goals()
+
+    def test_an_unsteady_machine_shows_nothing(self) -> None:
+        assert report({1: 9.5, 16: 41.0}, baseline=10.0, engine=0.09).steady
+        run = report({1: 19.5, 16: 81.0}, baseline=20.0, engine=0.09)
+        assert all(goal.met for goal in run.goals())
+        assert not run.meets_all_goals()
+        assert "UNSTEADY: the baseline's runs differ by a factor of 2.5" in str(run)
 
     def test_the_better_of_the_baselines_medians_counts(self) -> None:
         assert Baseline({}, (5.0, 6.0, 9.0), (1.0, 7.0, 8.0), (), (0, 0)).tokens_per_s == 7.0
