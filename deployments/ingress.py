@@ -49,12 +49,13 @@ class Ingress:
 
     async def _served(self, model: ModelSettings, dispatcher: ServeDispatcher) -> ServedModel:
         local = await asyncio.to_thread(store.fetch, model.source, revision=model.revision, home=state_folder())
+        dispatcher.start()
         return ServedModel(
             name=model.name,
             aliases=model.aliases,
             text=await asyncio.to_thread(TextCodec.load, local.path, model.chat_template),
             dispatcher=dispatcher,
-            max_context=min([local.max_context, *(p.max_context for p in model.pools if p.max_context)]),
+            model_context=min([local.max_context, *(p.max_context for p in model.pools if p.max_context)]),
             created=int(time.time()),
             wait_limit_s=model.wait_limit_s,
         )

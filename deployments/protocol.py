@@ -168,6 +168,15 @@ class ReplicaState:
 
 
 @dataclass(frozen=True, slots=True)
+class LedgerNews:
+    """The ledger's answer to an ingress's notice."""
+
+    epoch: int
+    max_context: int | None
+    """Longest prompt + output in tokens that a known replica holds; None while none is known."""
+
+
+@dataclass(frozen=True, slots=True)
 class IngressNotice:
     """What an ingress tells the ledger: at once when there is something to tell, and each second to renew its lease."""
 

@@ -31,7 +31,7 @@ def read_skeleton(model_dir: Path, dtype: str) -> tuple[tuple[Module, ...], Geom
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     except (ValueError, KeyError, ImportError, OSError) as error:
         reason = " ".join(str(error).split())
         raise PlacementError(f"transformers can't build {model_dir.name}: {reason}") from None

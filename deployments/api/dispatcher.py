@@ -35,6 +35,11 @@ class Dispatcher(Protocol):
         """
         ...
 
+    @property
+    def max_context(self) -> int | None:
+        """Longest prompt + output in tokens that a known replica holds; None while none is known."""
+        ...
+
     async def is_ready(self) -> bool:
         """Whether a replica can take work now."""
         ...

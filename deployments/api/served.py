@@ -18,13 +18,18 @@ class ServedModel:
     aliases: tuple[str, ...]
     text: TextCodec
     dispatcher: Dispatcher
-    max_context: int
-    """Prompt plus output, in tokens: the lesser of the model's context and what its largest replica holds. A chat
-    without `max_tokens` asks for all that the prompt leaves of it."""
+    model_context: int
+    """Prompt plus output that the model and its settings allow, in tokens."""
     created: int
     """Unix seconds."""
     wait_limit_s: float
     """Longest wait for blocks."""
+
+    @property
+    def max_context(self) -> int:
+        """Prompt plus output, in tokens: the lesser of the model's context and what its largest replica holds. A chat
+        without `max_tokens` asks for all that the prompt leaves of it."""
+        return min(self.model_context, self.dispatcher.max_context or self.model_context)
 
 
 class ModelTable:

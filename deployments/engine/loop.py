@@ -67,8 +67,8 @@ class Engine:
         self._device = model.stages[-1].device
         self._live: dict[str, _Live] = {}
         self._flight: deque[_Launched] = deque()
-        self._batches: dict[int, tuple[tuple[str, ...], list[SamplingBatch]]] = {}
-        """Per slot: the sampled rows' request ids, and their batches while they stay the same."""
+        self._batches: dict[int, tuple[list[Row], list[SamplingBatch]]] = {}
+        """Per slot: the sampled rows, and their batches while the rows stay the same."""
 
     @property
     def blocks(self) -> BlockManager:
@@ -132,22 +132,21 @@ class Engine:
         self._pipeline.close()
 
     def _launch(self, plan: StepPlan) -> _Launched:
-        sampled = tuple(item.request_id for item in plan.items if item.samples)
-        batch = self._batch(plan.slot, sampled)
+        batch = self._batch(plan.slot, [self._live[item.request_id].row for item in plan.items if item.samples])
         positions = [item.start + len(item.ids) for item in plan.items if item.samples]
         return _Launched(plan, self._pipeline.launch(_rows(plan), lambda logits: _sample(logits, batch, positions)))
 
-    def _batch(self, slot: int, sampled: tuple[str, ...]) -> list[SamplingBatch]:
+    def _batch(self, slot: int, rows: list[Row]) -> list[SamplingBatch]:
         known = self._batches.get(slot)
-        if known is None or known[0] != sampled:
-            known = (sampled, self._build_batch(sampled))
-            self._batches[slot] = known
+        if known is None or known[0] != rows:
+            known = self._batches[slot] = (rows, self._build_batch(rows))
         return known[1]
 
     def _land(self, plan: StepPlan, tokens: list[SampledToken]) -> list[TokenChunk]:
         items = [item for item in plan.items if item.samples]
         drawn = {item.request_id: token for item, token in zip(items, tokens, strict=True)}
-        self._scheduler.complete(plan, {request_id: token.token_id for request_id, token in drawn.items()})
+        spoiled = frozenset(request_id for request_id, token in drawn.items() if token.bad)
+        self._scheduler.complete(plan, {key: token.token_id for key, token in drawn.items()}, spoiled)
         return [
             self._emit(live, item, drawn[item.request_id])
             for item in items
@@ -173,8 +172,7 @@ class Engine:
         del self._live[request_id]
         self._scheduler.finish(request_id)
 
-    def _build_batch(self, sampled: tuple[str, ...]) -> list[SamplingBatch]:
-        rows = [self._live[request_id].row for request_id in sampled]
+    def _build_batch(self, rows: list[Row]) -> list[SamplingBatch]:
         return [
             SamplingBatch.build(rows[i : i + SAMPLE_ROWS], vocab_size=self._vocab_size, device=self._device)
             for i in range(0, len(rows), SAMPLE_ROWS)

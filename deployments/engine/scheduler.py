@@ -205,16 +205,18 @@ class Scheduler:
         self._launched[slot] = StepPlan(slot, next(self._steps), tuple(items)) if items else None
         return self._launched[slot]
 
-    def complete(self, step: StepPlan, tokens: Mapping[str, int]) -> None:
+    def complete(self, step: StepPlan, tokens: Mapping[str, int], spoiled: frozenset[str] = frozenset()) -> None:
         """Take back a step that ran: KV is written, and `tokens` has the id sampled for each item that samples.
 
-        A token of a sequence that ended meanwhile is ignored, and may be left out.
+        A token of a sequence that ended meanwhile is ignored, and may be left out. The KV of `spoiled` requests (their
+        logits were not finite) is not offered to the prefix cache.
 
         Raises:
             ValueError: the step is not in flight, or `tokens` doesn't match its items; nothing was changed.
         """
         self._check_tokens(step, tokens)
-        for sequence, item in self._land(step, written=True):
+        written = frozenset(item.request_id for item in step.items) - spoiled
+        for sequence, item in self._land(step, written):
             if item.samples:
                 sequence.output_ids.append(tokens[item.request_id])
                 sequence.ids.append(tokens[item.request_id])
@@ -229,7 +231,7 @@ class Scheduler:
             ValueError: the step is not in flight.
         """
         self._check_launched(step)
-        lost = [sequence for sequence, _ in self._land(step, written=False)]
+        lost = [sequence for sequence, _ in self._land(step, frozenset())]
         for sequence in lost:
             self._end(sequence)
         return tuple(sequence.request_id for sequence in lost)
@@ -353,14 +355,17 @@ class Scheduler:
         table = tuple(self._blocks.table(sequence.request_id)[: self._blocks.blocks_for(end)])
         return StepItem(sequence.request_id, start, ids, table, samples=end == len(sequence.ids))
 
-    def _land(self, step: StepPlan, *, written: bool) -> list[tuple[TokenSequence, StepItem]]:
-        """Take a step out of flight, and release those that ended meanwhile; returns the others."""
+    def _land(self, step: StepPlan, written: frozenset[str]) -> list[tuple[TokenSequence, StepItem]]:
+        """Take a step out of flight, and release those that ended meanwhile; returns the others.
+
+        The KV of the `written` requests is offered to the prefix cache.
+        """
         self._launched[step.slot] = None
         live = []
         for item in step.items:
             sequence = self._sequences[item.request_id]
             sequence.in_flight = False
-            if written:
+            if item.request_id in written:
                 self._blocks.commit(item.request_id, sequence.ids, item.start + len(item.ids))
             if sequence.state == "finished":
                 self._release(sequence)

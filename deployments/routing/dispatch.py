@@ -85,6 +85,15 @@ class ServeDispatcher:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
+    def start(self) -> None:
+        """Begin to renew the lease; on a running event loop."""
+        self._notices.start()
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest prompt + output in tokens that a known replica holds; None while none is known."""
+        return self._notices.news.max_context if self._notices.news is not None else None
+
     async def is_ready(self) -> bool:
         """Whether the ledger answers and knows a replica that can take work."""
         try:

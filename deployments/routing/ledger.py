@@ -21,7 +21,15 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from deployments.protocol import PROTOCOL_VERSION, Grant, IngressNotice, Refusal, ReplicaState, ReserveRequest
+from deployments.protocol import (
+    PROTOCOL_VERSION,
+    Grant,
+    IngressNotice,
+    LedgerNews,
+    Refusal,
+    ReplicaState,
+    ReserveRequest,
+)
 from deployments.routing import refusals
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.policy import Size, grant_blocks, pick
@@ -193,6 +201,10 @@ class Ledger:
             self._queue.leave(request.request_id)
             outcomes.append(answer)
         return outcomes
+
+    def news(self) -> LedgerNews:
+        """What an ingress is told each second."""
+        return LedgerNews(self.epoch, max((account.max_context for account in self._accounts.values()), default=None))
 
     def view(self, now: float) -> LedgerView:
         """A snapshot."""

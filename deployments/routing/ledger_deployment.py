@@ -10,7 +10,7 @@ import time
 from ray import serve
 from ray.serve import Application
 
-from deployments.protocol import Grant, IngressNotice, Refusal, ReplicaState, ReserveRequest
+from deployments.protocol import Grant, IngressNotice, LedgerNews, Refusal, ReplicaState, ReserveRequest
 from deployments.routing.ledger import Ledger, Outcome, Queued
 from deployments.routing.refusals import LedgerConfig
 from deployments.routing.view import LedgerView
@@ -56,12 +56,12 @@ class LedgerService:
         self._admit()
         return epoch
 
-    async def notice(self, notice: IngressNotice) -> int:
-        """Take in an ingress's notice; returns the ledger's epoch."""
+    async def notice(self, notice: IngressNotice) -> LedgerNews:
+        """Take in an ingress's notice."""
         self._keep_time()
         self._ledger.notice(notice, time.time())
         self._admit()
-        return self._ledger.epoch
+        return self._ledger.news()
 
     async def snapshot(self) -> LedgerView:
         """The ledger as it is now."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.protocol import IngressNotice
+from deployments.protocol import IngressNotice, LedgerNews
 from deployments.routing.calls import CallFailed, answer_of
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ class NoticeSender:
         self._lost: set[tuple[str, int]] = set()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self.news: LedgerNews | None = None
+        """The ledger's newest answer."""
 
     def start(self) -> None:
         """Start the task on the running loop; raises what stopped it if it stopped."""
@@ -86,7 +88,7 @@ class NoticeSender:
         notice = IngressNotice(self._ingress_id, tuple(unused), tuple(cancelled), tuple(sorted(lost)))
         sent = False
         try:
-            await answer_of(self._ledger.notice.remote(notice), ANSWER_LIMIT_S)
+            self.news = await answer_of(self._ledger.notice.remote(notice), ANSWER_LIMIT_S)
             sent = True
         except CallFailed as error:
             logger.warning("the ledger took no notice, trying again in %g s: %s", RETRY_S, error)

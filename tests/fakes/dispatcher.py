@@ -31,6 +31,7 @@ class FakeDispatcher:
 
     script: Script | Callable[[GenerationRequest], Script]
     ready: bool = True
+    max_context: int | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     wait_limits: list[float] = field(default_factory=list)
     running: set[str] = field(default_factory=set)

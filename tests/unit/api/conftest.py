@@ -109,7 +109,7 @@ class Api:
         self.codec = codec
         self.dispatcher = dispatcher
         model = ServedModel(
-            "tiny", ("gpt-tiny", "org/tiny"), codec, dispatcher, max_context=256, created=1700000000, wait_limit_s=60
+            "tiny", ("gpt-tiny", "org/tiny"), codec, dispatcher, model_context=256, created=1700000000, wait_limit_s=60
         )
         self.app = create_api([model], settings, **options)
 

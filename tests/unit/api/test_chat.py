@@ -248,3 +248,11 @@ async def test_max_context(api: Api) -> None:
     long = await api.post(CHAT, json=asking(messages=[{"role": "user", "content": "z" * 300}]))
     assert (long.status_code, long.json()["error"]["param"]) == (400, "messages")
     assert not api.dispatcher.requests
+
+
+async def test_a_chat_without_max_tokens_asks_for_what_the_largest_replica_holds(api: Api) -> None:
+    await api.post(CHAT, json=asking())
+    api.dispatcher.max_context = 100
+    await api.post(CHAT, json=asking())
+    wide, narrow = (len(r.prompt_ids) + r.sampling.max_tokens for r in api.dispatcher.requests)
+    assert (wide, narrow) == (256, 100)

@@ -22,6 +22,7 @@ from deployments.protocol import (
     GenerationRequest,
     Grant,
     IngressNotice,
+    LedgerNews,
     Refusal,
     RefusalKind,
     ReserveRequest,
@@ -103,9 +104,9 @@ class World:
         self.sent.append(request)
         return self.streams.pop(0)
 
-    def _notice(self, notice: IngressNotice) -> int:
+    def _notice(self, notice: IngressNotice) -> LedgerNews:
         self.notices.append(notice)
-        return 7
+        return LedgerNews(7, 4096)
 
     async def told(self) -> tuple[list[str], list[str], list[tuple[str, int]]]:
         """(unused, cancelled, lost) in all notices."""
@@ -277,6 +278,7 @@ async def test_the_lease_is_renewed_without_any_request(monkeypatch: pytest.Monk
     await run(world)
     await asyncio.sleep(0.1)
     assert len(world.notices) >= 3
+    assert world.dispatcher.max_context == 4096
     await world.dispatcher.close()
 
 

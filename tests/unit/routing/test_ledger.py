@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -301,3 +302,10 @@ def test_pairs_per_second() -> None:
         best = max(best, 2000 / (time.perf_counter() - start))
     assert best > 5_000, f"{best:.0f} pairs/s"
     book.check_integrity()
+
+
+def test_news_name_the_longest_request_that_a_known_replica_holds() -> None:
+    assert ledger().news().max_context is None
+    small, large = state(), state("r1")
+    book = ledger(small, replace(large, max_context=2 * large.max_context))
+    assert book.news().max_context == 2 * large.max_context
