@@ -25,6 +25,8 @@ from deployments.errors import ConfigError
 
 PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors")
 """What serving needs: configs, tokenizer, chat template, weights. No pickles: loading one runs its author's code."""
+_SUBFOLDERS = "*/*"
+"""Other formats of the same model (onnx/, original/)."""
 
 Progress = Callable[[str], None]
 
@@ -62,12 +64,14 @@ def _fetch(repo_id: str, revision: str | None, where: str, progress: Progress) -
         return _cached_without_network(repo_id, revision, where, error)
     files = {entry.rfilename: entry.size or 0 for entry in info.siblings or () if _wanted(entry.rfilename)}
     _check_weights(where, [entry.rfilename for entry in info.siblings or ()])
-    if (folder := _cached_snapshot(repo_id, info.sha or revision)) and all((folder / name).is_file() for name in files):
+    folder = _cached_snapshot(repo_id, revision)
+    if folder and folder.name == info.sha and all((folder / name).is_file() for name in files):
         return folder
     _check_disk(where, sum(files.values()))
     progress(f"fetching {where}: {len(files)} files, {sum(files.values()) / 1e6:,.0f} MB")
     try:
-        return Path(snapshot_download(repo_id, revision=info.sha or revision, allow_patterns=list(files)))
+        # By its name, not by info.sha: the cache then knows the name too, for a start without network.
+        return _snapshot(repo_id, revision)
     except HfHubHTTPError:
         raise
     except Exception as error:  # noqa: BLE001  see above; the message keeps the cause
@@ -78,7 +82,7 @@ def _fetch(repo_id: str, revision: str | None, where: str, progress: Progress) -
 
 
 def _wanted(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in PATTERNS) and "/" not in name
+    return any(fnmatch(name, pattern) for pattern in PATTERNS) and not fnmatch(name, _SUBFOLDERS)
 
 
 def _check_weights(where: str, names: list[str]) -> None:
@@ -103,8 +107,21 @@ def _check_disk(where: str, need: int) -> None:
         )
 
 
+def _snapshot(repo_id: str, revision: str | None, *, local_files_only: bool = False) -> Path:
+    # The same patterns whether it is fetched or found: the cache compares with them whether a snapshot is whole.
+    return Path(
+        snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=list(PATTERNS),
+            ignore_patterns=[_SUBFOLDERS],
+            local_files_only=local_files_only,
+        )
+    )
+
+
 def _cached(repo_id: str, revision: str | None) -> Path:
-    return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    return _snapshot(repo_id, revision, local_files_only=True)
 
 
 def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
