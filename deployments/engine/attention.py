@@ -7,6 +7,7 @@ implementation whose name is not registered as a mask function; the geometry of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -82,6 +83,9 @@ class Geometry:
 
     slots: Tensor
     """int64 [T]: block * block_size + offset that each row's key and value are written to."""
+    unwritten: Tensor | None
+    """int64: slots behind the last token in blocks that this step is the first to write; None when there are none.
+    They are gathered with a weight of 0, and 0 times a NaN that another request left there would be NaN."""
     decodes: tuple[DecodeGroup, ...]
     chunks: tuple[PrefillChunk, ...]
     block_size: int
@@ -97,8 +101,13 @@ class RowSpan:
 
 
 def build_geometry(spans: list[RowSpan], block_size: int, scratch: int, device: torch.device) -> Geometry:
-    """Lay the spans out as rows, in order. `scratch` is the block id that pads tables."""
+    """Lay the spans out as rows, in order.
+
+    Args:
+        scratch: the block id that pads tables: the first past the blocks of sequences, so it is their number as well.
+    """
     slots: list[int] = []
+    unwritten: list[int] = []
     decodes: dict[int, list[tuple[int, RowSpan]]] = {}
     chunks: list[PrefillChunk] = []
     for span in spans:
@@ -106,14 +115,31 @@ def build_geometry(spans: list[RowSpan], block_size: int, scratch: int, device: 
         end = span.start + span.count
         slots += [span.block_table[p // block_size] * block_size + p % block_size for p in range(span.start, end)]
         blocks = -(-end // block_size)
+        if (blocks - 1) * block_size >= span.start:
+            unwritten += range(slots[-1] + 1, (span.block_table[blocks - 1] + 1) * block_size)
         if span.count == 1:
             decodes.setdefault((blocks - 1).bit_length(), []).append((first, span))
         else:
             table = torch.tensor(span.block_table[:blocks], device=device)
             chunks.append(PrefillChunk(first, span.count, span.start, table))
-    every_row = not chunks and len(decodes) == 1
-    groups = [_decode_group(members, block_size, scratch, every_row, device) for members in decodes.values()]
-    return Geometry(torch.tensor(slots, device=device), tuple(groups), tuple(chunks), block_size)
+    batches = [batch for members in decodes.values() for batch in _bounded(members, block_size, limit=scratch)]
+    every_row = not chunks and len(batches) == 1
+    return Geometry(
+        torch.tensor(slots, device=device),
+        torch.tensor(unwritten, device=device) if unwritten else None,
+        tuple(_decode_group(batch, block_size, scratch, every_row, device) for batch in batches),
+        tuple(chunks),
+        block_size,
+    )
+
+
+def _bounded(members: list[tuple[int, RowSpan]], block_size: int, *, limit: int) -> Iterator[list[tuple[int, RowSpan]]]:
+    """Cut a group so that it gathers at most `limit` blocks: sequences that share a prefix could gather more than the
+    cache holds, and the plan keeps room for no more than that."""
+    widest = max(-(-(span.start + 1) // block_size) for _, span in members)
+    rows = max(1, limit // widest)
+    for i in range(0, len(members), rows):
+        yield members[i : i + rows]
 
 
 def _decode_group(
@@ -150,11 +176,13 @@ class PagedKv:
         """Bytes of both tensors, the scratch block included."""
         return self.keys.nbytes + self.values.nbytes
 
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Store [1, kv_heads, T, head_dim] rows at the given slots."""
-        flat = (-1, *self.keys.shape[2:])
-        self.keys.view(flat).index_copy_(0, slots, keys[0].transpose(0, 1))
-        self.values.view(flat).index_copy_(0, slots, values[0].transpose(0, 1))
+    def write(self, keys: Tensor, values: Tensor, geometry: Geometry) -> None:
+        """Store the step's [1, kv_heads, T, head_dim] rows, and clear what stays unwritten of new blocks."""
+        for blocks, rows in ((self.keys, keys), (self.values, values)):
+            flat = blocks.view(-1, *blocks.shape[2:])
+            flat.index_copy_(0, geometry.slots, rows[0].transpose(0, 1))
+            if geometry.unwritten is not None:
+                flat.index_fill_(0, geometry.unwritten, 0)
 
     def gather(self, tables: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values of `rows` equally long tables, each [rows, kv_heads, tokens, head_dim]."""
@@ -205,7 +233,7 @@ def paged_attention(
     if kv.geometry is None:
         raise RuntimeError("paged attention was called outside a step")
     kv.calls += 1
-    kv.write(key, value, kv.geometry.slots)
+    kv.write(key, value, kv.geometry)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     return _attend(kv, kv.geometry, query[0], key, value, scoring), None
 
