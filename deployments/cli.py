@@ -78,7 +78,7 @@ def serve(file: ConfigFile, show_logs: bool = False) -> int:
         _say("\nstopping (again to stop at once)")
     finally:
         _stop(ray)
-        ready.held_port.close()
+        ready.port_claim.close()
         _say(f"stopped; logs of this run are in {home / 'logs'}")
     return 0
 
@@ -87,6 +87,7 @@ def _start(ray: LocalRay, file: ConfigFile) -> None:
     _say("starting Ray")
     ray.start()
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own handler there.
+    preflight.check_port(file.config.http_options.host, file.config.http_options.port)  # Minutes may have passed.
     _say("starting Serve and the replicas")
     service.deploy(file)
     service.wait_until_ready(file, lambda line: _say(f"replicas running: {line}"), lambda: _check_alive(ray))
@@ -152,13 +153,14 @@ def _invitation(file: ConfigFile, survey: Survey, ray: LocalRay) -> str:
     """Where it listens, and a curl line that works when pasted."""
     http, application = file.config.http_options, file.config.application
     url = f"http://{service.reachable_host(http.host)}:{http.port}{application.route_prefix.rstrip('/')}"
-    lines = [f"serving on {url}/v1 until Ctrl-C; try:", "", f"  {_curl(url, application.args, survey)}", ""]
+    lines = [f"serving on {url}/v1 until Ctrl-C; try:", "", f"  {curl(url, application.args, survey)}", ""]
     if ray.dashboard_url:
         lines.append(f"Ray dashboard: {ray.dashboard_url}; logs: {ray.log_folder}")
     return "\n".join(lines)
 
 
-def _curl(url: str, settings: Settings, survey: Survey) -> str:
+def curl(url: str, settings: Settings, survey: Survey) -> str:
+    """A line for the shell that asks the first model something."""
     model = settings.models[0]
     prompt: dict[str, Any]
     if model.chat_template or has_chat_template(survey.folders[model.name]):

@@ -95,8 +95,8 @@ def read_config(path: Path) -> ConfigFile:
     try:
         config = ServeConfig.model_validate(data)
     except ValidationError as error:
-        found = (f"{path}:{_line(tree, e['loc'])}: {describe(e)}" for e in mistakes(error))
-        raise ConfigError("; ".join(found)) from None
+        found = sorted((_line(tree, e["loc"]), describe(e)) for e in mistakes(error))
+        raise ConfigError("; ".join(f"{path}:{line}: {what}" for line, what in found)) from None
     return ConfigFile(path, config, data["applications"][0]["args"])
 
 

