@@ -64,6 +64,7 @@ class Engine:
             max_sequences=limits.max_sequences,
         )
         self._vocab_size = model.vocab_size
+        self._max_context = plan.max_context
         self._device = model.stages[-1].device
         self._live: dict[str, _Live] = {}
         self._flight: deque[_Launched] = deque()
@@ -89,6 +90,12 @@ class Engine:
         outside = [token for token in request.prompt_ids if not 0 <= token < self._vocab_size]
         if outside:
             raise ValueError(f"prompt has token {outside[0]}, but the model's ids are 0 to {self._vocab_size - 1}")
+        tokens = len(request.prompt_ids) + request.sampling.max_tokens
+        if tokens > self._max_context:
+            raise ValueError(
+                f"prompt and max_tokens are {tokens} tokens, and a request has at most {self._max_context} here; "
+                "lower max_tokens, shorten the prompt, or raise the pool's max_context"
+            )
         row = Row(request.sampling, request.prompt_ids, self._vocab_size)
         self._scheduler.add(
             request.request_id, request.prompt_ids, max_tokens=request.sampling.max_tokens, salt=request.salt
