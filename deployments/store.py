@@ -95,7 +95,7 @@ def install_demo(progress: Progress = silent) -> None:
         ConfigError: pip failed.
     """
     wanted = f"{DEMO_PACKAGE}=={DEMO_VERSION}"
-    if _demo_path() is not None and importlib.metadata.version(DEMO_PACKAGE) == DEMO_VERSION:
+    if demo_path() is not None and importlib.metadata.version(DEMO_PACKAGE) == DEMO_VERSION:
         progress(f"{wanted} is installed")
         return
     progress(f"installing {wanted}: 92 MB to download, 98 MB on disk")
@@ -107,14 +107,15 @@ def install_demo(progress: Progress = silent) -> None:
 
 
 def _demo_file() -> Path:
-    if (path := _demo_path()) is None:
+    if (path := demo_path()) is None:
         raise ConfigError(
             f"the embedded model is not installed ({DEMO_PACKAGE}=={DEMO_VERSION}); run `headroom fetch-demo`"
         )
     return path
 
 
-def _demo_path() -> Path | None:
+def demo_path() -> Path | None:
+    """The embedded model's GGUF file, or None where its wheel is not installed."""
     # Located, not imported: its __init__ imports llama.cpp's bindings, which are not installed.
     spec = importlib.util.find_spec(DEMO_PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:

@@ -14,20 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 def refused(path: str, source: str) -> set[str]:
     """Rules of the import boundaries that `source`, were it at `path`, would break."""
-    command = [
-        sys.executable,
-        "-m",
-        "ruff",
-        "check",
-        "--no-cache",
-        "--output-format=json",
-        "--stdin-filename",
-        path,
-        "-",
-    ]
-    done = subprocess.run(
-        [*ruff, "--stdin-filename", path, "-"], input=source, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=json", "--stdin-filename", path]
+    done = subprocess.run([*ruff, "-"], input=source, cwd=ROOT, capture_output=True, text=True, check=False)
     return {entry["code"] for entry in json.loads(done.stdout)} & {"TID251", "TID253"}
 
 
