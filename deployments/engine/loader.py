@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.hooks import remove_hook_from_submodules
+from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -77,7 +77,8 @@ def load(
     expected = _plain_logits(model, ids)
     remove_hook_from_submodules(model)
     config._attn_implementation = model.config._attn_implementation = IMPLEMENTATION
-    shapes = layer_kv(config.to_dict())
+    # GPT-2 and others have names of their own for some of the standard ones.
+    shapes = layer_kv(config.to_dict() | {name: getattr(config, name) for name in config.attribute_map})
     stages = tuple(_stage(model, plan, i, devices[i], shapes, copies) for i in range(len(plan.stages)))
     _probe(type(model).__name__, stages, plan, ids, expected)
     return LoadedModel(stages, int(expected.shape[-1]), "torch")
@@ -186,10 +187,12 @@ def _own_modules(model: PreTrainedModel, plan: Plan, devices: list[torch.device]
         head: Any = model.get_output_embeddings()
         embedding: Any = model.get_input_embeddings()
         if head is not None and head.weight is embedding.weight:
-            weight = embedding.weight.detach().clone().to(devices[-1])
-            head.weight = nn.Parameter(weight, requires_grad=False)
+            weight = embedding.weight.detach()  # on either device: the one weight has two entries in the device_map
+            embedding.weight = nn.Parameter(weight.to(devices[0]), requires_grad=False)
+            head.weight = nn.Parameter(weight.clone().to(devices[-1]), requires_grad=False)
+    # A copied hook would still send its inputs to the original's device.
     return {
-        f"{i}:{name}": copy.deepcopy(model.get_submodule(name)).to(devices[i])
+        f"{i}:{name}": remove_hook_from_module(copy.deepcopy(model.get_submodule(name)), recurse=True).to(devices[i])
         for i, stage in enumerate(plan.stages)
         for name in stage.copies
     }
@@ -258,7 +261,7 @@ def _probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], exp
     """Run `ids` as a prefill, a prefill with context and a decode, and compare with the plain forward.
 
     Raises:
-        ConfigError: the attention hook did not run once per layer, or the logits differ.
+        ConfigError: the forward failed, the attention hook did not run once per layer, or the logits differ.
     """
     table = tuple(range(-(-len(ids) // plan.block_size)))
     cuts = sorted({0, len(ids) // 2, len(ids) - 1, len(ids)})
@@ -270,6 +273,12 @@ def _probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], exp
             rows.append(run_stages(stages, step, plan.block_size).float().cpu())
     except UnsupportedAttention as error:
         raise ConfigError(f"{name} can't be served: {error}") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"{name} can't be served yet: its forward fails on paged attention ({reason}); "
+            "choose a model of another architecture"
+        ) from error
     calls = {cache.calls for stage in stages for cache in stage.kv}
     if calls != {len(cuts) - 1}:
         raise ConfigError(

@@ -211,6 +211,7 @@ def attach_kv(layer: nn.Module, cache: PagedKv) -> None:
 def _shallow(module: nn.Module) -> nn.Module:
     """A copy with its own table of submodules; parameters, buffers and submodules themselves are shared."""
     twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)  # accelerate leaves one there, bound to the original, when its hooks are removed
     twin._modules = dict(module._modules)
     return twin
 
