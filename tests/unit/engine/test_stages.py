@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from deployments.engine.attention import RowSpan
 from deployments.engine.loader import LoadedModel, load, run_stages
 from deployments.engine.stages import Absent, Stage, StepRows, find_decoder, find_layers
-from tests.unit.engine.tiny import VOCAB, llama, plan_of, save
+from tests.unit.engine.tiny import IDS, VOCAB, llama, plan_of, rows, save
 
 _STANDARD = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCAB}
 _GLU = {**_STANDARD, "intermediate_size": 128, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -27,11 +27,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma2": transformers.Gemma2Config(**_GLU, head_dim=16, sliding_window=6),
     "gpt2": transformers.GPT2Config(**_OWN_NAMES, n_positions=128),
 }
-IDS = [(37 * i + 5) % VOCAB for i in range(23)]
-
-
 CUTS = [*(("llama", n) for n in (1, 2, 3, 4)), ("llama, tied", 3), ("gemma2", 2), ("gemma2", 4), ("gpt2", 2)]
-IDS = [(37 * i + 5) % VOCAB for i in range(23)]
 
 
 @dataclass(frozen=True)
@@ -53,13 +49,6 @@ def cut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
     return Cut(load(folder, plan, device_type="cpu").stages, plan.block_size, logits)
-
-
-def rows(parts: list[tuple[int, int, tuple[int, ...]]], sampled: tuple[int, ...]) -> StepRows:
-    """A step over parts (start, end, block table) of copies of IDS."""
-    positions = tuple(p for start, end, _ in parts for p in range(start, end))
-    spans = tuple(RowSpan(start, end - start, table) for start, end, table in parts)
-    return StepRows(tuple(IDS[p] for p in positions), positions, spans, sampled)
 
 
 def test_chunks_and_decodes_equal_the_plain_forward(cut: Cut) -> None:

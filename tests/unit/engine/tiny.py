@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+from deployments.engine.attention import RowSpan
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
+from deployments.engine.stages import StepRows
 from deployments.protocol import GenerationRequest, Sampling, TokenChunk
 from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
@@ -20,6 +22,7 @@ from placement.plan import Plan, solve
 VOCAB = 256
 POISON = 77
 """A token whose embedding is NaN, as if an outlier had overflowed; not among those that the loader's probe feeds."""
+IDS = [(37 * i + 5) % VOCAB for i in range(23)]
 LIMITS = EngineLimits(max_batch_tokens=64, max_sequences=16, prefix_cache=True, threads=1)
 
 
@@ -50,12 +53,27 @@ def save(folder: Path, config: PreTrainedConfig, *, seed: int = 11, poisoned: bo
     return folder
 
 
-def plan_of(folder: Path, *, stages: int = 1, quantization: str = "nf4", memory: str = "8MB", **options: Any) -> Plan:
+def plan_of(
+    folder: Path,
+    *,
+    stages: int = 1,
+    quantization: str = "nf4",
+    memory: str = "8MB",
+    dtype: str | None = "float32",
+    **options: Any,
+) -> Plan:
     """The plan of a replica of `stages` virtual devices."""
     wishes = {"block_size": 4, "max_batch_tokens": 64, "max_sequences": 16} | options
     return solve(
-        footprint(folder, quantization=quantization, dtype="float32"), virtual_cpu_devices((memory,) * stages), **wishes
+        footprint(folder, quantization=quantization, dtype=dtype), virtual_cpu_devices((memory,) * stages), **wishes
     )
+
+
+def rows(parts: list[tuple[int, int, tuple[int, ...]]], sampled: tuple[int, ...]) -> StepRows:
+    """A step over parts (start, end, block table) of copies of IDS."""
+    positions = tuple(p for start, end, _ in parts for p in range(start, end))
+    spans = tuple(RowSpan(start, end - start, table) for start, end, table in parts)
+    return StepRows(tuple(IDS[p] for p in positions), positions, spans, sampled)
 
 
 def request(

@@ -1,0 +1,192 @@
+"""The loader: what it verifies, what it refuses, and the quantised copy it keeps."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from deployments.engine import attention, loader
+from deployments.engine.loader import load, quantization_config, quantized_copy, run_stages
+from deployments.engine.stages import Stage
+from deployments.errors import ConfigError
+from placement.plan import Plan
+from tests.unit.engine.tiny import VOCAB, llama, plan_of, rows, save
+
+_COMMON = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": VOCAB, "max_position_embeddings": 128}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("llama"), llama())
+
+
+# Bytes against the plan
+
+
+def with_first_stage(plan: Plan, **changes: Any) -> Plan:
+    return replace(plan, stages=(replace(plan.stages[0], **changes), *plan.stages[1:]))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "bf16", "fp32"])
+def test_what_is_loaded_has_the_planned_bytes(folder: Path, quantization: str) -> None:
+    plan = plan_of(folder, quantization=quantization, dtype=None if quantization == "bf16" else "float32")
+    assert load(folder, plan, device_type="cpu").vocab_size == VOCAB
+
+
+def test_other_weights_than_planned_are_refused(folder: Path) -> None:
+    plan = plan_of(folder, stages=2)
+    have = plan.stages[0].weight_bytes
+    with pytest.raises(
+        ConfigError, match=f"stage 0 .* holds {have:,} bytes of weights, but its plan says {have + 8:,}"
+    ):
+        load(folder, with_first_stage(plan, weight_bytes=have + 8), device_type="cpu")
+
+
+def test_other_kv_than_planned_is_refused(folder: Path) -> None:
+    plan = plan_of(folder)
+    have, planned = plan.kv_bytes(plan.stages[0]), plan.stages[0].kv_block_bytes
+    message = f"stage 0 .* needs {have:,} bytes of KV cache, but its plan says {2 * have:,}"
+    with pytest.raises(ConfigError, match=message):
+        load(folder, with_first_stage(plan, kv_block_bytes=2 * planned), device_type="cpu")
+
+
+# Architectures
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            transformers.BloomConfig(**_COMMON, n_layer=2),
+            r"BloomForCausalLM .* attention hook \(\[0\] calls in 3 steps\)",
+        ),
+        (
+            transformers.FalconConfig(**_COMMON, num_hidden_layers=2),
+            r"FalconForCausalLM .* its forward fails on paged attention \(TypeError",
+        ),
+        (
+            transformers.GptOssConfig(
+                **_COMMON,
+                num_hidden_layers=2,
+                intermediate_size=128,
+                num_key_value_heads=2,
+                head_dim=16,
+                num_local_experts=2,
+                num_experts_per_tok=1,
+                eos_token_id=1,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            ),
+            "GptOssForCausalLM can't be served: GptOssAttention passes s_aux",
+        ),
+    ],
+    ids=["no hook", "needs a mask", "sinks"],
+)
+def test_what_paged_attention_does_not_compute_is_refused_by_name(
+    tmp_path: Path, config: transformers.PreTrainedConfig, message: str
+) -> None:
+    save(tmp_path, config)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(tmp_path, plan_of(tmp_path, max_context=64), device_type="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_logits_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that forgets the window is off by more than rounding."""
+    config = transformers.MistralConfig(**llama().to_dict() | {"model_type": "mistral", "sliding_window": 8})
+    save(folder.parent / "mistral", config)
+    plan = plan_of(folder.parent / "mistral")
+    load(folder.parent / "mistral", plan, device_type="cpu")
+
+    def without_window(*args: Any) -> Any:
+        return original(*args[:-1], replace(args[-1], window=None))
+
+    original = attention._attend
+    monkeypatch.setattr(attention, "_attend", without_window)
+    with pytest.raises(ConfigError, match=r"differ from the plain forward's by .* over the bound of 0\.001"):
+        load(folder.parent / "mistral", plan, device_type="cpu")
+
+
+# Float32
+
+
+def linears(stages: tuple[Stage, ...]) -> list[Any]:
+    modules = [module for stage in stages for module in stage._decoder.modules()]
+    return [module for module in modules if isinstance(module, bitsandbytes.nn.Linear4bit)]
+
+
+@pytest.mark.parametrize(("dtype", "rounds"), [("float32", False), ("bfloat16", True)])
+def test_float32_does_not_round_inside(folder: Path, dtype: str, rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes would take its AVX512-BF16 path wherever the CPU has one."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(loader, "_plain_logits", lambda *_: torch.zeros(1, VOCAB))  # a CPU without the path would crash
+    monkeypatch.setattr(loader, "_probe", lambda *_: None)
+    found = linears(load(folder, plan_of(folder, dtype=dtype), device_type="cpu").stages)
+    assert len(found) == 14
+    assert {module.support_avx512bf16_for_cpu for module in found} == {rounds}
+
+
+# The quantised copy
+
+
+def copy_of(folder: Path, plan: Plan, cache: Path) -> Path:
+    quantization = quantization_config(plan)
+    assert quantization is not None
+    return quantized_copy(folder, plan, quantization, cache)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_the_quantised_copy_is_made_once_and_is_the_same(folder: Path, quantization: str, tmp_path: Path) -> None:
+    plan = plan_of(folder, quantization=quantization)
+    copy = copy_of(folder, plan, tmp_path)
+    (weights,) = copy.glob("*.safetensors")
+    written = weights.stat().st_mtime_ns
+    direct = load(folder, plan, device_type="cpu")
+    kept = load(folder, plan, device_type="cpu", cache_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [copy.name]
+    assert weights.stat().st_mtime_ns == written
+    step = rows([(0, 20, tuple(range(5)))], tuple(range(20)))
+    expected = run_stages(direct.stages, step, plan.block_size)
+    assert torch.equal(run_stages(kept.stages, step, plan.block_size), expected)
+
+
+def test_the_copy_holds_what_quantising_gives(folder: Path, tmp_path: Path) -> None:
+    name, weight = "model.layers.0.mlp.up_proj.weight", load_file(folder / "model.safetensors")
+    copy = load_file(copy_of(folder, plan_of(folder), tmp_path) / "model.safetensors")
+    packed, state = bitsandbytes.functional.quantize_4bit(weight[name], blocksize=64, quant_type="nf4")
+    assert torch.equal(copy[name], packed)
+    assert torch.equal(copy[f"{name}.absmax"], state.absmax)
+    int8 = load_file(copy_of(folder, plan_of(folder, quantization="int8"), tmp_path) / "model.safetensors")
+    scales = weight[name].half().abs().amax(-1).float()
+    assert torch.equal(int8[f"{name.removesuffix('weight')}SCB"], scales)
+    step = float(scales.max()) / 127
+    torch.testing.assert_close(int8[name] * scales[:, None] / 127, weight[name], rtol=0, atol=0.6 * step)
+
+
+def test_a_changed_source_gets_a_copy_of_its_own(tmp_path: Path) -> None:
+    source, cache = save(tmp_path / "source", llama()), tmp_path / "cache"
+    plan = plan_of(source)
+    first = copy_of(source, plan, cache)
+    assert copy_of(source, plan, cache) == first
+    weights = source / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    second = copy_of(source, plan, cache)
+    assert second != first
+    assert copy_of(source, plan_of(source, quantization="fp4"), cache) not in (first, second)
+
+
+def test_a_copy_that_fails_leaves_no_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        copy_of(folder, plan_of(folder), tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
