@@ -64,6 +64,7 @@ def _pool(settings: Settings, model: ModelSettings, pool: PoolSettings, ledger: 
         max_ongoing_requests=2 * pool.max_sequences + 16,
         ray_actor_options={"num_cpus": pool.cpus or ACTOR_CPUS, "num_gpus": _gpus(pool)},
         request_router_config=router_config(),
+        logging_config={"enable_access_log": False},
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=DRAIN_S,

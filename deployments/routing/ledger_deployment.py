@@ -13,6 +13,7 @@ from ray.serve import Application
 from deployments.protocol import Grant, IngressNotice, LedgerNews, Refusal, ReplicaState, ReserveRequest
 from deployments.routing.ledger import Ledger, Outcome, Queued
 from deployments.routing.refusals import LedgerConfig
+from deployments.routing.router import router_config
 from deployments.routing.view import LedgerView
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,9 @@ def ledger_application(config: LedgerConfig) -> Application:
         num_replicas=1,
         max_ongoing_requests=MAX_CALLS,
         ray_actor_options={"num_cpus": 0.01},
+        # One replica: nothing to choose, so no probing of its queue before each call.
+        request_router_config=router_config(),
+        logging_config={"enable_access_log": False},
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=1,
