@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _arguments().parse_args(arguments)
     try:
         if options.command == "serve":
-            return serve(_with_address(read_config(options.config), options.host, options.port), options.logs)
+            return serve(
+                _with_address(read_config(options.config), options.host, options.port), options.logs, options.dashboard
+            )
         store.install_demo(_say)
         return 0
     except ConfigError as error:
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def serve(file: ConfigFile, show_logs: bool = False) -> int:
+def serve(file: ConfigFile, show_logs: bool = False, dashboard: bool = False) -> int:
     """Check, start, and serve until SIGINT or SIGTERM; 0 when all has ended.
 
     Raises:
@@ -68,7 +70,7 @@ def serve(file: ConfigFile, show_logs: bool = False) -> int:
     home = state_folder()
     ready = preflight.check(file, home, os.environ, _say)
     _print_plans(ready.survey)
-    ray = LocalRay(home, cpus=probe.cpu_cores(), show_logs=show_logs)
+    ray = LocalRay(home, cpus=probe.cpu_cores(), show_logs=show_logs, dashboard=dashboard)
     try:
         _start(ray, file)
         _say(f"ready after {time.monotonic() - begun:.0f} s\n")
@@ -100,7 +102,6 @@ def _watch(ray: LocalRay) -> None:
 
 
 def _check_alive(ray: LocalRay) -> None:
-    ray.note_processes()
     if not ray.alive():
         raise ConfigError("Ray's node ended by itself (out of memory, or killed); its logs say why; start again")
 
@@ -129,6 +130,7 @@ def _arguments() -> argparse.ArgumentParser:
     start.add_argument("--host", help="instead of http_options.host; 0.0.0.0 serves the network")
     start.add_argument("--port", type=int, help="instead of http_options.port")
     start.add_argument("--logs", action="store_true", help="print what the replicas log")
+    start.add_argument("--dashboard", action="store_true", help="run Ray's dashboard too (0.7 GB of memory)")
     commands.add_parser("fetch-demo", help="install the embedded model (92 MB)")
     commands.add_parser("plan", help="where a model's layers go; `headroom plan --help`", add_help=False)
     return parser
@@ -155,7 +157,8 @@ def _invitation(file: ConfigFile, survey: Survey, ray: LocalRay) -> str:
     url = f"http://{service.reachable_host(http.host)}:{http.port}{application.route_prefix.rstrip('/')}"
     lines = [f"serving on {url}/v1 until Ctrl-C; try:", "", f"  {curl(url, application.args, survey)}", ""]
     if ray.dashboard_url:
-        lines.append(f"Ray dashboard: {ray.dashboard_url}; logs: {ray.log_folder}")
+        lines.append(f"Ray dashboard: {ray.dashboard_url}")
+    lines.append(f"logs: {ray.log_folder}")
     return "\n".join(lines)
 
 

@@ -57,10 +57,10 @@ def test_port_out_of_range(config: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_options_win_over_the_config(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(cli, "serve", lambda file, logs: seen.append((file.config.http_options, logs)) or 0)
+    monkeypatch.setattr(cli, "serve", lambda file, *flags: seen.append((file.config.http_options, flags)) or 0)
     assert cli.main(["serve", str(config), "--host", "0.0.0.0", "--port", "9000", "--logs"]) == 0
-    ((http, logs),) = seen
-    assert (http.host, http.port, logs) == ("0.0.0.0", 9000, True)
+    ((http, flags),) = seen
+    assert (http.host, http.port, flags) == ("0.0.0.0", 9000, (True, False))
 
 
 def test_failed_preflight_is_one_line_and_starts_no_ray(
