@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,8 +15,6 @@ from multiprocessing.connection import Connection
 from deployments.engine.messages import Commands, EngineSpec, Failed, Started, StepReport
 from deployments.errors import ConfigError
 from deployments.protocol import GenerationRequest, TokenChunk
-
-_STOP_WAIT_S = 2.0
 
 
 class EngineClient:
@@ -39,7 +38,7 @@ class EngineClient:
         self._started: asyncio.Future[Started] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        # A full pipe must hold up this thread and not the event loop.
+        # A full pipe, and a process that takes its time to end, must hold up this thread and not the event loop.
         self._writer = ThreadPoolExecutor(1, "engine-commands")
 
     @property
@@ -62,13 +61,17 @@ class EngineClient:
         self._connection = Connection(ours.detach())
         self._started = loop.create_future()
         loop.add_reader(self._connection.fileno(), self._read)
-        await loop.run_in_executor(self._writer, self._connection.send, spec)
-        return await self._started
+        self._writer.submit(self._write, spec)
+        try:
+            return await self._started
+        except asyncio.CancelledError:
+            self._fail("its start was cancelled")
+            raise
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Stream a request's chunks up to its terminal one; leaving early aborts it."""
         if self.failure is not None:
-            yield TokenChunk(request.request_id, finish_reason="error", error=self.failure)
+            yield _failed(request.request_id, self.failure)
             return
         stream: asyncio.Queue[TokenChunk] = asyncio.Queue()
         self._streams[request.request_id] = stream
@@ -106,10 +109,10 @@ class EngineClient:
         if commands != Commands():
             self._writer.submit(self._write, commands)
 
-    def _write(self, commands: Commands) -> None:
+    def _write(self, message: Commands | EngineSpec) -> None:
         assert self._connection is not None
         try:
-            self._connection.send(commands)
+            self._connection.send(message)
         except OSError:
             return  # the reader sees the same broken connection, and fails every request
 
@@ -118,7 +121,7 @@ class EngineClient:
         try:
             message = self._connection.recv()
         except (EOFError, OSError):
-            self._fail("the engine process ended unexpectedly; its log tells why")
+            self._explain_end()
             return
         match message:
             case StepReport():
@@ -128,6 +131,15 @@ class EngineClient:
                 self._started.set_result(message)
             case Failed(reason):
                 self._fail(reason)
+
+    def _explain_end(self) -> None:
+        """The connection broke without a message: fail with how the process ended."""
+        assert self._process is not None
+        assert self._connection is not None
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._connection.fileno())
+        ended = loop.run_in_executor(self._writer, self._process.wait)
+        ended.add_done_callback(lambda code: self._fail(_how_it_ended(code.result())))
 
     def _take(self, report: StepReport) -> None:
         self.held = dict(report.held)
@@ -142,23 +154,28 @@ class EngineClient:
         if self.failure is not None:
             return
         self.failure, self.held = reason, {}
-        if self._connection is not None:
-            asyncio.get_running_loop().remove_reader(self._connection.fileno())
-            self._connection.close()
         for request_id, stream in self._streams.items():
-            stream.put_nowait(TokenChunk(request_id, finish_reason="error", error=f"the engine failed: {reason}"))
+            stream.put_nowait(_failed(request_id, reason))
         if self._started is not None and not self._started.done():
             self._started.set_exception(ConfigError(reason))
-        self._end_process()
+        if self._process is not None and self._connection is not None:
+            asyncio.get_running_loop().remove_reader(self._connection.fileno())
+            # It has nothing to save. Killed first, so that a write which waits for it ends.
+            self._process.kill()
+            self._writer.submit(self._process.wait)
+            self._writer.submit(self._connection.close)
         self._writer.shutdown(wait=False)
         self._on_report()
 
-    def _end_process(self) -> None:
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_WAIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+
+def _failed(request_id: str, reason: str) -> TokenChunk:
+    return TokenChunk(request_id, finish_reason="error", error=f"the engine failed: {reason}")
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"the engine process ended with exit code {code}; its log tells why"
+    name = signal.Signals(-code).name
+    return f"the engine process was ended by {name}" + (
+        "; the machine may be out of memory" if name == "SIGKILL" else ""
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -30,18 +31,24 @@ log = logging.getLogger("headroom.engine")
 def main(argv: list[str]) -> int:
     """Serve one engine over the connection whose file descriptor is `argv[1]`."""
     logging.basicConfig(level=logging.INFO, format="engine %(levelname)s %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the replica ends this one
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     disable_progress_bar()
     with Connection(int(argv[1])) as connection:
-        try:
-            run(connection)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return 0  # the replica closed its end or died
-        except HeadroomError as error:
-            connection.send(Failed(str(error)))
-        except Exception as error:
-            log.exception("the engine stops")
-            connection.send(Failed(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        return serve(connection)
+
+
+def serve(connection: Connection) -> int:
+    """`run`, with the reason of its end as the last message; the exit code."""
+    try:
+        run(connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 0  # the replica closed its end or died
+    except HeadroomError as error:
+        connection.send(Failed(" ".join(str(error).split())))
+    except Exception as error:
+        log.exception("the engine stops")
+        connection.send(Failed(f"{type(error).__name__}: {' '.join(str(error).split())}"))
     return 1
 
 
