@@ -44,7 +44,7 @@ def build(args: dict[str, Any]) -> Application:
 
 def pool_deployment_name(model: str, pool: str) -> str:
     """The name of a pool's deployment on the Ray dashboard."""
-    return f"{deployment_name(model).removeprefix('ledger-')}-{pool}"
+    return deployment_name(f"{model}-{pool}").removeprefix("ledger-")
 
 
 def _ledger_config(model: ModelSettings) -> LedgerConfig:

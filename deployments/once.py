@@ -37,9 +37,11 @@ def make_once(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _make(target: Path, make: Callable[[Path], None]) -> None:
-    for stale in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(stale)  # of a process that was killed: this one holds its lock now
-    partial = target.parent / f".{target.name}.{os.getpid()}"
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    for folder in target.parent.iterdir():
+        # Of a process that was killed: this one holds its lock now. Target "a" has ".a.17", and ".a.b.17" is not its.
+        if folder.stem == partial.stem and folder.suffix[1:].isdecimal():
+            shutil.rmtree(folder)
     partial.mkdir()
     try:
         make(partial)

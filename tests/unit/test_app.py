@@ -1,0 +1,108 @@
+"""The wiring: which Serve deployments come of which settings. Nothing is started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ray.serve import Application
+
+from deployments import app
+from deployments.errors import ConfigError
+from deployments.ingress import Ingress
+from deployments.settings import PoolSettings, Settings
+
+
+def model(name: str = "m", *pools: dict[str, Any], **options: Any) -> dict[str, Any]:
+    chosen = pools or ({},)
+    return {"name": name, "source": "demo", "pools": [{"device": "cpu", **pool} for pool in chosen], **options}
+
+
+def build(*models: dict[str, Any], **api: Any) -> Any:
+    """The ingress's deployment as bound."""
+    return bound(app.build({"models": list(models), "api": api}))
+
+
+def bound(application: Application) -> Any:
+    return application._bound_deployment
+
+
+def parts(ingress: Any) -> tuple[Settings, dict[str, Any], dict[str, dict[str, Any]]]:
+    """What the ingress is constructed with: settings, ledgers and pools, each as its deployment."""
+    settings, ledgers, pools = ingress.init_args
+    return (
+        settings,
+        {name: bound(ledger) for name, ledger in ledgers.items()},
+        {name: {pool: bound(each) for pool, each in mine.items()} for name, mine in pools.items()},
+    )
+
+
+def test_ingress_ledger_and_pools() -> None:
+    two = ({"name": "small", "replicas": 3, "cpus": 0.5, "max_sequences": 8}, {"name": "large"})
+    ingress = build(model("m", *two, queue_limit=5), replicas=2, max_ongoing_requests=77)
+    settings, ledgers, pools = parts(ingress)
+    assert isinstance(settings, Settings)
+    assert (ingress.name, ingress.num_replicas, ingress.max_ongoing_requests) == ("ingress", 2, 77)
+    assert ingress.ray_actor_options["num_cpus"] == app.ACTOR_CPUS
+    (config,) = ledgers["m"].init_args
+    assert (config.model, config.pools, config.expected_replicas, config.queue_limit) == ("m", ("small", "large"), 4, 5)
+    small, large = pools["m"]["small"], pools["m"]["large"]
+    assert (small.name, small.num_replicas, large.name, large.num_replicas) == ("m-small", 3, "m-large", 1)
+    assert small.ray_actor_options["num_cpus"] == 0.5
+    assert large.ray_actor_options["num_cpus"] == app.ACTOR_CPUS
+    assert small.max_ongoing_requests > 8, "Serve never queues before the ledger"
+    router = small._deployment_config.request_router_config.request_router_class
+    assert router == "deployments.routing.router.GrantRouter"
+
+
+def test_replicas_share_the_machine_and_their_models_ledger() -> None:
+    _, ledgers, pools = parts(build(model("a", {"replicas": 2}), model("b", {"name": "x"}, {"name": "y"})))
+    for name, of_model in pools.items():
+        for pool_name, deployment in of_model.items():
+            served, pool, replicas_here, ledger = deployment.init_args
+            assert (served.name, pool.name, replicas_here) == (name, pool_name, 4)
+            assert bound(ledger) is ledgers[name]
+
+
+def test_names_with_slashes_become_names_that_serve_allows() -> None:
+    _, ledgers, pools = parts(build(model("org/some.model", {"name": "a/b"})))
+    assert ledgers["org/some.model"].name == "ledger-org--some.model"
+    assert pools["org/some.model"]["a/b"].name == "org--some.model-a--b"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"models": [{"name": "m", "sorce": "demo"}]}, r"unknown key models\.0\.sorce; did you mean source\?"),
+        ({"models": [{"name": "m"}]}, r"models\.0\.source is missing"),
+        ({"models": [model(pool_count=3)]}, r"unknown key models\.0\.pool_count"),
+        ({"models": [model("m", {"stages": 0})]}, r"models\.0\.pools\.0\.stages"),
+        ({"models": []}, "models"),
+        ({"models": [model("same"), model("same")]}, r"names and aliases must differ: \['same'\]"),
+    ],
+)
+def test_a_wrong_key_is_named(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        app.build(args)
+
+
+@pytest.mark.parametrize(
+    ("device", "stages", "cluster_gpus", "asked"),
+    [("cpu", 2, 8, 0), ("cuda", 2, 0, 2), ("auto", 2, 8, 2), ("auto", 2, 1, 0), ("auto", 1, 0, 0)],
+)
+def test_gpus_asked_of_ray(
+    device: str, stages: int, cluster_gpus: int, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": float(cluster_gpus)})
+    _, _, pools = parts(build(model("m", {"device": device, "stages": stages})))
+    assert pools["m"]["default"].ray_actor_options.get("num_gpus", 0) == asked
+
+
+def test_the_ingress_class_is_the_one_served() -> None:
+    assert build(model()).func_or_class.__name__ == Ingress.__name__
+
+
+def test_pool_settings_reach_the_replica() -> None:
+    _, _, pools = parts(build(model("m", {"quantization": "int8", "stages": 2, "max_memory": {"0": "600MB"}})))
+    _, pool, _, _ = pools["m"]["default"].init_args
+    assert pool == PoolSettings(device="cpu", quantization="int8", stages=2, max_memory={0: "600MB"})

@@ -1,0 +1,118 @@
+"""From a pool's settings to a plan: devices, dtypes, and what is said when they are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.errors import ConfigError
+from deployments.planning import plan_pool
+from deployments.settings import PoolSettings
+from placement import probe
+from placement.hardware import Gpu
+from tests.unit.engine.tiny import llama, save
+
+A_GPU = Gpu("Toy", 2 * 10**9, speed=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("llama"), llama())
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "cuda_gpus", lambda: ())
+    monkeypatch.setattr(probe, "computes_bf16_natively", lambda: False)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "cuda_gpus", lambda: (A_GPU, A_GPU))
+
+
+def pool(**options: Any) -> PoolSettings:
+    return PoolSettings.model_validate({"cpu_device_memory": "8MB", "block_size": 4, "max_sequences": 16} | options)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_virtual_devices_take_their_own_size_or_the_common_one(folder: Path) -> None:
+    plan, device_type = plan_pool("tiny", folder, pool(stages=2, max_memory={1: "9MB"}))
+    assert device_type == "cpu"
+    assert [stage.budget_bytes for stage in plan.stages] == [8_000_000, 9_000_000]
+    assert (plan.model, plan.quantization, plan.block_size, plan.max_context) == ("tiny", "nf4", 4, 128)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"quantization": "int8"}, "float32"),
+        ({"quantization": "bf16"}, "bfloat16"),
+        ({"quantization": "fp16"}, "float16"),
+        ({"quantization": "fp32"}, "float32"),
+    ],
+)
+def test_compute_dtype_on_a_cpu_without_bf16(folder: Path, options: dict[str, str], dtype: str) -> None:
+    assert plan_pool("tiny", folder, pool(**options))[0].dtype == dtype
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_cpu_with_bf16_computes_in_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "computes_bf16_natively", lambda: True)
+    assert plan_pool("tiny", folder, pool())[0].dtype == "bfloat16"
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus_are_taken_where_they_are(folder: Path) -> None:
+    plan, device_type = plan_pool("tiny", folder, pool(stages=2, max_memory={0: "100MB"}))
+    assert device_type == "cuda"
+    assert plan.dtype == "bfloat16"
+    assert [stage.gpu.name for stage in plan.stages] == ["Toy", "Toy"]
+    context = next(term.bytes for term in plan.stages[0].reserve if term.name == "context")
+    assert plan.stages[0].budget_bytes == 100_000_000 + context, "a cap bounds everything but the context"
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_one_stage_takes_one_gpu(folder: Path) -> None:
+    assert [stage.device for stage in plan_pool("tiny", folder, pool())[0].stages] == [0]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_the_cpu_is_taken_when_asked_for(folder: Path) -> None:
+    assert plan_pool("tiny", folder, pool(device="cpu"))[1] == "cpu"
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus_that_are_not_there_are_missed(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="pool default needs 3 GPUs, and 2 are visible; lower `stages`, set `device:"):
+        plan_pool("tiny", folder, pool(device="cuda", stages=3))
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"cpu_device_memory": "200KB"},
+            r"pool default: tiny does not fit: device 0 needs [\d,]+ bytes and has 200,000",
+        ),
+        ({"max_context": 129}, "pool default: max_context is 129 tokens, but tiny was made for 128"),
+        ({"quantization": "int8", "double_quant": True}, "pool default: double_quant needs nf4 or fp4"),
+        ({"quantization": "bf16", "dtype": "float32"}, "pool default: quantization bf16 computes in bfloat16"),
+    ],
+)
+def test_what_can_not_be_planned_is_one_line(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan_pool("tiny", folder, pool(**options))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pool default: .*config\.json does not exist"):
+        plan_pool("tiny", tmp_path, pool())
