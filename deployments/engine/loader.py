@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from deployments.engine.attention import IMPLEMENTATION, PagedKv, RowSpan, UnsupportedAttention
-from deployments.engine.stages import Stage, StepRows, find_decoder, find_layers
+from deployments.engine.stages import Stage, StepRows, find_decoder, find_layers, run_stages
 from deployments.errors import ConfigError
 from deployments.once import make_once
 from placement.export import device_map
@@ -246,15 +246,6 @@ def _plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
     device = next(model.get_input_embeddings().parameters()).device
     logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
     return logits[0].float().cpu()
-
-
-def run_stages(stages: tuple[Stage, ...], step: StepRows, block_size: int) -> Tensor:
-    """One step through all stages, one after the other: logits [sampled rows, vocab]."""
-    hidden: Tensor | None = None
-    for stage in stages:
-        hidden = stage.run(step, hidden, block_size)
-    assert hidden is not None
-    return hidden
 
 
 def _probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], expected: Tensor) -> None:

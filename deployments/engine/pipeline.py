@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from deployments.engine.stages import Stage, StepRows
+from deployments.engine.stages import Stage, StepRows, run_stages
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class Pipeline:
     def launch(self, step: StepRows, finish: Callable[[Tensor], T]) -> Future[T]:
         """Send a step through all stages; `finish` turns its logits [sampled rows, vocab] into the result."""
         if not self._lanes:
-            return _completed(lambda: finish(self._run_all(step)))
+            return _completed(lambda: finish(run_stages(self._stages, step, self._block_size)))
         before: Future[Tensor] | None = None
         for stage, lane in zip(self._stages, self._lanes, strict=True):
             before = lane.submit(self._run_after, stage, step, before)
@@ -62,13 +62,6 @@ class Pipeline:
 
     def _run_after(self, stage: Stage, step: StepRows, before: Future[Tensor] | None) -> Tensor:
         return stage.run(step, None if before is None else before.result(), self._block_size)
-
-    def _run_all(self, step: StepRows) -> Tensor:
-        hidden: Tensor | None = None
-        for stage in self._stages:
-            hidden = stage.run(step, hidden, self._block_size)
-        assert hidden is not None
-        return hidden
 
 
 def _completed(work: Callable[[], T]) -> Future[T]:

@@ -183,6 +183,15 @@ class Stage:
             cache.geometry = geometry
 
 
+def run_stages(stages: tuple[Stage, ...], step: StepRows, block_size: int) -> Tensor:
+    """One step through all stages, one after the other: logits [sampled rows, vocab]."""
+    hidden: Tensor | None = None
+    for stage in stages:
+        hidden = stage.run(step, hidden, block_size)
+    assert hidden is not None
+    return hidden
+
+
 def find_decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """The stack of decoder layers inside a causal model, with its dotted name."""
     decoder: nn.Module = model.get_decoder()

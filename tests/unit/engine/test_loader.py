@@ -14,8 +14,8 @@ import transformers
 from safetensors.torch import load_file
 
 from deployments.engine import attention, loader
-from deployments.engine.loader import load, quantization_config, quantized_copy, run_stages
-from deployments.engine.stages import Stage
+from deployments.engine.loader import load, quantization_config, quantized_copy
+from deployments.engine.stages import Stage, run_stages
 from deployments.errors import ConfigError
 from placement.plan import Plan
 from tests.unit.engine.tiny import VOCAB, llama, plan_of, rows, save

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from deployments.engine.attention import RowSpan
-from deployments.engine.loader import LoadedModel, load, run_stages
-from deployments.engine.stages import Absent, Stage, StepRows, find_decoder, find_layers
+from deployments.engine.loader import LoadedModel, load
+from deployments.engine.stages import Absent, Stage, StepRows, find_decoder, find_layers, run_stages
 from tests.unit.engine.tiny import IDS, VOCAB, llama, plan_of, rows, save
 
 _STANDARD = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCAB}
