@@ -116,6 +116,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Iter
     path = tmp_path_factory.mktemp("service") / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     ray = LocalRay(state_folder(), cpus=os.cpu_count() or 1)
+    os.environ.pop("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", None)  # read by this process already
     try:
         ray.start()
         file = read_config(path)
