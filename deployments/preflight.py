@@ -20,10 +20,11 @@ from placement.hardware import format_bytes
 
 SUPPORTED = ((3, 11), (3, 12))
 
-SERVICE_BYTES = 900_000_000
-"""Main memory of Ray's and Serve's own processes, the ledgers and one ingress replica (measured: 0.8 GB)."""
-REPLICA_BYTES = 800_000_000
-"""Main memory of a replica's two processes without weights, reserve and KV cache: mostly torch (measured: 0.7 GB)."""
+SERVICE_BYTES = 1_400_000_000
+"""Main memory of Ray's and Serve's own processes, the ledgers and one ingress replica (measured: 1.6 GB resident,
+pages that they share counted in each)."""
+REPLICA_BYTES = 700_000_000
+"""Main memory of a replica's two processes without weights, reserve and KV cache: mostly torch and its imports."""
 
 
 @dataclass(frozen=True, slots=True)
