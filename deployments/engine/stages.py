@@ -7,7 +7,7 @@ make a cut possible anywhere:
 - The first layer of a later stage takes its input from the stage before, whatever the forward computed as embedding;
   the last layer of an earlier stage keeps its output, whatever the forward does with it afterwards.
 - Submodules that live on another stage (embedding, final norm, projections) are `Absent`: they hand hidden states
-  through and turn ids into a scalar zero, which the forward may add or reshape at no cost, and which nobody reads.
+  through and turn ids and masks into a scalar zero, at no cost, and nobody reads what comes of it.
 
 The head is the causal model's `forward` on a shallow copy whose decoder hands over the rows to be sampled, so logit
 scaling and soft caps stay transformers' code as well.
@@ -30,7 +30,9 @@ class Absent(nn.Module):
     """Stands for a submodule on another stage; its result is never read."""
 
     def forward(self, first: Tensor, *_: Any, **__: Any) -> Tensor:
-        return first if first.is_floating_point() else first.new_zeros((), dtype=torch.float32)
+        if first.dim() == 3:
+            return first
+        return first.new_zeros((), dtype=torch.float32)
 
 
 class _Entry(nn.Module):

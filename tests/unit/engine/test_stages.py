@@ -26,8 +26,16 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama, tied": llama(4, tie_word_embeddings=True),
     "gemma2": transformers.Gemma2Config(**_GLU, head_dim=16, sliding_window=6),
     "gpt2": transformers.GPT2Config(**_OWN_NAMES, n_positions=128),
+    "opt": transformers.OPTConfig(**_STANDARD, ffn_dim=128, word_embed_proj_dim=32, max_position_embeddings=128),
 }
-CUTS = [*(("llama", n) for n in (1, 2, 3, 4)), ("llama, tied", 3), ("gemma2", 2), ("gemma2", 4), ("gpt2", 2)]
+CUTS = [
+    *(("llama", n) for n in (1, 2, 3, 4)),
+    ("llama, tied", 3),
+    ("gemma2", 2),
+    ("gemma2", 4),
+    ("gpt2", 2),
+    ("opt", 3),
+]
 
 
 @dataclass(frozen=True)
