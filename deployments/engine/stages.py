@@ -27,7 +27,7 @@ from deployments.engine.attention import Geometry, PagedKv, RowSpan, build_geome
 
 
 class Absent(nn.Module):
-    """Stands for a submodule on another stage; its result is never read."""
+    """Stands for a submodule on another stage; hands hidden states [1, T, hidden] through. Its result is never read."""
 
     def forward(self, first: Tensor, *_: Any, **__: Any) -> Tensor:
         if first.dim() == 3:
