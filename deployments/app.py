@@ -75,7 +75,7 @@ def _pool(settings: Settings, model: ModelSettings, pool: PoolSettings, ledger: 
 def _gpus(pool: PoolSettings) -> int:
     """GPUs that one replica asks Ray for: all its stages, or none where the pool runs on virtual CPU devices."""
     if pool.device == "auto":
-        return pool.stage_count if ray.cluster_resources().get("GPU", 0) >= pool.stage_count else 0
+        return pool.stage_count if ray.cluster_resources().get("GPU", 0) > 0 else 0
     return pool.stage_count if pool.device == "cuda" else 0
 
 

@@ -66,7 +66,8 @@ def serve(file: ConfigFile, show_logs: bool = False, dashboard: bool = False) ->
         KeyboardInterrupt: a signal before it was ready; likewise.
     """
     begun = time.monotonic()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs start with it ignored
+        signal.signal(number, _interrupt)
     home = state_folder()
     ready = preflight.check(file, home, os.environ, _say)
     _print_plans(ready.survey)
@@ -170,7 +171,7 @@ def curl(url: str, settings: Settings, survey: Survey) -> str:
         path, prompt = "chat/completions", {"messages": [{"role": "user", "content": "Why is the sky blue?"}]}
     else:
         path, prompt = "completions", {"prompt": "The sky is blue because"}
-    body = json.dumps({"model": model.name, **prompt, "max_tokens": 64})
+    body = json.dumps({"model": model.name, **prompt, "max_tokens": 64, "temperature": 0})
     keys = settings.api.api_keys_env
     authorization = f' -H "Authorization: Bearer ${{{keys}%%,*}}"' if keys else ""
     return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{authorization} -d {shlex.quote(body)}"

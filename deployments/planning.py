@@ -25,12 +25,12 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
     """
     try:
         gpus = () if pool.device == "cpu" else probe.cuda_gpus()
-        if pool.device == "cuda" and len(gpus) < pool.stage_count:
+        if len(gpus) < pool.stage_count and (gpus or pool.device == "cuda"):
             raise ConfigError(
                 f"pool {pool.name} needs {pool.stage_count} GPUs, and {len(gpus)} are visible; "
                 "lower `stages`, set `device: cpu`, or make more visible"
             )
-        on_gpu = len(gpus) >= pool.stage_count
+        on_gpu = bool(gpus)
         plan = solve(
             footprint(
                 model_dir,

@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the replica ends this one
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     disable_progress_bar()
+    # It recommends a package that fetches kernels from a hub at run time.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with Connection(int(argv[1])) as connection:
         return serve(connection)
 

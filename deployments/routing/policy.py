@@ -54,7 +54,7 @@ def blocks_for(tokens: int, block_size: int) -> int:
 
 def fits_ever(replica: Candidate, size: Size) -> bool:
     """Whether the empty replica could hold the request to its last token."""
-    if size.prompt_tokens + 1 > replica.max_context:
+    if size.prompt_tokens + size.max_tokens > replica.max_context:
         return False
     return blocks_for(size.prompt_tokens + size.max_tokens, replica.block_size) <= replica.capacity_blocks
 

@@ -57,10 +57,11 @@ def hopeless(
     if any(fits_ever(replica, size) for replica in known):
         return None
     context = max(replica.max_context for replica in known)
-    if request.prompt_tokens + 1 > context:
+    if request.prompt_tokens + request.max_tokens > context:
         text = (
-            f"the prompt has {request.prompt_tokens} tokens and needs room for at least 1 of output; "
-            f"the longest context of {config.model} is {context} tokens. Shorten the prompt"
+            f"{request.prompt_tokens} prompt tokens and {request.max_tokens} max_tokens need "
+            f"{request.prompt_tokens + request.max_tokens} tokens; the longest context of {config.model} is "
+            f"{context} tokens. Shorten the prompt or lower max_tokens"
         )
     else:
         capacity = max(replica.capacity_blocks * replica.block_size for replica in known)

@@ -88,7 +88,7 @@ def test_a_wrong_key_is_named(args: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("device", "stages", "cluster_gpus", "asked"),
-    [("cpu", 2, 8, 0), ("cuda", 2, 0, 2), ("auto", 2, 8, 2), ("auto", 2, 1, 0), ("auto", 1, 0, 0)],
+    [("cpu", 2, 8, 0), ("cuda", 2, 0, 2), ("auto", 2, 8, 2), ("auto", 2, 1, 2), ("auto", 1, 0, 0)],
 )
 def test_gpus_asked_of_ray(
     device: str, stages: int, cluster_gpus: int, asked: int, monkeypatch: pytest.MonkeyPatch
