@@ -190,3 +190,28 @@ def test_a_copy_that_fails_leaves_no_folder(folder: Path, tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space left"):
         copy_of(folder, plan_of(folder), tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_shortened_linear_gives_the_same_bits(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = bitsandbytes.nn.Linear4bit(
+        64, 96, bias=bias, compute_dtype=torch.bfloat16, compress_statistics=False, quant_type="nf4"
+    )
+    linear.weight = bitsandbytes.nn.Params4bit(
+        torch.randn(96, 64, dtype=torch.bfloat16),
+        requires_grad=False,
+        compress_statistics=False,
+        quant_type="nf4",
+        module=linear,
+    ).to("cpu")
+    if bias:
+        linear.bias = torch.nn.Parameter(torch.randn(96, dtype=torch.bfloat16), requires_grad=False)
+    linear.eval()
+    rows = torch.randn(1, 5, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = linear(rows)
+        loader._shorten_linears(linear)
+        again = linear(rows)
+    assert ("forward" in vars(linear)) == getattr(linear.weight.quant_state, "packing_format_for_cpu", False)
+    assert torch.equal(again, expected)
