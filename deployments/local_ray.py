@@ -74,6 +74,7 @@ class LocalRay:
                 log_to_driver=self._show_logs,
                 logging_level=logging.WARNING,
                 namespace="headroom",
+                _node_ip_address="127.0.0.1",  # Else Ray asks the network for one, and ends when it changes.
                 _temp_dir=str(self._folder),
             )
         except Exception as error:  # Ray raises many kinds here, RuntimeError and OSError among them.
