@@ -64,10 +64,13 @@ class Module:
 
     name: str
     role: Role
-    """Where it lives: with the first layer, a layer itself, copied to every stage, with the last layer."""
+    """Where it lives: with the first layer of its stack, a layer itself, copied to every stage, with the last layer of
+    its stack."""
     tensors: tuple[Tensor, ...]
     work: int
     """Multiply-adds per token: elements of its matrices (0 for a lookup)."""
+    stack: str = "layers"
+    """Its stack of layers: "layers" of a decoder-only model, "encoder" or "decoder" of an encoder-decoder."""
 
     @property
     def bytes(self) -> int:
@@ -87,7 +90,7 @@ class Geometry:
     softcap: bool
     """Attention scores pass a tanh, so they exist as a tensor."""
     kv: tuple[LayerKv, ...]
-    """Per decoder layer."""
+    """Per layer, parallel to `Footprint.layers` (an encoder's layers included)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +103,31 @@ class Footprint:
     dtype: str
     """Of what is not quantised, and of compute."""
     modules: tuple[Module, ...]
-    """First, layers in order, shared, last."""
+    """First, layers in order, shared, last; within a role by stack."""
     geometry: Geometry
 
     @property
     def layers(self) -> tuple[Module, ...]:
-        """The decoder layers, in order."""
+        """The layers of all stacks as one sequence, in the order in which they run: an encoder's come first."""
         return self.with_role("layer")
+
+    @property
+    def stacks(self) -> dict[str, tuple[int, int]]:
+        """First and past-last layer of each stack, in order; one entry, "layers", for a decoder-only model."""
+        names = [layer.stack for layer in self.layers]
+        return {name: (names.index(name), len(names) - names[::-1].index(name)) for name in dict.fromkeys(names)}
+
+    @property
+    def beside(self) -> tuple[tuple[int, Module], ...]:
+        """Every module with the role first or last, with the index of the layer on whose device it lives.
+
+        In an encoder-decoder that includes modules in the middle: the encoder's final norm lives with the encoder's
+        last layer, the decoder's embedding with its first. Tensors of one storage count once per device.
+        """
+        ends = {name: {"first": start, "last": end - 1} for name, (start, end) in self.stacks.items()}
+        return tuple(
+            (ends[module.stack][module.role], module) for module in self.modules if module.role in ("first", "last")
+        )
 
     @property
     def bytes(self) -> int:

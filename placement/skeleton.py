@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -20,6 +20,21 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from placement.errors import PlacementError
 from placement.footprint import Geometry, Module, Role, Tensor
 from placement.kv import layer_kv
+
+_STANDARD = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+    "head_dim",
+    "multi_query",
+    "layer_types",
+    "layers_block_type",
+    "sliding_window",
+    "attention_chunk_size",
+    "kv_lora_rank",
+    "is_encoder_decoder",
+)
 
 
 def read_skeleton(model_dir: Path, dtype: str) -> tuple[tuple[Module, ...], Geometry]:
@@ -55,11 +70,7 @@ def _work(tensors: tuple[Tensor, ...], role: Role) -> int:
 
 def _geometry(model: PreTrainedModel) -> Geometry:
     config = model.config.get_text_config(decoder=True)
-    names = (
-        "num_hidden_layers num_attention_heads num_key_value_heads hidden_size head_dim multi_query "
-        "layer_types sliding_window attention_chunk_size kv_lora_rank"
-    )
-    facts = {name: getattr(config, name, None) for name in names.split()}
+    facts = _facts(config)
     if not facts["num_attention_heads"] or not facts["num_hidden_layers"]:
         raise PlacementError(f"{type(model).__name__} has no attention layers: its state is not planned yet")
     return Geometry(
@@ -70,6 +81,16 @@ def _geometry(model: PreTrainedModel) -> Geometry:
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         kv=layer_kv(facts),
     )
+
+
+def _facts(config: PreTrainedConfig) -> dict[str, Any]:
+    """The whole text config for `layer_kv`: its own names, transformers' standard names for them, and what some
+    configs only compute. An encoder-decoder also has `encoder_layers` and `decoder_layers`, whatever its own names."""
+    facts = config.to_dict() | {name: getattr(config, name, None) for name in (*config.attribute_map, *_STANDARD)}
+    if facts["is_encoder_decoder"]:
+        facts.setdefault("encoder_layers", facts["num_hidden_layers"])
+        facts.setdefault("decoder_layers", facts.get("num_decoder_layers") or facts["num_hidden_layers"])
+    return facts
 
 
 def _max_context(config: PreTrainedConfig) -> int:
