@@ -1,0 +1,21 @@
+"""What a step asks of the sampler: plain values that the loop builds on the host, one entry per sampled row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deployments.engine.sampling_batch import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The sampled rows of one step, in the order of `StepRows.sampled`. All fields are equally long."""
+
+    rows: tuple[Row, ...]
+    """The requests' parameters. Rows compare by identity: equal tuples need the same parameters on the device."""
+    positions: tuple[int, ...]
+    """Tokens (prompt and output) before the one that is drawn. The last of them may be known to the device alone."""
+    output_counts: tuple[int, ...]
+    """Output tokens before the one that is drawn, those that the host does not know yet included."""
+    tables: tuple[tuple[int, ...], ...]
+    """Block ids that cover the row's `positions` tokens; token p is in tables[row][p // block_size]."""
