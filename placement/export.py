@@ -68,6 +68,7 @@ def _stage(data: dict[str, Any]) -> Stage:
         "modules": tuple(data["modules"]),
         "copies": tuple(data["copies"]),
         "reserve": tuple(Term(**term) for term in data["reserve"]),
+        "weights": tuple(Term(**term) for term in data["weights"]),
     }
     return Stage(**{**data, **nested})
 

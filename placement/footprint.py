@@ -71,6 +71,11 @@ class Module:
     """Multiply-adds per token: elements of its matrices (0 for a lookup)."""
     stack: str = "layers"
     """Its stack of layers: "layers" of a decoder-only model, "encoder" or "decoder" of an encoder-decoder."""
+    order: int = 0
+    """Rises in the order in which the model registers its modules: the order in which `device_map="sequential"`
+    takes them."""
+    whole: bool = True
+    """transformers itself never splits it over devices."""
 
     @property
     def bytes(self) -> int:

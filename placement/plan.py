@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from placement.errors import DoesNotFit, PlacementError
-from placement.footprint import Footprint
+from placement.footprint import Footprint, Module, Role, resident_bytes
 from placement.hardware import Gpu, Inventory, parse_bytes
 from placement.kv import dtype_bytes
 from placement.reserve import CUDA_CONTEXT_BYTES, Term, Workload
@@ -43,6 +43,8 @@ class Stage:
     """One KV block in all layers of this stage: block_size * bytes per token."""
     budget_bytes: int
     """What weights, reserve and KV together may not exceed."""
+    weights: tuple[Term, ...] = ()
+    """`weight_bytes` by what they are for: embedding, layers, head, shared."""
 
     @property
     def reserve_bytes(self) -> int:
@@ -194,4 +196,19 @@ def _stage(problem: Problem, cut: Cut, blocks: int) -> Stage:
         reserve=problem.reserves[cut.device].terms(last=last, blocks=blocks, kv_block_bytes=kv_block_bytes),
         kv_block_bytes=kv_block_bytes,
         budget_bytes=problem.budgets[cut.device],
+        weights=_weights(modules if first else modules + shared),
     )
+
+
+def _weights(modules: tuple[Module, ...]) -> tuple[Term, ...]:
+    """A stage's weights by role. What two roles share (tied embeddings) counts with the first of them."""
+    names: dict[Role, str] = {"first": "embedding", "layer": "layers", "last": "head", "shared": "shared"}
+    terms: list[Term] = []
+    held: tuple[Module, ...] = ()
+    for role, name in names.items():
+        group = tuple(module for module in modules if module.role == role)
+        size = resident_bytes(held + group) - resident_bytes(held)
+        what = f"{len(group)} layers" if role == "layer" else ", ".join(module.name for module in group)
+        terms.append(Term(name, size, what))
+        held += group
+    return tuple(term for term in terms if term.bytes)

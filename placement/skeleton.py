@@ -52,8 +52,9 @@ def read_skeleton(model_dir: Path, dtype: str) -> tuple[tuple[Module, ...], Geom
         raise PlacementError(f"transformers can't build {model_dir.name}: {reason}") from None
     geometry = _geometry(model)
     tensors = _tensors(model, dtype)
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     modules = tuple(
-        Module(name, role, held, _work(held, role))
+        Module(name, role, held, _work(held, role), order=order[name], whole=_whole(model, name))
         for name, role in _roles(model, len(geometry.kv))
         if (held := tuple(t for t in tensors if t.name.startswith(f"{name}.")))
     )
@@ -62,6 +63,12 @@ def read_skeleton(model_dir: Path, dtype: str) -> tuple[tuple[Module, ...], Geom
         raise PlacementError(f"{type(model).__name__}: no stage would hold {', '.join(homeless[:3])}")
     _check_kv(model, modules, geometry)
     return modules, geometry
+
+
+def _whole(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers keeps a module on one device when it draws up a device_map."""
+    module = model.get_submodule(name)
+    return type(module).__name__ in (model._no_split_modules or ()) or not any(True for _ in module.children())
 
 
 def _work(tensors: tuple[Tensor, ...], role: Role) -> int:
