@@ -53,9 +53,25 @@ def test_format_bytes(count: int, text: str) -> None:
 
 
 def test_parse_gpus() -> None:
-    gpus = parse_gpus("2x24GiB, 1*80GiB,16GB")
-    assert [gpu.memory_bytes for gpu in gpus] == [24 * 2**30, 24 * 2**30, 80 * 2**30, 16 * 10**9]
-    assert [gpu.name for gpu in gpus] == ["gpu0", "gpu1", "gpu2", "gpu3"]
+    gpus = parse_gpus("2x24GiB, 1*80GiB,16GB,2xH100-PCIe,RTX4090")
+    assert [gpu.memory_bytes for gpu in gpus[:4]] == [24 * 2**30, 24 * 2**30, 80 * 2**30, 16 * 10**9]
+    assert [gpu.name for gpu in gpus] == ["24GiB", "24GiB", "80GiB", "16GB", "H100-PCIe", "H100-PCIe", "RTX4090"]
+    assert [gpu.accelerator_type for gpu in gpus[3:]] == [None, "H100", "H100", "GeForce-RTX-4090"]
+    # GB/s of the memory: 24 * 2**30 * 25 / 10**9 = 644.2 of an unknown one.
+    assert [gpu.speed for gpu in gpus] == [644, 644, 2147, 400, 2000, 2000, 1008]
+
+
+def test_virtual_devices_are_counted_too() -> None:
+    assert parse_gpus("2x600MB", device_type="cpu") == virtual_cpu_devices(("600MB", "600MB"))
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(
+        PlacementError, match=r"GPU 'H900' is neither a size such as 24GiB nor one of B200, .*A100-40GB"
+    ):
+        parse_gpus("2xH900")
+    with pytest.raises(PlacementError, match="GPU 'H900' is not known: give its memory, or one of B200"):
+        parse_inventory("gpus: [{name: H900}]")
 
 
 @pytest.mark.parametrize("text", ["", "2x", "0x24GiB", "24GiB;80GiB", "x24GiB", "24"])
@@ -73,7 +89,7 @@ def test_virtual_devices() -> None:
 
 def test_inventory_in_yaml_and_json_are_one() -> None:
     text = "nodes: [{name: a, cpus: 8, memory: 64GB, gpus: [{name: L4, memory: 24GB, count: 2, speed: 3, free: 20GB}]}]"
-    gpu = Gpu("L4", 24 * 10**9, free_bytes=20 * 10**9, speed=3)
+    gpu = Gpu.of("L4", 24 * 10**9, free_bytes=20 * 10**9, speed=3)
     expected = Inventory((Node("a", (gpu, gpu), 8, 64 * 10**9),))
     assert parse_inventory(text) == expected
     as_json = {
@@ -93,7 +109,17 @@ def test_inventory_in_yaml_and_json_are_one() -> None:
 
 def test_one_machine_needs_no_nodes() -> None:
     inventory = parse_inventory("gpus: [{memory: 600MB, device_type: cpu}]")
-    assert inventory.gpus == (Gpu("gpu", 600 * 10**6, device_type="cpu"),)
+    assert inventory.gpus == (Gpu("cpu", 600 * 10**6, device_type="cpu"),)
+
+
+def test_what_is_given_wins_over_what_the_name_says() -> None:
+    (known,) = parse_inventory("gpus: [{name: NVIDIA L4}]").gpus
+    assert (known.memory_bytes, known.bandwidth, known.flops) == (219 * 2**30 // 10, 300 * 10**9, 121 * 10**12)
+    assert (known.speed, known.accelerator_type, known.usable_bytes) == (300, "L4", known.memory_bytes)
+    text = "gpus: [{name: L4, memory: 12GiB, bandwidth: 150.5GB, tflops: 60, accelerator_type: half}]"
+    assert parse_inventory(text).gpus == (
+        Gpu("L4", 12 * 2**30, None, 150, "cuda", 150_500_000_000, 60 * 10**12, "half"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +130,13 @@ def test_one_machine_needs_no_nodes() -> None:
         ("nodes: 3", "nodes must be a list"),
         ("nodes: [{gpus: 3}]", r"nodes\[0\].gpus must be a list"),
         ("gpus: [{memory: 1GB, size: 3}]", "unknown key size"),
-        ("gpus: [{name: L4}]", "memory is missing"),
+        ("gpus: [{count: 2}]", r"gpus\[0\]: memory is missing"),
+        ("gpus: [{name: c, device_type: cpu}]", "memory is missing"),
+        ("gpus: [{memory: 1GB, device_type: cpu, tflops: 3}]", "unknown key tflops"),
+        ("gpus: [L4]", "must be a mapping"),
+        ("gpus: [{name: L4, bandwidth: fast}]", "size 'fast'"),
+        ("gpus: [{name: L4, speed: 3}, {name: T4}]", "speed is given for some GPUs only"),
+        ("nodes: [{name: a, gpus: []}, {name: a, gpus: []}]", "two nodes have one name"),
         ("gpus: [{memory: 1GB, count: many}]", "whole number"),
         ("gpus: [{memory: 1GB, speed: 0}]", "positive"),
         ("gpus: [{memory: 1GB, free: 2GB}]", "free_bytes"),

@@ -1,0 +1,69 @@
+"""Which GPU a name means, and what is assumed of one that nobody knows."""
+
+from __future__ import annotations
+
+import pytest
+
+from placement.cards import CARDS, find_card, rates
+
+GIB, GB, TFLOPS = 2**30, 10**9, 10**12
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("H100-SXM", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB PCIe"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("A100-80G", "A100 80GB"),
+        ("A100", "A100 40GB"),
+        ("Tesla V100-SXM2-32GB", "V100 32GB"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("GeForce-RTX-5090", "RTX 5090"),
+        ("AMD-Instinct-MI300X-OAM", "MI300X"),
+        ("A100 20GB", None),
+        ("24GiB", None),
+        ("", None),
+    ],
+)
+def test_names(name: str, kind: str | None) -> None:
+    card = find_card(name)
+    assert (card.name if card else None) == kind
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_every_kind_is_found_by_its_own_name(card: object) -> None:
+    assert find_card(card.name) == card  # type: ignore[attr-defined]
+    assert find_card(card.name.replace(" ", "-").lower()) == card  # type: ignore[attr-defined]
+
+
+def test_memory_decides_where_the_name_does_not() -> None:
+    assert find_card("A100", 85 * GB).name == "A100 80GB"  # type: ignore[union-attr]
+    assert find_card("V100", 34 * GB).name == "V100 32GB"  # type: ignore[union-attr]
+
+
+def test_rates() -> None:
+    assert rates("NVIDIA H200", 140 * GIB) == (4800 * GB, 989 * TFLOPS)
+    # 10 GB * 25 / s, and 150 FLOP for each byte.
+    assert rates("unheard of", 10 * GB) == (250 * GB, 37_500 * GB)
+    # Half of an L4's 21.9 GiB: half of its 300 GB/s and 121 TFLOP/s.
+    half = rates("NVIDIA L4 MIG 1g.11gb", find_card("L4").memory_bytes // 2)  # type: ignore[union-attr]
+    assert half == (pytest.approx(150 * GB), pytest.approx(60.5 * TFLOPS))
+
+
+def test_the_rule_of_thumb_is_near_the_table() -> None:
+    for card in CARDS:
+        bandwidth, flops = rates("unheard of", card.memory_bytes)
+        assert card.bandwidth / 3 < bandwidth < 3 * card.bandwidth, card.name
+        assert card.flops / 8 < flops < 8 * card.flops, card.name
