@@ -10,6 +10,7 @@ from placement import probe
 from placement.errors import PlacementError
 from placement.footprint import footprint
 from placement.hardware import DeviceType, Gpu, virtual_cpu_devices
+from placement.kv import why_not_served
 from placement.plan import Plan, solve
 
 _FIXED_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -31,14 +32,20 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
                 "lower `stages`, set `device: cpu`, or make more visible"
             )
         on_gpu = bool(gpus)
+        weighed = footprint(
+            model_dir,
+            name=name,
+            quantization=pool.quantization,
+            double_quant=pool.double_quant,
+            dtype=_dtype(pool, "cuda" if on_gpu else "cpu"),
+        )
+        if reason := why_not_served(weighed.geometry.kv):
+            raise ConfigError(
+                f"pool {pool.name}: {name} caches {reason}, which the engine does not serve yet; "
+                "serve a model with plain attention (`headroom plan` sizes this one all the same)"
+            )
         plan = solve(
-            footprint(
-                model_dir,
-                name=name,
-                quantization=pool.quantization,
-                double_quant=pool.double_quant,
-                dtype=_dtype(pool, "cuda" if on_gpu else "cpu"),
-            ),
+            weighed,
             gpus[: pool.stage_count] if on_gpu else _virtual_devices(pool),
             block_size=pool.block_size,
             max_batch_tokens=pool.max_batch_tokens,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from placement.footprint import Footprint
 from placement.hardware import DeviceType, format_bytes
-from placement.kv import dtype_bytes
+from placement.kv import dtype_bytes, kv_dtype_bytes
 
 SAMPLE_ROWS = 64
 """Rows of logits that the sampler works on at once."""
@@ -155,8 +155,8 @@ def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
     pairs = workload.max_batch_tokens * workload.max_context
     windows = len({kv.window for kv in geometry.kv})
     return max(
-        pairs * (windows + (1 + size) * (geometry.heads // kv.kv_heads))
-        + workload.max_context * (kv.elements_per_token * size * (1 + geometry.heads // kv.kv_heads))
+        pairs * (windows + (1 + size) * (geometry.heads // max(kv.kv_heads, 1)))
+        + workload.max_context * (kv.elements_per_token * size * (1 + geometry.heads // max(kv.kv_heads, 1)))
         + (pairs * geometry.heads * (2 * size + 2 * 4) if geometry.softcap else 0)
         for kv in set(geometry.kv)
     )
@@ -164,7 +164,7 @@ def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
 
 def _gather_bytes(footprint: Footprint, workload: Workload) -> int:
     """Keys, values and mask of one block in one layer, gathered for a decode step and padded."""
-    geometry, size = footprint.geometry, dtype_bytes(workload.kv_dtype)
+    geometry, size = footprint.geometry, kv_dtype_bytes(workload.kv_dtype)
     per_token = max(kv.elements_per_token for kv in geometry.kv) * size + 1 + size
     if geometry.softcap:
         per_token += geometry.heads * (2 * size + 2 * 4)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Lfm2Config
 
 from deployments.errors import ConfigError
 from deployments.planning import plan_pool
@@ -116,3 +117,12 @@ def test_what_can_not_be_planned_is_one_line(folder: Path, options: dict[str, An
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pool default: .*config\.json does not exist"):
         plan_pool("tiny", tmp_path, pool())
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_cache_that_the_engine_does_not_serve_is_one_line(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Lfm2Config(**sizes, num_key_value_heads=2, vocab_size=64, full_attn_idxs=[1]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"pool default: tiny caches recurrent state .* does not serve yet") as caught:
+        plan_pool("tiny", tmp_path, pool())
+    assert "\n" not in str(caught.value)
