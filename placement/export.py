@@ -1,29 +1,42 @@
-"""A plan in the forms that others read: accelerate's device_map, memory caps, Serve options, JSON and a table."""
+"""A plan in the forms that others read: accelerate's device_map, memory caps, Serve options, JSON and a table.
+
+`placement.sequential` has the caps that transformers itself splits by, `placement.svg` the picture.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from placement.errors import PlacementError
-from placement.hardware import DeviceType, Gpu, format_bytes
+from placement.hardware import DeviceType, format_bytes
 from placement.plan import Plan, Stage
-from placement.reserve import CONTEXT, Term
+from placement.reserve import CONTEXT
 
-JSON_VERSION = 1
-"""Raised when the JSON changes shape; a reader refuses one it does not know."""
+SCHEMA: Literal["headroom.plan/1"] = "headroom.plan/1"
+"""Its number is raised when the JSON changes shape; a reader refuses one it does not know."""
 
 
 def device_map(plan: Plan, device_type: DeviceType = "cuda") -> dict[str, int | str]:
-    """Module name -> device, as `from_pretrained(device_map=...)` takes it: indices on CUDA, "cpu" otherwise."""
-    return {name: stage.device if device_type == "cuda" else "cpu" for stage in plan.stages for name in stage.modules}
+    """Module name -> device, as `from_pretrained(device_map=...)` takes it: the index of a CUDA device, or "cpu".
+
+    An index counts the devices that the plan was solved for, which are those that the replica's process sees.
+    `device_type="cpu"` puts everything on the CPU, where virtual devices are all one.
+    """
+    return {
+        name: stage.device if device_type == stage.gpu.device_type == "cuda" else "cpu"
+        for stage in plan.stages
+        for name in stage.modules
+    }
 
 
 def max_memory(plan: Plan) -> dict[int, int]:
     """The least caps in bytes, per device, under which the plan still fits: everything but the CUDA context.
 
-    In the sense of the `max_memory` setting. Beside an explicit device_map, `from_pretrained` ignores its own.
+    In the sense of a pool's `max_memory` setting. `from_pretrained` understands caps differently, and ignores them
+    beside a device_map: see `sequential_max_memory`.
     """
     return {
         stage.device: stage.weight_bytes
@@ -34,43 +47,70 @@ def max_memory(plan: Plan) -> dict[int, int]:
 
 
 def serve_options(plan: Plan) -> dict[str, Any]:
-    """Ray Serve's deployment options for one replica: one actor that owns all the plan's GPUs, none on the CPU."""
-    gpus = sum(stage.gpu.device_type == "cuda" for stage in plan.stages)
-    return {"ray_actor_options": {"num_gpus": gpus}}
+    """Ray Serve's deployment options for one replica: one actor, so one node, that owns all the plan's GPUs.
+
+    GPUs are counted up to the last that the plan uses, so that indices mean the same in the actor. Ray asks a node for
+    one accelerator type at most, so it is named only where all the GPUs are of one known kind.
+    """
+    used = [stage for stage in plan.stages if stage.gpu.device_type == "cuda"]
+    options: dict[str, Any] = {"num_gpus": max((stage.device + 1 for stage in used), default=0)}
+    kinds = {stage.gpu.accelerator_type for stage in used}
+    if len(kinds) == 1 and (kind := kinds.pop()):
+        options["accelerator_type"] = kind
+    return {"ray_actor_options": options}
+
+
+class PlanDocument(BaseModel):
+    """A plan's JSON: the plan, and what follows from it for those who only load or deploy it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    schema_: Literal["headroom.plan/1"] = Field(alias="schema")
+    """Name and version of this form."""
+    plan: Plan
+    """Where each layer goes and what every byte is for. All sizes are bytes."""
+    device_map: dict[str, int | Literal["cpu"]]
+    """Module name -> CUDA index or "cpu", for `from_pretrained`."""
+    max_memory: dict[int, int]
+    """Device index -> the least cap in bytes under which the plan still fits."""
+    serve_options: dict[str, Any]
+    """Ray Serve's deployment options of one replica."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> PlanDocument:
+        """The document of `plan`."""
+        derived = {"max_memory": max_memory(plan), "serve_options": serve_options(plan)}
+        return cls.model_validate({"schema": SCHEMA, "plan": plan, "device_map": device_map(plan), **derived})
 
 
 def to_json(plan: Plan) -> str:
-    """The plan as JSON, indented, with its schema's version."""
-    return json.dumps({"version": JSON_VERSION, "plan": asdict(plan)}, indent=2)
+    """The plan as JSON with its schema's name and version; `python -m placement.schema` prints the schema."""
+    return PlanDocument.of(plan).model_dump_json(by_alias=True, indent=2)
 
 
 def from_json(text: str) -> Plan:
     """The plan that `to_json` wrote.
 
     Raises:
-        PlacementError: not JSON, another version, or a missing or unknown field.
+        PlacementError: not JSON, another version, a missing or unknown field, or a device_map, caps or options that
+            are not the plan's.
     """
     try:
         data = json.loads(text)
-        if data["version"] != JSON_VERSION:
-            raise PlacementError(f"plan JSON has version {data['version']}, this reader knows {JSON_VERSION}")
-        plan = data["plan"]
-        return Plan(**{**plan, "stages": tuple(_stage(stage) for stage in plan["stages"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise PlacementError(f"this is not a plan's JSON: {error!r}") from None
-
-
-def _stage(data: dict[str, Any]) -> Stage:
-    first, past = data["layers"]
-    nested = {
-        "gpu": Gpu(**data["gpu"]),
-        "layers": (first, past),
-        "modules": tuple(data["modules"]),
-        "copies": tuple(data["copies"]),
-        "reserve": tuple(Term(**term) for term in data["reserve"]),
-        "weights": tuple(Term(**term) for term in data["weights"]),
-    }
-    return Stage(**{**data, **nested})
+    except ValueError as error:
+        raise PlacementError(f"this is not a plan's JSON: {error}") from None
+    if not isinstance(data, dict) or "schema" not in data:
+        raise PlacementError(f'this is not a plan\'s JSON: there is no "schema": "{SCHEMA}"')
+    if data["schema"] != SCHEMA:
+        raise PlacementError(f"plan JSON has schema {data['schema']!r}, this reader knows {SCHEMA!r}; plan again")
+    try:
+        document = PlanDocument.model_validate_json(text)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise PlacementError(f"this is not a plan's JSON: {wrong}") from None
+    if document != PlanDocument.of(document.plan):
+        raise PlacementError("device_map, max_memory or serve_options do not follow from the plan; plan again")
+    return document.plan
 
 
 def table(plan: Plan) -> str:

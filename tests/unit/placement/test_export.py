@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
+import jsonschema
 import pytest
 
 from placement import export
@@ -12,6 +14,7 @@ from placement.errors import PlacementError
 from placement.hardware import Gpu
 from placement.plan import Plan, Stage
 from placement.reserve import Term
+from placement.schema import plan_schema
 
 STAGES = (
     Stage(0, Gpu("a", 2000), (0, 2), ("embed", "layers.0", "layers.1", "rotary"), (), 700,
@@ -33,30 +36,83 @@ def test_caps_leave_the_context_out() -> None:
     assert export.max_memory(PLAN) == {0: 960, 2: 5_000_605}
 
 
-def test_serve_options_count_gpus() -> None:
-    assert export.serve_options(PLAN) == {"ray_actor_options": {"num_gpus": 2}}
-    on_cpu = replace(PLAN, stages=tuple(replace(s, gpu=replace(s.gpu, device_type="cpu")) for s in STAGES))
-    assert export.serve_options(on_cpu) == {"ray_actor_options": {"num_gpus": 0}}
+def test_a_cpu_stage_is_cpu_in_a_device_map_of_gpus() -> None:
+    last = replace(STAGES[1], gpu=replace(STAGES[1].gpu, device_type="cpu"))
+    mixed = export.device_map(replace(PLAN, stages=(STAGES[0], last)))
+    assert (mixed["embed"], mixed["layers.2"], mixed["head"]) == (0, "cpu", "cpu")
+
+
+def on(*gpus: Gpu) -> Plan:
+    """The plan with its stages on other devices, its weights and all else as they were."""
+    return replace(PLAN, stages=tuple(replace(s, gpu=g) for s, g in zip(STAGES, gpus, strict=True)))
+
+
+def test_serve_options_count_gpus_up_to_the_last_in_use() -> None:
+    assert export.serve_options(PLAN) == {"ray_actor_options": {"num_gpus": 3}}
+    cpu = Gpu("c", 2000, device_type="cpu")
+    assert export.serve_options(on(STAGES[0].gpu, cpu)) == {"ray_actor_options": {"num_gpus": 1}}
+    assert export.serve_options(on(cpu, cpu)) == {"ray_actor_options": {"num_gpus": 0}}
+
+
+def test_serve_options_name_the_one_kind_of_gpu() -> None:
+    l4, h200 = Gpu.of("NVIDIA L4"), Gpu.of("NVIDIA H200")
+    assert export.serve_options(on(l4, l4)) == {"ray_actor_options": {"num_gpus": 3, "accelerator_type": "L4"}}
+    # A node has one accelerator type in Ray, so one with both kinds is not found by either.
+    assert export.serve_options(on(l4, h200)) == {"ray_actor_options": {"num_gpus": 3}}
 
 
 def test_json_round_trip() -> None:
-    text = export.to_json(PLAN)
-    assert json.loads(text)["version"] == export.JSON_VERSION
-    assert export.from_json(text) == PLAN
+    for plan in (PLAN, on(Gpu.of("NVIDIA L4", free_bytes=10**9), Gpu.of("NVIDIA H200"))):
+        assert export.from_json(export.to_json(plan)) == plan
+
+
+def test_json_has_what_loading_and_serving_need() -> None:
+    data = json.loads(export.to_json(PLAN))
+    assert data["schema"] == "headroom.plan/1"
+    assert data["device_map"] == export.device_map(PLAN)
+    assert data["max_memory"] == {"0": 960, "2": 5_000_605}
+    assert data["serve_options"] == export.serve_options(PLAN)
+
+
+def test_json_follows_its_schema() -> None:
+    checker = jsonschema.Draft202012Validator(json.loads(plan_schema()))
+    data = json.loads(export.to_json(PLAN))
+    checker.validate(data)
+    data["plan"]["stages"][0]["colour"] = "red"
+    assert [error.message for error in checker.iter_errors(data)] == [
+        "Additional properties are not allowed ('colour' was unexpected)"
+    ]
+
+
+def changed(path: str, value: object) -> str:
+    """The plan's JSON with one value changed or added."""
+    data = json.loads(export.to_json(PLAN))
+    *parents, key = path.split("/")
+    inner = data
+    for parent in parents:
+        inner = inner[int(parent) if isinstance(inner, list) else parent]
+    inner[key] = value
+    return json.dumps(data)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a plan"),
-        ("[]", "not a plan"),
-        ("{}", "not a plan"),
-        ('{"version": 2, "plan": {}}', "version 2, this reader knows 1"),
-        ('{"version": 1, "plan": {"stages": [], "colour": "red"}}', "colour"),
+        ("{", "not a plan's JSON: Expecting property name"),
+        ("[]", 'there is no "schema"'),
+        ("{}", 'there is no "schema"'),
+        ('{"schema": "headroom.plan/2"}', "has schema 'headroom.plan/2', this reader knows 'headroom.plan/1'"),
+        ('{"schema": "headroom.plan/1", "plan": {}}', "plan.model: "),
+        (changed("plan/stages/0/colour", "red"), "plan.stages.0.colour: Unexpected keyword"),
+        (changed("plan/stages/1/weight_bytes", "500"), "plan.stages.1.weight_bytes: Input should be a valid integer"),
+        (changed("plan/stages/1/gpu/memory_bytes", 0), "memory and speed must be positive"),
+        (changed("device_map/head", 1), "do not follow from the plan"),
+        (changed("max_memory/0", 961), "do not follow from the plan"),
+        (changed("serve_options/ray_actor_options", {"num_gpus": 1}), "do not follow from the plan"),
     ],
 )
 def test_json_of_another_shape_is_refused(text: str, message: str) -> None:
-    with pytest.raises(PlacementError, match=message):
+    with pytest.raises(PlacementError, match=re.escape(message)):
         export.from_json(text)
 
 
