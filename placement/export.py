@@ -127,7 +127,7 @@ def table(plan: Plan) -> str:
     aligns = "<<" + ">" * (len(widths) - 2)
     lines = ["  ".join(f"{c:{a}{w}}" for c, a, w in zip(row, aligns, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join((_title(plan), *(line.rstrip() for line in lines), _capacity(plan)))
+    return "\n".join((title(plan), *(line.rstrip() for line in lines), capacity(plan)))
 
 
 def explain(plan: Plan) -> str:
@@ -152,12 +152,14 @@ def _contents(stage: Stage) -> str:
     return ", ".join((layers, *others, *copies))
 
 
-def _title(plan: Plan) -> str:
+def title(plan: Plan) -> str:
+    """The model and its numbers' formats, in a line."""
     quantization = plan.quantization + (" with double quantisation" if plan.double_quant else "")
     return f"{plan.model}: {quantization}, computes in {plan.dtype}, KV cache in {plan.kv_dtype}"
 
 
-def _capacity(plan: Plan) -> str:
+def capacity(plan: Plan) -> str:
+    """The replica's KV capacity, in a line."""
     return (
         f"KV capacity {plan.capacity_tokens:,} tokens ({plan.num_blocks:,} blocks of {plan.block_size}); "
         f"longest sequence {plan.max_context:,} tokens"
