@@ -1,30 +1,28 @@
 """The engine: submit, abort, step. Token ids in, token chunks out; the only thread that drives the stages.
 
-One `step()` launches the next micro-batch of every idle slot, then waits for the oldest one in flight. With N stages
-there are N slots, so every stage has work while one slot's tokens are read.
+One `step()` launches whatever can be launched, then waits for the oldest step in flight. With N stages there are N
+slots, so every stage has work while one slot's tokens are read; with lookahead each slot has its next step launched
+before the host has read the one before.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from deployments.engine.attention import RowSpan
 from deployments.engine.blocks import BlockManager
+from deployments.engine.draw import Draw
 from deployments.engine.loader import LoadedModel
 from deployments.engine.messages import EngineLimits
-from deployments.engine.pipeline import Pipeline
-from deployments.engine.sampling import Row, SampledToken, SamplingBatch, sample
-from deployments.engine.scheduler import Scheduler, StepItem, StepPlan
+from deployments.engine.pipeline import Landing, Pipeline, open_pipeline
+from deployments.engine.sampling import Row, SampledToken
+from deployments.engine.scheduler import Scheduler
 from deployments.engine.stages import StepRows
+from deployments.engine.step import StepItem, StepPlan
 from deployments.protocol import FinishReason, GenerationRequest, TokenChunk
 from placement.plan import Plan
-from placement.reserve import SAMPLE_ROWS
 
 
 @dataclass(slots=True)
@@ -39,7 +37,7 @@ class _Live:
 @dataclass(frozen=True, slots=True)
 class _Launched:
     plan: StepPlan
-    tokens: Future[list[SampledToken]]
+    tokens: Landing
 
 
 class Engine:
@@ -49,27 +47,27 @@ class Engine:
         model: loaded as `plan` says.
         plan: its block count and size are the KV cache's.
         limits: of the scheduler.
+        pipeline: runs the steps; by default that of the model's devices.
     """
 
-    def __init__(self, model: LoadedModel, plan: Plan, limits: EngineLimits) -> None:
+    def __init__(self, model: LoadedModel, plan: Plan, limits: EngineLimits, pipeline: Pipeline | None = None) -> None:
         namespace = f"{plan.model}:{plan.quantization}:{plan.dtype}:{plan.kv_dtype}".encode()
         self._blocks = BlockManager(
             plan.num_blocks, plan.block_size, namespace=namespace, prefix_cache=limits.prefix_cache
         )
-        self._pipeline = Pipeline(model.stages, plan.block_size, threads=limits.threads)
+        self._pipeline = open_pipeline(model, plan, limits) if pipeline is None else pipeline
         self._scheduler = Scheduler(
             self._blocks,
             slots=self._pipeline.depth,
             max_batch_tokens=limits.max_batch_tokens,
             max_sequences=limits.max_sequences,
+            prefill_chunk_tokens=limits.prefill_chunk_tokens,
+            lookahead=self._pipeline.lookahead,
         )
         self._vocab_size = model.vocab_size
         self._max_context = plan.max_context
-        self._device = model.stages[-1].device
         self._live: dict[str, _Live] = {}
         self._flight: deque[_Launched] = deque()
-        self._batches: dict[int, tuple[list[Row], list[SamplingBatch]]] = {}
-        """Per slot: the sampled rows, and their batches while the rows stay the same."""
 
     @property
     def blocks(self) -> BlockManager:
@@ -116,19 +114,19 @@ class Engine:
         return self._scheduler.held()
 
     def step(self) -> list[TokenChunk]:
-        """Launch every idle slot, wait for the oldest step in flight, and return what it produced.
+        """Launch all that can be launched, wait for the oldest step in flight, and return what it produced.
+
+        Nothing comes of a step whose requests are all in the middle of their prompts, or ended meanwhile.
 
         Raises:
             Exception: whatever a stage raised. The engine's state is then unknown: the process must end.
         """
-        for slot in range(self._pipeline.depth):
-            plan = self._scheduler.schedule(slot)
-            if plan is not None:
-                self._flight.append(self._launch(plan))
+        while self._launch_round():
+            pass
         if not self._flight:
             return []
-        done = self._flight.popleft()
-        return self._land(done.plan, done.tokens.result())
+        oldest = self._flight.popleft()
+        return self._land(oldest.plan, oldest.tokens.result())
 
     def check_integrity(self) -> None:
         """Compare all accounts; raises `IntegrityError` when a block is lost or held twice."""
@@ -138,16 +136,25 @@ class Engine:
         """End the stages' threads."""
         self._pipeline.close()
 
-    def _launch(self, plan: StepPlan) -> _Launched:
-        batch = self._batch(plan.slot, [self._live[item.request_id].row for item in plan.items if item.samples])
-        positions = [item.start + len(item.ids) for item in plan.items if item.samples]
-        return _Launched(plan, self._pipeline.launch(_rows(plan), lambda logits: _sample(logits, batch, positions)))
+    def _launch_round(self) -> bool:
+        """One step of every slot that may take one; whether there was any."""
+        before = len(self._flight)
+        for slot in range(self._pipeline.depth):
+            plan = self._scheduler.schedule(slot)
+            if plan is not None:
+                landing = self._pipeline.launch(slot, _rows(plan), self._draw(plan))
+                self._flight.append(_Launched(plan, landing))
+        return len(self._flight) > before
 
-    def _batch(self, slot: int, rows: list[Row]) -> list[SamplingBatch]:
-        known = self._batches.get(slot)
-        if known is None or known[0] != rows:
-            known = self._batches[slot] = (rows, self._build_batch(rows))
-        return known[1]
+    def _draw(self, plan: StepPlan) -> Draw:
+        items = [item for item in plan.items if item.samples]
+        rows = tuple(self._live[item.request_id].row for item in items)
+        return Draw(
+            rows,
+            positions=tuple(item.end for item in items),
+            output_counts=tuple(item.end - row.prompt_tokens for item, row in zip(items, rows, strict=True)),
+            tables=tuple(item.block_table for item in items),
+        )
 
     def _land(self, plan: StepPlan, tokens: list[SampledToken]) -> list[TokenChunk]:
         items = [item for item in plan.items if item.samples]
@@ -168,7 +175,6 @@ class Engine:
             self._end(request_id)
             error = "the model's logits were not finite, so no token could be drawn; retry, or lower logit_bias"
             return TokenChunk(request_id, finish_reason="error", error=error, cached_tokens=cached)
-        live.row.append(token.token_id)
         reason = _finish_reason(live, token.token_id)
         if reason is not None:
             self._end(request_id)
@@ -179,12 +185,6 @@ class Engine:
         del self._live[request_id]
         self._scheduler.finish(request_id)
 
-    def _build_batch(self, rows: list[Row]) -> list[SamplingBatch]:
-        return [
-            SamplingBatch.build(rows[i : i + SAMPLE_ROWS], vocab_size=self._vocab_size, device=self._device)
-            for i in range(0, len(rows), SAMPLE_ROWS)
-        ]
-
 
 def _rows(plan: StepPlan) -> StepRows:
     ids: list[int] = []
@@ -192,21 +192,11 @@ def _rows(plan: StepPlan) -> StepRows:
     sampled: list[int] = []
     for item in plan.items:
         ids += item.ids
-        positions += range(item.start, item.start + len(item.ids))
+        positions += range(item.start, item.end)
         if item.samples:
             sampled.append(len(ids) - 1)
     spans = tuple(RowSpan(item.start, len(item.ids), item.block_table) for item in plan.items)
     return StepRows(tuple(ids), tuple(positions), spans, tuple(sampled))
-
-
-@torch.inference_mode()
-def _sample(logits: Tensor, batches: list[SamplingBatch], positions: list[int]) -> list[SampledToken]:
-    """Draw for all rows, SAMPLE_ROWS at a time: the plan's reserve counts on it."""
-    tokens: list[SampledToken] = []
-    for batch in batches:
-        span = slice(len(tokens), len(tokens) + batch.size)
-        tokens += sample(logits[span], batch, positions[span]).read()
-    return tokens
 
 
 def _finish_reason(live: _Live, token_id: int) -> FinishReason | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from deployments.protocol import GenerationRequest, TokenChunk
 from deployments.settings import PoolSettings
@@ -19,6 +20,10 @@ class EngineLimits:
     prefix_cache: bool
     threads: int
     """Torch threads of each stage on the CPU."""
+    prefill_chunk_tokens: int = 256
+    """Prompt tokens in a step while other sequences decode: about as many as cost as much as the decodes."""
+    lookahead: Literal[0, 1] | None = None
+    """Steps of a slot launched while the one before is unread; None is what is best on the device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,73 +1,181 @@
-"""The stages in a row: a step is launched into the first and read after the last, with one step per slot in flight.
+"""The stages in a row: a step is launched into the first and read after the last, in the order of launch.
 
-On CPU each stage has a thread, as each GPU has a stream: a stage works on its steps in launch order and waits for the
-stage before by a future, as a stream waits by an event. One stage alone needs no thread: it runs at launch.
+On the CPU each stage has a lane, a thread that works on its steps in launch order, as a GPU has a stream. A step waits
+for the stage before, and for the ids that the step before it drew, by a future, as a stream waits by an event. What it
+waits for was launched earlier, so the oldest step can always go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from deployments.engine.stages import Stage, StepRows, run_stages
+from deployments.engine.draw import Draw
+from deployments.engine.loader import LoadedModel
+from deployments.engine.messages import EngineLimits
+from deployments.engine.sampler import Sampler
+from deployments.engine.sampling import SampledToken
+from deployments.engine.stages import Stage, StepRows
+from placement.plan import Plan
 
 T = TypeVar("T")
 
 
-class Pipeline:
-    """Launches steps through the stages.
+class Landing(Protocol):
+    """A launched step."""
+
+    def result(self) -> list[SampledToken]:
+        """What it drew, one per sampled row. Waits for it; raises what a stage raised."""
+        ...
+
+
+class Pipeline(Protocol):
+    """What runs the steps."""
+
+    @property
+    def depth(self) -> int:
+        """Slots: steps that keep all stages busy."""
+        ...
+
+    @property
+    def lookahead(self) -> int:
+        """Steps of a slot, 0 or 1, that may be launched while the one before is unread."""
+        ...
+
+    def launch(self, slot: int, rows: StepRows, draw: Draw) -> Landing:
+        """Send a step through all stages, behind all steps launched before it.
+
+        `rows.ids` may hold -1 - i for the id that sampled row i of the slot's step before this one drew.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and devices; steps in flight are finished first."""
+        ...
+
+
+def open_pipeline(model: LoadedModel, plan: Plan, limits: EngineLimits) -> Pipeline:
+    """The pipeline of the model's devices."""
+    sampler = Sampler(
+        model.stages[-1].device,
+        vocab_size=model.vocab_size,
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+    )
+    lookahead = CPU_LOOKAHEAD if limits.lookahead is None else limits.lookahead
+    return LanePipeline(model.stages, plan.block_size, sampler, threads=limits.threads, lookahead=lookahead)
+
+
+CPU_LOOKAHEAD = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Passing:
+    """A step between two stages."""
+
+    rows: StepRows
+    """All ids known."""
+    hidden: Tensor
+
+
+class LanePipeline:
+    """A lane per stage; none for a single stage without lookahead, whose steps run at launch.
 
     Args:
         stages: in layer order.
         block_size: tokens per KV block.
+        sampler: of the last stage's device.
         threads: torch threads of each stage on the CPU.
+        lookahead: see `Pipeline`.
     """
 
-    def __init__(self, stages: tuple[Stage, ...], block_size: int, *, threads: int) -> None:
+    def __init__(
+        self, stages: tuple[Stage, ...], block_size: int, sampler: Sampler, *, threads: int, lookahead: int
+    ) -> None:
         self._stages = stages
         self._block_size = block_size
-        on_cpu = stages[0].device.type == "cpu"
-        self._lanes = (
-            [ThreadPoolExecutor(1, f"stage-{i}", torch.set_num_threads, (threads,)) for i in range(len(stages))]
-            if on_cpu and len(stages) > 1
-            else []
-        )
-        if on_cpu and not self._lanes:
+        self._sampler = sampler
+        self._lookahead = lookahead
+        self._drawn: dict[int, Future[list[SampledToken]]] = {}
+        """By slot: what its latest step draws."""
+        self._lanes: list[ThreadPoolExecutor | _AtLaunch]
+        if stages[0].device.type == "cpu" and (len(stages) > 1 or lookahead):
+            self._lanes = [
+                ThreadPoolExecutor(1, f"stage-{i}", torch.set_num_threads, (threads,)) for i in range(len(stages))
+            ]
+        else:
             torch.set_num_threads(threads)
+            self._lanes = [_AtLaunch()] * len(stages)
 
     @property
     def depth(self) -> int:
-        """Steps that can be in flight at once."""
+        """One slot per stage."""
         return len(self._stages)
 
-    def launch(self, step: StepRows, finish: Callable[[Tensor], T]) -> Future[T]:
-        """Send a step through all stages; `finish` turns its logits [sampled rows, vocab] into the result."""
-        if not self._lanes:
-            return _completed(lambda: finish(run_stages(self._stages, step, self._block_size)))
-        before: Future[Tensor] | None = None
-        for stage, lane in zip(self._stages, self._lanes, strict=True):
-            before = lane.submit(self._run_after, stage, step, before)
-        last = before
-        assert last is not None
-        return self._lanes[-1].submit(lambda: finish(last.result()))
+    @property
+    def lookahead(self) -> int:
+        """As given."""
+        return self._lookahead
+
+    def launch(self, slot: int, rows: StepRows, draw: Draw) -> Future[list[SampledToken]]:
+        """See `Pipeline`."""
+        passing = self._lanes[0].submit(self._enter, rows, self._drawn.get(slot))
+        for stage, lane in zip(self._stages[1:], self._lanes[1:], strict=True):
+            passing = lane.submit(self._pass, stage, passing)
+        self._drawn[slot] = self._lanes[-1].submit(self._leave, passing, draw)
+        return self._drawn[slot]
 
     def close(self) -> None:
-        """Let the stages' threads end; steps in flight are finished first."""
+        """Let the lanes end; steps in flight are finished first."""
         for lane in self._lanes:
             lane.shutdown()
 
-    def _run_after(self, stage: Stage, step: StepRows, before: Future[Tensor] | None) -> Tensor:
-        return stage.run(step, None if before is None else before.result(), self._block_size)
+    def _enter(self, rows: StepRows, before: Future[list[SampledToken]] | None) -> _Passing:
+        if any(token < 0 for token in rows.ids):
+            assert before is not None, "the first step of a slot has no step before it"
+            drawn = before.result()
+            rows = replace(rows, ids=tuple(t if t >= 0 else drawn[-1 - t].token_id for t in rows.ids))
+        return _Passing(rows, self._stages[0].run(rows, None, self._block_size))
+
+    def _pass(self, stage: Stage, before: Future[_Passing]) -> _Passing:
+        passing = before.result()
+        return _Passing(passing.rows, stage.run(passing.rows, passing.hidden, self._block_size))
+
+    @torch.inference_mode()
+    def _leave(self, last: Future[_Passing], draw: Draw) -> list[SampledToken]:
+        passing = last.result()
+        self._sampler.note_inputs(*_inputs(passing.rows, self._block_size, passing.hidden.device))
+        tokens = self._sampler.draw(passing.hidden, draw).read()
+        for row, token in zip(draw.rows, tokens, strict=True):
+            row.append(token.token_id)
+        return tokens
 
 
-def _completed(work: Callable[[], T]) -> Future[T]:
-    future: Future[T] = Future()
-    try:
-        future.set_result(work())
-    except Exception as error:  # noqa: BLE001 - handed on by Future.result(), like an executor does
-        future.set_exception(error)
-    return future
+def _inputs(rows: StepRows, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, cache slots) of a step, each int64 [T]."""
+    slots = [
+        span.block_table[position // block_size] * block_size + position % block_size
+        for span in rows.spans
+        for position in range(span.start, span.start + span.count)
+    ]
+    return torch.tensor(rows.ids, device=device), torch.tensor(slots, device=device)
+
+
+class _AtLaunch:
+    """Runs what is submitted at once: an executor without a thread."""
+
+    def submit(self, work: Callable[..., T], *args: Any) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(work(*args))
+        except Exception as error:  # noqa: BLE001 - handed on by Future.result(), like an executor does
+            future.set_exception(error)
+        return future
+
+    def shutdown(self) -> None:
+        """Nothing to end."""

@@ -3,86 +3,72 @@
 Arrival is the one priority. Sequences wait in order of arrival, are admitted from the head alone, and when blocks run
 out the youngest gives way. So the oldest always advances, and nobody starves.
 
-A pipeline of N stages runs N slots: a sequence stays in one slot while it runs, and a slot has at most one step in
-flight. Steps of different slots complete in any order. Blocks named by a step in flight stay held until it completes.
+A pipeline of N stages runs N slots: a sequence decodes in one slot. With `lookahead` a slot has a step scheduled while
+the one before is in flight; that step then feeds tokens which are drawn, but not read yet. Steps leave the pipeline in
+the order in which they were launched. Blocks stay held until the last step in flight that names them is complete.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain, count, islice
 from operator import attrgetter
 
 from deployments.engine.blocks import BlockManager, IntegrityError
-from deployments.engine.sequence import TokenSequence
-from deployments.errors import HeadroomError
+from deployments.engine.budget import prefill_budget
+from deployments.engine.sequence import TokenSequence, TooLong
+from deployments.engine.step import StepItem, StepPlan
 
 _by_arrival = attrgetter("arrival")
-
-
-class TooLong(HeadroomError, ValueError):
-    """A request that no number of preemptions could fit: `need` and `have` are tokens."""
-
-    def __init__(self, request_id: str, need: int, have: int) -> None:
-        super().__init__(
-            f"request {request_id} needs {need} tokens of KV cache for prompt and max_tokens, the replica has {have}; "
-            "lower max_tokens, shorten the prompt, or give the KV cache more memory"
-        )
-        self.need = need
-        self.have = have
-
-
-@dataclass(frozen=True, slots=True)
-class StepItem:
-    """One sequence's part of a step."""
-
-    request_id: str
-    start: int
-    """Position of the first token computed; the KV of all positions before it is written."""
-    ids: tuple[int, ...]
-    """The tokens fed, at positions start, start + 1, ..."""
-    block_table: tuple[int, ...]
-    """Blocks of positions 0 .. start + len(ids) - 1; position p is in block_table[p // block_size]."""
-    samples: bool
-    """Whether `ids` ends with the last known token, so that the next one is sampled."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One micro-batch: what one slot computes next."""
-
-    slot: int
-    step: int
-    """Unique, rising with each step scheduled."""
-    items: tuple[StepItem, ...]
 
 
 class Scheduler:
     """Queues and budgets in, `StepPlan`s out.
 
-    The engine calls `schedule(slot)` for every slot without a step in flight, runs the plan, then `complete`s it and
+    The engine calls `schedule(slot)` for every slot, runs the plans in that order, then `complete`s the oldest and
     `finish`es each sequence that reached its end, before it schedules again.
 
     Args:
         blocks: accounts of the KV cache; the scheduler alone changes them.
-        slots: micro-batches in flight at once; the number of stages.
+        slots: micro-batches that the pipeline holds at once; the number of stages.
         max_batch_tokens: most tokens of one step.
         max_sequences: most sequences running at once, over all slots.
+        prefill_chunk_tokens: prompt tokens in a step while sequences decode, see `prefill_budget`.
+        lookahead: steps of a slot, 0 or 1, that are scheduled while the one before is in flight.
     """
 
-    def __init__(self, blocks: BlockManager, *, slots: int, max_batch_tokens: int, max_sequences: int) -> None:
-        if min(slots, max_batch_tokens, max_sequences) < 1:
-            raise ValueError(f"must be at least 1 each: {slots=}, {max_batch_tokens=}, {max_sequences=}")
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        slots: int,
+        max_batch_tokens: int,
+        max_sequences: int,
+        prefill_chunk_tokens: int,
+        lookahead: int,
+    ) -> None:
+        if min(slots, max_batch_tokens, max_sequences, prefill_chunk_tokens) < 1:
+            raise ValueError(
+                f"must be at least 1 each: {slots=}, {max_batch_tokens=}, {max_sequences=}, {prefill_chunk_tokens=}"
+            )
+        if lookahead not in (0, 1):
+            raise ValueError(f"a step can only feed ids that the step before it drew: {lookahead=} must be 0 or 1")
         self.preemptions = 0
         self._blocks = blocks
         self._max_batch_tokens = max_batch_tokens
         self._max_sequences = max_sequences
+        self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._lookahead = lookahead
         self._sequences: dict[str, TokenSequence] = {}
         self._waiting: list[TokenSequence] = []  # this and each list of _running: in order of arrival
         self._running: list[list[TokenSequence]] = [[] for _ in range(slots)]
-        self._launched: list[StepPlan | None] = [None] * slots
+        self._launched: deque[StepPlan] = deque()
+        self._starved: TokenSequence | None = None
+        """The oldest sequence that needs a block and waits for one: nobody else takes any."""
+        self._yielding: TokenSequence | None = None
+        """The one that will be preempted for `_starved` once it isn't in flight: it is not launched again."""
         self._arrivals = count()
         self._steps = count(1)
         self._turns = count(1)
@@ -131,7 +117,7 @@ class Scheduler:
     def abort(self, request_id: str) -> bool:
         """End a request at any time; False if it is unknown or ended already.
 
-        Its blocks are free at once, or when the step in flight that names it completes.
+        Its blocks are free at once, or when the last step in flight that names it completes.
         """
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.state == "finished":
@@ -147,27 +133,24 @@ class Scheduler:
     def schedule(self, slot: int) -> StepPlan | None:
         """The slot's next step, launched from here on: decodes, then prefill chunks, then admissions.
 
+        What budget is left goes to prompts of other slots, whose chunks then enter the pipeline one after the other.
+
         Returns:
-            None when the slot has nothing to do now, or has a step in flight.
+            None when the slot has nothing to do now, or as many steps in flight as it may have.
 
         Raises:
             RuntimeError: a running sequence has its `max_tokens` and was not finished.
         """
-        if self._launched[slot] is not None:
+        if sum(step.slot == slot for step in self._launched) > self._lookahead:
             return None
-        budget = self._max_batch_tokens
-        items = [self._launch(s, 1) for s in self._decodes(slot, budget) if self._make_room(s)]
-        budget -= len(items)
-        for sequence in self._running[slot]:
-            if budget and sequence.remaining > 1:
-                items.append(self._launch(sequence, budget))
-                budget -= len(items[-1].ids)
-        share = self._even_share()
-        while budget and len(self._running[slot]) < share and (admitted := self._admit(slot)):
-            items.append(self._launch(admitted, budget))
-            budget -= len(items[-1].ids)
-        self._launched[slot] = StepPlan(slot, next(self._steps), tuple(items)) if items else None
-        return self._launched[slot]
+        items = [self._launch(s, 1) for s in self._decodes(slot) if self._make_room(s)]
+        items += self._prefill(slot, len(items))
+        if not items:
+            return None
+        for row, item in enumerate(item for item in items if item.samples):
+            self._sequences[item.request_id].expect(row)
+        self._launched.append(StepPlan(slot, next(self._steps), tuple(items)))
+        return self._launched[-1]
 
     def complete(self, step: StepPlan, tokens: Mapping[str, int], spoiled: frozenset[str] = frozenset()) -> None:
         """Take back a step that ran: KV is written, and `tokens` has the id sampled for each item that samples.
@@ -176,14 +159,12 @@ class Scheduler:
         logits were not finite) is not offered to the prefix cache.
 
         Raises:
-            ValueError: the step is not in flight, or `tokens` doesn't match its items; nothing was changed.
+            ValueError: the step is not the oldest in flight, or `tokens` doesn't match its items; nothing was changed.
         """
         self._check_tokens(step, tokens)
-        written = frozenset(item.request_id for item in step.items) - spoiled
-        for sequence, item in self._land(step, written):
+        for sequence, item in self._land(step, spoiled):
             if item.samples:
-                sequence.output_ids.append(tokens[item.request_id])
-                sequence.ids.append(tokens[item.request_id])
+                sequence.append(tokens[item.request_id])
 
     def fail(self, step: StepPlan) -> tuple[str, ...]:
         """Take back a step that did not run to its end: its KV can't be trusted, so its sequences end.
@@ -192,10 +173,10 @@ class Scheduler:
             Ids of the requests that ended by this; those that had ended before are not among them.
 
         Raises:
-            ValueError: the step is not in flight.
+            ValueError: the step is not the oldest in flight.
         """
-        self._check_launched(step)
-        lost = [sequence for sequence, _ in self._land(step, frozenset())]
+        self._check_oldest(step)
+        lost = [sequence for sequence, _ in self._land(step, frozenset(item.request_id for item in step.items))]
         for sequence in lost:
             self._end(sequence)
         return tuple(sequence.request_id for sequence in lost)
@@ -208,13 +189,17 @@ class Scheduler:
         """
         self._blocks.check_integrity()
         known = self._sequences.values()
-        launched = [item.request_id for step in self._launched if step for item in step.items]
-        flying = [s.request_id for s in known if s.in_flight]
+        items = [item for step in self._launched for item in step.items]
+        flights = Counter(item.request_id for item in items)
+        draws = Counter(item.request_id for item in items if item.samples)
         holding = {s.request_id for s in known if s.in_flight or s.state == "running"}
         queued = [*self._waiting, *chain.from_iterable(self._running)]
         live = [s for s in known if s.state != "finished"]
         checks = {
-            "sequences in flight differ from the launched steps": sorted(flying) == sorted(launched),
+            "sequences in flight differ from the launched steps": flights
+            == {s.request_id: s.in_flight for s in known if s.in_flight},
+            "pending tokens differ from the launched steps": draws
+            == {s.request_id: s.pending for s in known if s.pending},
             "block tables differ from the sequences that run": self._blocks.open_tables == holding,
             "queues differ from the sequences not ended": sorted(map(id, queued)) == sorted(map(id, live)),
             "a queue is not in order of arrival": all(
@@ -224,70 +209,106 @@ class Scheduler:
             "a sequence is in another slot than it says": all(
                 s.state == "running" and s.slot == slot for slot, running in enumerate(self._running) for s in running
             ),
+            "blocks are kept for a sequence that doesn't run": all(
+                s is None or s.state == "running" for s in (self._starved, self._yielding)
+            ),
             "blocks are held while idle": bool(self._sequences) or self._blocks.held_blocks == 0,
         }
         if wrong := [what for what, holds in checks.items() if not holds]:
             raise IntegrityError("; ".join(wrong))
 
-    def _decodes(self, slot: int, budget: int) -> list[TokenSequence]:
+    def _decodes(self, slot: int) -> list[TokenSequence]:
         """Sequences with one token to compute, oldest first; they take turns when the budget is too small for all."""
-        ready = [s for s in self._running[slot] if s.remaining == 1]
-        for sequence in ready:
+        for sequence in self._running[slot]:
             if len(sequence.output_ids) >= sequence.max_tokens:
                 raise RuntimeError(f"request {sequence.request_id} has its {sequence.max_tokens} tokens: finish it")
-        if len(ready) <= budget:
+        ready = [s for s in self._running[slot] if s.remaining == 1]
+        if len(ready) <= self._max_batch_tokens:
             return ready
-        picked = sorted(ready, key=attrgetter("turn"))[:budget]
+        picked = sorted(ready, key=attrgetter("turn"))[: self._max_batch_tokens]
         for sequence in picked:
             sequence.turn = next(self._turns)
         return sorted(picked, key=_by_arrival)
 
-    def _make_room(self, sequence: TokenSequence) -> bool:
-        """Grow the table for the next token, at the cost of younger sequences; False if it can't run this step."""
-        while sequence.state == "running":
-            if self._blocks.can_grow(sequence.request_id, len(sequence.ids)):
-                self._blocks.grow(sequence.request_id, len(sequence.ids))
-                return True
-            victim = self._victim(sequence)
-            if victim is None:
-                return False
-            self._preempt(victim)
-        return False
+    def _prefill(self, slot: int, decodes: int) -> list[StepItem]:
+        """Prompts for the budget that a step of so many decodes has left."""
+        prompts = [s for s in chain.from_iterable(self._running) if s.remaining > 1]
+        if not prompts and not self._waiting:
+            return []
+        fit = self._fitting()
+        budget = prefill_budget(
+            decodes=decodes,
+            decoding=self.running - len(prompts),
+            prefilling=len(prompts) + fit,
+            max_batch_tokens=self._max_batch_tokens,
+            prefill_chunk_tokens=self._prefill_chunk_tokens,
+        )
+        items: list[StepItem] = []
+        candidates = self._candidates(slot, prompts, fit)
+        while budget and (candidate := next(candidates, None)):  # asked for one by one: asking may admit
+            sequence, most = candidate
+            items.append(self._launch(sequence, min(most, budget)))
+            budget -= len(items[-1].ids)
+        return items
 
-    def _victim(self, growing: TokenSequence) -> TokenSequence | None:
-        """The youngest running sequence that isn't in flight: `growing` itself if all others are older.
+    def _candidates(self, slot: int, prompts: list[TokenSequence], fit: int) -> Iterator[tuple[TokenSequence, int]]:
+        """Prompts that the slot may compute, each with the most tokens of it: its own, then new ones, then others'.
 
-        None if it would be `growing` while a younger or ended one is in flight: that one gives way first. With no block
-        free it gets at most to the end of its last block, so the wait is short.
+        The end of another slot's prompt is left to that slot, where the sequence decodes.
         """
-        youngest = max((s for s in chain.from_iterable(self._running) if not s.in_flight), key=_by_arrival)
-        if youngest is growing and any(
-            s.in_flight and (s.state == "finished" or s.arrival > growing.arrival) for s in self._sequences.values()
-        ):
-            return None
-        return youngest
+        able = [s for s in prompts if s is not self._yielding]
+        yield from ((s, s.remaining) for s in able if s.slot == slot)
+        share = -(-(self.running + max(fit, 1)) // len(self._running))
+        while len(self._running[slot]) < share and (admitted := self._admit(slot)):
+            yield admitted, admitted.remaining
+        guests = sorted((s for s in able if s.slot != slot and s.in_flight), key=_by_arrival)
+        yield from ((s, s.remaining - 1) for s in guests)
+
+    def _make_room(self, sequence: TokenSequence) -> bool:
+        """Grow the table for the next token, at the cost of younger sequences; False if it can't run this step.
+
+        The youngest sequence gives way, `sequence` itself if all others are older. One in flight does so when it has
+        landed; and blocks that ended sequences in flight are about to leave are waited for.
+        """
+        if sequence.state != "running" or (sequence is self._yielding and sequence is not self._starved):
+            return False
+        if self._blocks.held(sequence.request_id) >= self._blocks.blocks_for(sequence.length):
+            return True
+        if self._starved is not None and self._starved.arrival < sequence.arrival:
+            return False
+        while not self._blocks.can_grow(sequence.request_id, sequence.length):
+            youngest = max(chain.from_iterable(self._running), key=_by_arrival)
+            ending = any(s.state == "finished" for s in self._sequences.values())
+            if ending or youngest.in_flight:
+                self._starved, self._yielding = sequence, None if ending else youngest
+                return False
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        self._blocks.grow(sequence.request_id, sequence.length)
+        if sequence is self._starved:
+            self._starved = self._yielding = None
+        return True
 
     def _preempt(self, sequence: TokenSequence) -> None:
         self._leave_slot(sequence)
         self._blocks.close(sequence.request_id)
-        sequence.state = "waiting"
-        sequence.computed = 0
-        sequence.preemptions += 1
+        sequence.set_back()
         self.preemptions += 1
         insort(self._waiting, sequence, key=_by_arrival)
 
-    def _even_share(self) -> int:
-        """Sequences that each slot would run if all that fit now were admitted and spread evenly.
+    def _fitting(self) -> int:
+        """Waiting sequences that would run if all that fit now were admitted.
 
-        Cached prefixes are not looked up: the count may be low, but is 1 at least, so that the head has a slot.
+        Cached prefixes are not looked up, so the count may be low.
         """
-        running, free, fit = self.running, self._blocks.free_blocks, 0
-        for sequence in islice(self._waiting, max(0, self._max_sequences - running)):
-            free -= self._blocks.blocks_for(len(sequence.ids))
+        free, fit = self._blocks.free_blocks, 0
+        for sequence in islice(self._waiting, max(0, self._max_sequences - self.running)):
+            free -= self._blocks.blocks_for(sequence.length)
             if free < 0:
                 break
             fit += 1
-        return -(-(running + max(fit, 1)) // len(self._running))
+        return fit
 
     def _admit(self, slot: int) -> TokenSequence | None:
         """Move the head of the queue into the slot if blocks for all its tokens are free.
@@ -295,7 +316,7 @@ class Scheduler:
         While others run one block more must be free, or the newcomer would be preempted at their next growth.
         """
         running = self.running
-        if not self._waiting or running >= self._max_sequences:
+        if not self._waiting or running >= self._max_sequences or self._starved is not None:
             return None
         sequence = self._waiting[0]
         request_id, tokens = sequence.request_id, len(sequence.ids)
@@ -311,38 +332,44 @@ class Scheduler:
         insort(self._running[slot], self._waiting.pop(0), key=_by_arrival)
         return sequence
 
-    def _launch(self, sequence: TokenSequence, budget: int) -> StepItem:
+    def _launch(self, sequence: TokenSequence, most: int) -> StepItem:
         start = sequence.computed
-        end = start + min(sequence.remaining, budget)
-        sequence.computed, sequence.in_flight = end, True
-        ids = tuple(sequence.ids[start:end])
+        end = start + min(sequence.remaining, most)
+        sequence.computed = end
+        sequence.in_flight += 1
+        ids = tuple(sequence.ids[start:end]) or (-1 - sequence.pending_row,)
         table = tuple(self._blocks.table(sequence.request_id)[: self._blocks.blocks_for(end)])
-        return StepItem(sequence.request_id, start, ids, table, samples=end == len(sequence.ids))
+        return StepItem(sequence.request_id, start, ids, table, samples=end == sequence.length)
 
-    def _land(self, step: StepPlan, written: frozenset[str]) -> list[tuple[TokenSequence, StepItem]]:
-        """Take a step out of flight, and release those that ended meanwhile; returns the others.
+    def _land(self, step: StepPlan, spoiled: frozenset[str]) -> list[tuple[TokenSequence, StepItem]]:
+        """Take the oldest step out of flight, and release those that ended and are named by no other.
 
-        The KV of the `written` requests is offered to the prefix cache.
+        The KV of tokens that are known is offered to the prefix cache, but not that of the `spoiled` requests.
+
+        Returns:
+            The sequences that didn't end, each with its item.
         """
-        self._launched[step.slot] = None
+        self._launched.popleft()
         live = []
         for item in step.items:
             sequence = self._sequences[item.request_id]
-            sequence.in_flight = False
-            if item.request_id in written:
-                self._blocks.commit(item.request_id, sequence.ids, item.start + len(item.ids))
-            if sequence.state == "finished":
-                self._release(sequence)
-            else:
+            sequence.in_flight -= 1
+            sequence.pending -= item.samples
+            sequence.cacheable &= item.request_id not in spoiled
+            if sequence.cacheable:
+                self._blocks.commit(item.request_id, sequence.ids, min(item.end, len(sequence.ids)))
+            if sequence.state != "finished":
                 live.append((sequence, item))
+            elif not sequence.in_flight:
+                self._release(sequence)
         return live
 
-    def _check_launched(self, step: StepPlan) -> None:
-        if self._launched[step.slot] is not step:
-            raise ValueError(f"step {step.step} of slot {step.slot} is not in flight")
+    def _check_oldest(self, step: StepPlan) -> None:
+        if not self._launched or self._launched[0] is not step:
+            raise ValueError(f"step {step.step} of slot {step.slot} is not the oldest in flight")
 
     def _check_tokens(self, step: StepPlan, tokens: Mapping[str, int]) -> None:
-        self._check_launched(step)
+        self._check_oldest(step)
         sampling = {item.request_id for item in step.items if item.samples}
         needed = {request_id for request_id in sampling if self._sequences[request_id].state == "running"}
         if not needed <= tokens.keys() <= sampling:
@@ -366,3 +393,7 @@ class Scheduler:
         assert sequence.slot is not None, f"{sequence.request_id} runs in no slot"
         self._running[sequence.slot].remove(sequence)
         sequence.slot = None
+        if sequence is self._starved:
+            self._starved = self._yielding = None
+        elif sequence is self._yielding:
+            self._yielding = None

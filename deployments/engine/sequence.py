@@ -5,6 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deployments.errors import HeadroomError
+
+
+class TooLong(HeadroomError, ValueError):
+    """A request that no number of preemptions could fit: `need` and `have` are tokens."""
+
+    def __init__(self, request_id: str, need: int, have: int) -> None:
+        super().__init__(
+            f"request {request_id} needs {need} tokens of KV cache for prompt and max_tokens, the replica has {have}; "
+            "lower max_tokens, shorten the prompt, or give the KV cache more memory"
+        )
+        self.need = need
+        self.have = have
+
 
 @dataclass(slots=True, eq=False)
 class TokenSequence:
@@ -19,12 +33,18 @@ class TokenSequence:
     output_ids: list[int] = field(default_factory=list)
     ids: list[int] = field(init=False)
     """Prompt and output: every token known so far."""
+    pending: int = 0
+    """Tokens behind `ids` that steps in flight draw."""
+    pending_row: int = 0
+    """Which of its step's sampled rows drew the last of them."""
     computed: int = 0
-    """Leading tokens of `ids` whose KV is written, or will be by the step in flight."""
+    """Leading tokens whose KV is written, or will be by the steps in flight."""
     state: Literal["waiting", "running", "finished"] = "waiting"
     slot: int | None = None
-    in_flight: bool = False
-    """Named by a launched step that isn't complete; may outlast `state == "running"`."""
+    in_flight: int = 0
+    """Launched steps that name it and are not complete; may outlast `state == "running"`."""
+    cacheable: bool = True
+    """False once a step that wrote its KV failed or was spoiled: nothing more goes to the prefix cache."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when first admitted."""
     preemptions: int = 0
@@ -37,6 +57,32 @@ class TokenSequence:
         self.ids = [*self.prompt_ids]
 
     @property
+    def length(self) -> int:
+        """Tokens of prompt and output, pending ones included."""
+        return len(self.ids) + self.pending
+
+    @property
+    def produced(self) -> int:
+        """Tokens of the output, pending ones included."""
+        return len(self.output_ids) + self.pending
+
+    @property
     def remaining(self) -> int:
-        """Known tokens still to compute: 1 for a decode, more for a prefill."""
-        return len(self.ids) - self.computed
+        """Tokens to compute: 1 for a decode, more for a prefill, 0 when the last token of the output is on its way."""
+        return self.length - self.computed if self.produced < self.max_tokens else 0
+
+    def expect(self, row: int) -> None:
+        """A launched step draws the next token, as sampled row `row`."""
+        self.pending += 1
+        self.pending_row = row
+
+    def append(self, token_id: int) -> None:
+        """The next token is known."""
+        self.output_ids.append(token_id)
+        self.ids.append(token_id)
+
+    def set_back(self) -> None:
+        """Its blocks were taken: it waits again, and nothing of it is computed."""
+        self.state = "waiting"
+        self.computed = 0
+        self.preemptions += 1

@@ -26,19 +26,26 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return {stages: (load(folder, plan, device_type="cpu"), plan) for stages, plan in plans.items()}
 
 
-@pytest.fixture(params=[1, 2], ids=lambda n: f"{n}-stage")
+@pytest.fixture(params=[(1, 0), (1, 1), (2, 0), (2, 1)], ids=lambda p: f"{p[0]}-stage-lookahead-{p[1]}")
 def engine(request: pytest.FixtureRequest, loaded: Loaded) -> Iterator[Engine]:
-    yield from started(loaded, request.param)
+    stages, lookahead = request.param
+    yield from started(loaded, stages, lookahead=lookahead)
 
 
 @pytest.fixture
 def single(loaded: Loaded) -> Iterator[Engine]:
-    yield from started(loaded, 1)
+    yield from started(loaded, 1, lookahead=0)
 
 
 @pytest.fixture
 def double(loaded: Loaded) -> Iterator[Engine]:
-    yield from started(loaded, 2)
+    yield from started(loaded, 2, lookahead=0)
+
+
+@pytest.fixture
+def ahead(loaded: Loaded) -> Iterator[Engine]:
+    """One stage, whose steps are launched one ahead."""
+    yield from started(loaded, 1, lookahead=1)
 
 
 def started(loaded: Loaded, stages: int, **limits: Any) -> Iterator[Engine]:

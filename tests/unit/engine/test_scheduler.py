@@ -5,13 +5,15 @@ from typing import Any
 import pytest
 
 from deployments.engine.blocks import BlockManager, IntegrityError
-from deployments.engine.scheduler import Scheduler, StepItem, StepPlan, TooLong
+from deployments.engine.scheduler import Scheduler
+from deployments.engine.sequence import TooLong
+from deployments.engine.step import StepItem, StepPlan
 
 BLOCK = 4
 
 
 def make(num_blocks: int = 64, **limits: int) -> Scheduler:
-    defaults = {"slots": 1, "max_batch_tokens": 64, "max_sequences": 64}
+    defaults = {"slots": 1, "max_batch_tokens": 64, "max_sequences": 64, "prefill_chunk_tokens": 64, "lookahead": 0}
     return Scheduler(BlockManager(num_blocks, BLOCK), **(defaults | limits))
 
 
@@ -293,19 +295,15 @@ def test_preempted_sequences_wait_in_order_of_arrival() -> None:
     old = plan(scheduler, 0)
     assert shape(old) == [("a", 4, 1)]  # the last block; b waits in its slot for c
     assert scheduler.preemptions == 0
-    done(scheduler, old)
-    for _ in range(3):
-        old = plan(scheduler, 0)
-        assert shape(old) == [("a", scheduler.sequence("a").computed - 1, 1)]
-        done(scheduler, old)
-    old = plan(scheduler, 0)  # a needs a third block: b is the youngest that isn't in flight
-    assert shape(old) == [("a", 8, 1)]
     done(scheduler, young)
+    assert scheduler.schedule(1) is None  # c would go on, but gives way to b
     done(scheduler, old)
-    assert [s.request_id for s in scheduler._waiting] == ["b", "d"]
-    for _ in range(3):
-        done(scheduler, plan(scheduler, 1))
-    assert scheduler.schedule(1) is None  # c, now the youngest, needs a third block
+    for position in range(5, 9):
+        old = plan(scheduler, 0)
+        assert shape(old) == [("a", position, 1), ("b", position - 1, 1)]
+        done(scheduler, old)
+    assert [s.request_id for s in scheduler._waiting] == ["c", "d"]
+    assert shape(plan(scheduler, 0)) == [("a", 9, 1)]  # b needs a third block, and is the youngest itself
     assert [s.request_id for s in scheduler._waiting] == ["b", "c", "d"]
     assert scheduler.preemptions == 2
 
@@ -358,7 +356,7 @@ def test_a_failed_step_ends_its_sequences_and_leaves_nothing_to_match() -> None:
     assert scheduler._blocks.cached_blocks == 0
     assert list(scheduler.held()) == [("c", 2)]
     done(scheduler, other)
-    with pytest.raises(ValueError, match="is not in flight"):
+    with pytest.raises(ValueError, match="is not the oldest in flight"):
         scheduler.fail(lost)
 
 
@@ -372,7 +370,7 @@ def test_complete_refuses_what_does_not_match_and_changes_nothing() -> None:
         with pytest.raises(ValueError, match=r"needs tokens of \['a'\]"):
             scheduler.complete(step, tokens)
     done(scheduler, step)
-    with pytest.raises(ValueError, match="is not in flight"):
+    with pytest.raises(ValueError, match="is not the oldest in flight"):
         scheduler.complete(step, {"a": 1})
 
 
