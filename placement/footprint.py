@@ -1,39 +1,31 @@
-"""Bytes of every module of a model at every quantisation, from its config alone.
+"""Bytes of every module of a model at every quantisation, before anything loads.
 
 The model is built on the meta device (no weights) by `placement.skeleton`, which imports transformers and torch and is
-itself imported only when a footprint is asked for; all else is arithmetic.
+itself imported only when a footprint is asked for; a checkpoint's headers, where they are on this disk, correct it
+(`placement.reconcile`); all else is arithmetic.
 
 What is counted is what a device holds after
 `AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(...), dtype=dtype)` and before
 the first forward (bitsandbytes repacks on the CPU then): parameters, buffers (persistent or not) and quantisation
-state. For a linear of n = out * in weights in bitsandbytes' blocks of 64:
-
-    nf4, fp4            ceil(n/2) packed + 4 * ceil(n/64) absmax + 64 code (16 float32)
-    ... double_quant    ceil(n/2) + ceil(n/64) + 4 * ceil(n/(64*256)) nested absmax
-                        + 64 code + 1024 nested code + 4 offset (one of each per linear, none shared)
-    int8                n + 4 * out (SCB, float32); CB is the weight itself, not a copy
-
-Biases, norms, embeddings, the head, tensors with a fixed dtype and whatever transformers excludes from quantisation
-keep their dtype. A checkpoint that stores two different weights where its config ties them is not foreseen.
+state. `placement.recipe` has the formulas. Biases, norms, embeddings, the head, tensors with a fixed dtype, experts
+fused into one parameter and whatever else transformers excludes from quantisation keep their dtype.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from placement.errors import PlacementError
-from placement.kv import LayerKv, dtype_bytes
+from placement.kv import LayerKv
+from placement.recipe import BLOCK, FourBit, Quantization, Recipe, compute_dtype, make_recipe, read_recipe
+from placement.source import Source, find_source
 
-Quantization = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
+__all__ = ["Footprint", "Geometry", "Module", "Quantization", "Role", "Tensor", "footprint", "resident_bytes"]
+
 Role = Literal["first", "layer", "shared", "last"]
-
-_WHOLE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_BLOCK, _NESTED_BLOCK = 64, 256
-_CODE_BYTES, _NESTED_CODE_BYTES, _OFFSET_BYTES = 16 * 4, 256 * 4, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +43,8 @@ class Tensor:
     """The weight of a linear that a quantisation converts."""
     bytes: int
     """What is resident, quantisation state included."""
+    stored: bool = True
+    """A checkpoint has it: a parameter or a persistent buffer."""
 
     @property
     def elements(self) -> int:
@@ -110,6 +104,10 @@ class Footprint:
     modules: tuple[Module, ...]
     """First, layers in order, shared, last; within a role by stack."""
     geometry: Geometry
+    prequantized: bool = False
+    """The checkpoint itself is quantised, so it can't be had at another quantisation."""
+    left_out: tuple[str, ...] = ()
+    """Vision and audio towers of the checkpoint that are not counted: text-only serving does without."""
 
     @property
     def layers(self) -> tuple[Module, ...]:
@@ -145,13 +143,16 @@ class Footprint:
 
     def at(self, quantization: str, *, double_quant: bool = False) -> Footprint:
         """The same model and dtype under nf4, fp4 or int8."""
-        if quantization in _WHOLE:
+        if self.prequantized:
+            raise PlacementError(f"{self.model} is already quantised ({self.quantization}); give the unquantised model")
+        if quantization not in ("nf4", "fp4", "int8"):
             raise PlacementError(f"{quantization} may change the dtype; build the footprint anew")
+        recipe = make_recipe(quantization, double_quant=double_quant)
         return replace(
             self,
             quantization=quantization,
             double_quant=double_quant,
-            modules=tuple(_weigh(module, quantization, double_quant) for module in self.modules),
+            modules=tuple(_weigh(module, recipe) for module in self.modules),
         )
 
 
@@ -160,89 +161,82 @@ def resident_bytes(modules: tuple[Module, ...]) -> int:
     return sum({tensor.storage: tensor.bytes for module in modules for tensor in module.tensors}.values())
 
 
-def linear_bytes(shape: tuple[int, ...], quantization: str, double_quant: bool, itemsize: int) -> int:
-    """Resident bytes of a linear's weight [out, in], quantisation state included; see the module's docstring."""
-    elements = prod(shape)
-    blocks = -(-elements // _BLOCK)
-    if quantization in ("nf4", "fp4"):
-        if not double_quant:
-            return -(-elements // 2) + 4 * blocks + _CODE_BYTES
-        state = blocks + 4 * -(-blocks // _NESTED_BLOCK)
-        return -(-elements // 2) + state + _CODE_BYTES + _NESTED_CODE_BYTES + _OFFSET_BYTES
-    if quantization == "int8":
-        return elements + 4 * shape[0]
-    return elements * itemsize
-
-
-def compute_dtype(quantization: str, dtype: str | None, double_quant: bool) -> str:
-    """The dtype of compute and of what stays unquantised. None: what an unquantised name says, else bfloat16.
-
-    Raises:
-        PlacementError: an unknown quantisation, or settings that contradict each other.
-    """
-    if quantization not in get_args(Quantization):
-        raise PlacementError(
-            f"quantization {quantization!r} is not known; use one of {', '.join(get_args(Quantization))}"
-        )
-    if double_quant and quantization not in ("nf4", "fp4"):
-        raise PlacementError(f"double_quant needs nf4 or fp4, but quantization is {quantization}")
-    whole = _WHOLE.get(quantization)
-    if dtype is None:
-        return whole or "bfloat16"
-    dtype_bytes(dtype)
-    if whole is not None and dtype != whole:
-        raise PlacementError(
-            f"quantization {quantization} computes in {whole}, but dtype is {dtype}; drop one of the two"
-        )
-    return dtype
-
-
 def footprint(
-    model_dir: Path,
+    model: str | Path,
     *,
-    quantization: str = "nf4",
+    quantization: str | None = None,
     double_quant: bool = False,
+    quant_block_size: int = BLOCK,
+    skip_modules: tuple[str, ...] | None = None,
     dtype: str | None = None,
+    vision: bool = False,
     name: str | None = None,
 ) -> Footprint:
-    """The bytes of every module of the model in `model_dir` (a folder with a config.json), read without weights.
+    """The bytes of every module of `model`, read without weights.
 
-    `name` is what plans and errors call the model; None: the folder's name (a hash, in Hugging Face's cache).
-    Imports torch and transformers (seconds, the first time); takes a fraction of a second afterwards.
+    Imports torch and transformers (seconds, the first time); takes tens of milliseconds afterwards.
+
+    Args:
+        model: a folder, a config.json, a .gguf file (its weights dequantised, then quantised as asked), or a Hugging
+            Face id in the local cache; see `find_source`.
+        quantization: None: the checkpoint's own, where it is quantised already, else nf4.
+        double_quant: nf4 and fp4: quantise the scales too.
+        quant_block_size: nf4 and fp4: weights per scale. transformers loads with 64 whatever is said here.
+        skip_modules: what is not quantised, as `llm_int8_skip_modules`; it stands in the place of transformers' own
+            choice, so it should name the head.
+        dtype: of compute and of what is not quantised; None: see `compute_dtype`.
+        vision: count the vision or audio tower of a multimodal model, beside the first layers; text-only serving
+            leaves it out.
+        name: what plans and errors call the model; None: its folder, file or id.
 
     Raises:
-        PlacementError: no such model, one that is quantised already, or one whose parts can't be told.
+        PlacementError: no such model, settings that contradict each other or the checkpoint, or a model whose parts
+            can't be told.
     """
-    dtype = compute_dtype(quantization, dtype, double_quant)
-    config = _read_config(model_dir)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
-        raise PlacementError(f"{model_dir} is already quantised ({method}); give the unquantised model")
+    if quantization is not None or double_quant or quant_block_size != BLOCK:
+        # Refused before anything is read.
+        asked = make_recipe(quantization or "nf4", double_quant=double_quant, block_size=quant_block_size)
+        compute_dtype(asked, dtype)
+    source = find_source(model)
+    if name is not None:
+        source = replace(source, name=name)
+    recipe = _recipe(source, quantization, double_quant, quant_block_size, skip_modules)
+    dtype = compute_dtype(recipe, dtype)
+    from placement.reconcile import check_gguf, reconcile
     from placement.skeleton import read_skeleton
 
-    modules, geometry = read_skeleton(model_dir, dtype)
-    weighed = tuple(_weigh(module, quantization, double_quant) for module in modules)
-    return Footprint(name or model_dir.name, quantization, double_quant, dtype, weighed, geometry)
-
-
-def _weigh(module: Module, quantization: str, double_quant: bool) -> Module:
-    return replace(
-        module,
-        tensors=tuple(
-            replace(t, bytes=linear_bytes(t.shape, quantization, double_quant, t.itemsize)) if t.linear else t
-            for t in module.tensors
-        ),
+    skeleton = read_skeleton(source, dtype, recipe, vision=vision)
+    modules = tuple(_weigh(module, recipe) for module in skeleton.modules)
+    if source.gguf is not None:
+        check_gguf(source.name, modules, source.gguf)
+    else:
+        modules = reconcile(source.name, modules, source.headers, prequantized=recipe.prequantized)
+    doubled = isinstance(recipe, FourBit) and recipe.double_quant
+    return Footprint(
+        source.name, recipe.name, doubled, dtype, modules, skeleton.geometry, recipe.prequantized, skeleton.left_out
     )
 
 
-def _read_config(model_dir: Path) -> dict[str, Any]:
-    path = model_dir / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlacementError(f"{path} does not exist; give a folder with a Hugging Face model") from None
-    except (OSError, ValueError) as error:
-        raise PlacementError(f"{path} can't be read: {error}") from None
-    if not isinstance(config, dict):
-        raise PlacementError(f"{path} must hold a JSON object")
-    return config
+def _recipe(
+    source: Source, quantization: str | None, double_quant: bool, block_size: int, skip: tuple[str, ...] | None
+) -> Recipe:
+    """The checkpoint's own recipe, or the one that was asked for."""
+    if (stored := source.quantization) is None:
+        return make_recipe(quantization or "nf4", double_quant=double_quant, block_size=block_size, skip=skip)
+    recipe = read_recipe(stored)
+    doubled = isinstance(recipe, FourBit) and recipe.double_quant
+    if quantization not in (None, recipe.name) or double_quant > doubled or skip is not None or block_size != BLOCK:
+        raise PlacementError(
+            f"{source.name} is already quantised ({recipe.name}{' with double quantisation' if doubled else ''}), and "
+            "something else was asked for; leave the quantisation out, or give the unquantised model"
+        )
+    return recipe
+
+
+def _weigh(module: Module, recipe: Recipe) -> Module:
+    return replace(module, tensors=tuple(_weighed(t, recipe) if t.linear else t for t in module.tensors))
+
+
+def _weighed(tensor: Tensor, recipe: Recipe) -> Tensor:
+    own = recipe.for_module(tensor.name.removesuffix(".weight")) or recipe
+    return replace(tensor, bytes=own.weight_bytes(tensor.shape, tensor.itemsize))

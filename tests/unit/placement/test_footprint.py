@@ -11,55 +11,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from placement.errors import PlacementError
-from placement.footprint import compute_dtype, footprint, linear_bytes
+from placement.footprint import footprint
 from tests.unit.placement.tiny_models import CONFIGS, save
-
-
-@pytest.mark.parametrize(
-    ("shape", "quantization", "double_quant", "expected"),
-    [
-        # 4096 weights: 2048 packed; 64 blocks * 4; 64 of code.
-        ((64, 64), "nf4", False, 2048 + 256 + 64),
-        ((64, 64), "fp4", False, 2048 + 256 + 64),
-        # 64 one-byte scales; one nested block * 4; codes and offset 1,092.
-        ((64, 64), "nf4", True, 2048 + 64 + 4 + 1092),
-        # 3 * 7 = 21 weights: 11 bytes, one block.
-        ((3, 7), "nf4", False, 11 + 4 + 64),
-        # 72 * 300 = 21,600: 338 blocks, two nested ones.
-        ((300, 72), "nf4", True, 10_800 + 338 + 8 + 1092),
-        ((300, 72), "int8", False, 21_600 + 4 * 300),
-        ((300, 72), "bf16", False, 43_200),
-    ],
-)
-def test_linear_bytes(shape: tuple[int, ...], quantization: str, double_quant: bool, expected: int) -> None:
-    assert linear_bytes(shape, quantization, double_quant, 2) == expected
-
-
-@pytest.mark.parametrize(
-    ("quantization", "dtype", "expected"),
-    [
-        ("nf4", None, "bfloat16"),
-        ("nf4", "float32", "float32"),
-        ("fp32", None, "float32"),
-        ("fp16", "float16", "float16"),
-    ],
-)
-def test_compute_dtype(quantization: str, dtype: str | None, expected: str) -> None:
-    assert compute_dtype(quantization, dtype, False) == expected
-
-
-@pytest.mark.parametrize(
-    ("quantization", "dtype", "double_quant", "message"),
-    [
-        ("int4", None, False, "use one of nf4"),
-        ("nf4", "half", False, "use one of bfloat16"),
-        ("bf16", "float32", False, "computes in bfloat16, but dtype is float32"),
-        ("int8", None, True, "double_quant needs nf4 or fp4"),
-    ],
-)
-def test_contradictions_are_refused(quantization: str, dtype: str | None, double_quant: bool, message: str) -> None:
-    with pytest.raises(PlacementError, match=message):
-        compute_dtype(quantization, dtype, double_quant)
 
 
 def test_at_another_quantisation_equals_a_footprint_built_there(tmp_path: Path) -> None:

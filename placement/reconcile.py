@@ -1,0 +1,114 @@
+"""What a checkpoint's headers say against what its config says: real ties, real shapes, real quantised bytes.
+
+Headers are looked up under the model's own names, with or without the model's prefix. A tensor that is stored under
+another name (transformers renames, fuses and splits some while it loads) keeps what the config says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from placement.errors import PlacementError
+from placement.footprint import Module, Tensor
+from placement.headers import Gguf, Headers, TensorHeader, same_values
+
+_FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+_BITSANDBYTES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_OFFSET_BYTES = 4
+_GROUPED = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+def reconcile(name: str, modules: tuple[Module, ...], headers: Headers, *, prequantized: bool) -> tuple[Module, ...]:
+    """`modules` with what the safetensors headers know better.
+
+    Args:
+        name: the model's, for errors.
+        prequantized: the checkpoint is quantised already, so what a linear's weight takes is what is stored of it.
+
+    Raises:
+        PlacementError: a shape in the checkpoint contradicts the config.
+    """
+    untied = _untied(modules, headers)
+    return tuple(
+        replace(
+            module,
+            tensors=tuple(
+                _reconciled(name, replace(t, storage=untied.get(t.name, t.storage)), headers, prequantized=prequantized)
+                for t in module.tensors
+            ),
+        )
+        for module in modules
+    )
+
+
+def _find(headers: Headers, name: str) -> TensorHeader | None:
+    return headers.get(name) or headers.get(name.partition(".")[2])
+
+
+def _untied(modules: tuple[Module, ...], headers: Headers) -> dict[str, str]:
+    """Tensors that the config ties and the checkpoint stores with values of their own: transformers does not tie them.
+
+    Name -> its own storage.
+    """
+    groups: dict[str, list[str]] = {}
+    for tensor in (t for module in modules for t in module.tensors):
+        groups.setdefault(tensor.storage, []).append(tensor.name)
+    untied = {}
+    for names in groups.values():
+        stored = [(name, header) for name in names if (header := _find(headers, name)) is not None]
+        for other, header in stored[1:]:
+            if not same_values(stored[0][1], header):
+                untied[other] = other
+    return untied
+
+
+def _reconciled(model: str, tensor: Tensor, headers: Headers, *, prequantized: bool) -> Tensor:
+    plain = _find(headers, tensor.name)
+    if prequantized and tensor.name.endswith(".weight"):
+        stored = _quantised_bytes(headers, tensor.name.removesuffix(".weight"))
+        if stored is not None:
+            return replace(tensor, linear=True, bytes=stored)
+        if plain is not None and plain.dtype in _FLOATS:
+            tensor = replace(tensor, linear=False, bytes=tensor.elements * tensor.itemsize)
+    if plain is not None and plain.shape not in (tensor.shape, tensor.shape[::-1]):
+        raise PlacementError(
+            f"{model}: {tensor.name} is {list(plain.shape)} in {plain.file.name}, and {list(tensor.shape)} by "
+            "config.json; one of the two belongs to another model"
+        )
+    return tensor
+
+
+def _quantised_bytes(headers: Headers, linear: str) -> int | None:
+    """Resident bytes of a linear's weight as it is stored quantised; None when it isn't."""
+    weight = _find(headers, f"{linear}.weight")
+    if weight is not None and _find(headers, f"{linear}.weight.absmax") is not None:
+        parts = [_find(headers, f"{linear}.weight{end}") for end in _BITSANDBYTES]
+        offset = _OFFSET_BYTES if parts[2] is not None else 0
+        return weight.bytes + sum(part.bytes for part in parts if part is not None) + offset
+    if weight is not None and (scales := _find(headers, f"{linear}.SCB")) is not None:
+        return weight.bytes + scales.bytes
+    if _find(headers, f"{linear}.qweight") is not None:
+        return sum(part.bytes for end in _GROUPED if (part := _find(headers, f"{linear}{end}")) is not None)
+    return None
+
+
+def check_gguf(name: str, modules: tuple[Module, ...], gguf: Gguf) -> None:
+    """Count the file's weights against the model's.
+
+    Raises:
+        PlacementError: they differ, so the model that was built from the metadata is not the one in the file.
+    """
+    tensors = [t for module in modules for t in module.tensors if t.stored]
+    named = {t.storage: t.elements for t in tensors}
+    tied = len(named) < len(tensors)
+    stored = {
+        key: t.elements
+        for key, t in gguf.tensors.items()
+        if not key.startswith("rope_") and not (tied and key == "output.weight")
+    }
+    have, want = sum(stored.values()), sum(named.values())
+    if have != want:
+        raise PlacementError(
+            f"{name} stores {have:,} weights, but the model of its metadata has {want:,}; this architecture's GGUF is "
+            "not understood: use its safetensors model"
+        )
