@@ -26,6 +26,7 @@ from placement.hardware import (
 )
 from placement.plan import Plan, Stage, solve
 from placement.reserve import Term
+from placement.sequential import sequential_max_memory
 
 __all__ = [
     "DoesNotFit",
@@ -46,6 +47,7 @@ __all__ = [
     "parse_bytes",
     "parse_gpus",
     "parse_inventory",
+    "sequential_max_memory",
     "serve_options",
     "solve",
     "table",
