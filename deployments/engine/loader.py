@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from deployments.engine.attention import IMPLEMENTATION, PagedKv, RowSpan, UnsupportedAttention
+from deployments.engine.attention_torch import TorchAttention
 from deployments.engine.stages import Stage, StepRows, find_decoder, find_layers, run_stages
 from deployments.errors import ConfigError
 from deployments.once import make_once
@@ -253,7 +254,8 @@ def _stage(
     have, want = sum(cache.bytes for cache in kv), plan.kv_bytes(planned)
     if have != want:
         raise ConfigError(f"stage {index} of {plan.model} needs {have:,} bytes of KV cache, but its plan says {want:,}")
-    return Stage(model, planned.layers, absent=absent, own=own, device=device, kv=kv)
+    attention = TorchAttention(plan.num_blocks, device)
+    return Stage(model, planned.layers, absent=absent, own=own, device=device, kv=kv, attention=attention)
 
 
 def _has_tensors(module: nn.Module) -> bool:
@@ -295,7 +297,7 @@ def _probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], exp
             f"{name} can't be served yet: its forward fails on paged attention ({reason}); "
             "choose a model of another architecture"
         ) from error
-    calls = {cache.calls for stage in stages for cache in stage.kv}
+    calls = {calls for stage in stages for calls in stage.attention_calls()}
     if calls != {len(cuts) - 1}:
         raise ConfigError(
             f"{name} can't be served yet: its layers do not call transformers' attention hook "

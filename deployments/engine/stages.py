@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deployments.engine.attention import Geometry, PagedKv, RowSpan, build_geometry
+from deployments.engine.attention import AttentionBackend, PagedKv, RowSpan, StepLayout
 
 
 class Absent(nn.Module):
@@ -104,6 +104,7 @@ class Stage:
         own: the stage's own copies of the decoder's submodules (rotary tables), by name.
         device: where the stage's tensors are.
         kv: KV blocks of each of its layers, in order.
+        attention: computes attention over them.
     """
 
     def __init__(
@@ -115,20 +116,28 @@ class Stage:
         own: dict[str, nn.Module],
         device: torch.device,
         kv: tuple[PagedKv, ...],
+        attention: AttentionBackend,
     ) -> None:
         decoder_name, decoder = find_decoder(model)
         list_name, every_layer = find_layers(decoder)
         self.device = device
         self.layers = layers
         self.kv = kv
-        self._last = layers[1] == len(every_layer)
-        run: list[nn.Module] = list(every_layer[layers[0] : layers[1]])
+        self.attention = attention
+        self.dtype: torch.dtype = model.dtype
+        """Of hidden states."""
+        self.is_first = layers[0] == 0
+        self.is_last = layers[1] == len(every_layer)
+        self.hidden_size: int = decoder.config.hidden_size  # type: ignore[union-attr, assignment]  # a config's attribute
+        self.layer_modules: list[nn.Module] = list(every_layer[layers[0] : layers[1]])
+        run = list(self.layer_modules)
         for layer, cache in zip(run, kv, strict=True):
             attach_kv(layer, cache)
-        self._entry = self._exit = None
-        if not self._last:
+        self._entry: _Entry | None = None
+        self._exit: _Exit | None = None
+        if not self.is_last:
             run[-1] = self._exit = _Exit(run[-1])
-        if layers[0] > 0:
+        if not self.is_first:
             run[0] = self._entry = _Entry(run[0])
         self._decoder = _shallow(decoder)
         self._decoder.config = _cut_config(decoder.config, layers)
@@ -136,7 +145,7 @@ class Stage:
         self._decoder._modules.update(own)
         for name in absent:
             self._decoder._modules[name] = Absent()
-        self._head = _with_submodule(model, decoder_name, _Rows()) if self._last else None
+        self._head = _with_submodule(model, decoder_name, _Rows()) if self.is_last else None
 
     @torch.inference_mode()
     def run(self, step: StepRows, incoming: Tensor | None, block_size: int) -> Tensor:
@@ -150,29 +159,35 @@ class Stage:
         Returns:
             [1, T, hidden] for the next stage, or on the last stage the logits [sampled rows, vocab].
         """
-        geometry = build_geometry(list(step.spans), block_size, self.kv[0].scratch, self.device)
-        positions = torch.tensor(step.positions, device=self.device)[None]
-        self._set_geometry(geometry)
-        try:
-            hidden = self._run_decoder(step, incoming, positions)
-        finally:
-            self._set_geometry(None)
-        if self._head is None:
+        self.attention.prepare(StepLayout(step.spans, block_size))
+        if incoming is None:
+            source = torch.tensor(step.ids, device=self.device)[None]
+        else:
+            source = incoming.to(self.device)
+        hidden = self.hidden(source, torch.tensor(step.positions, device=self.device)[None])
+        if not self.is_last:
             return hidden
         if len(step.sampled) < len(step.ids):
             hidden = hidden[:, torch.tensor(step.sampled, dtype=torch.int64, device=self.device)]
-        logits: Tensor = self._head(inputs_embeds=hidden, use_cache=False).logits
-        return logits[0]
+        return self.logits(hidden)
 
-    def _run_decoder(self, step: StepRows, incoming: Tensor | None, positions: Tensor) -> Tensor:
-        if self._entry is None:
-            ids = torch.tensor(step.ids, device=self.device)[None]
-            out = self._decoder(input_ids=ids, position_ids=positions, use_cache=False)
-        else:
-            assert incoming is not None
-            self._entry.incoming = incoming.to(self.device, non_blocking=True)
-            out = self._decoder(inputs_embeds=self._entry.incoming, position_ids=positions, use_cache=False)
-            self._entry.incoming = None
+    def hidden(self, source: Tensor, positions: Tensor) -> Tensor:
+        """Run the layers of a step that the attention backend is prepared for.
+
+        Args:
+            source: int64 ids [1, T] on the first stage, else [1, T, hidden] from the stage before; here.
+            positions: int64 [1, T], here.
+
+        Returns:
+            [1, T, hidden].
+        """
+        with self.attention.step():
+            if self._entry is None:
+                out = self._decoder(input_ids=source, position_ids=positions, use_cache=False)
+            else:
+                self._entry.incoming = source
+                out = self._decoder(inputs_embeds=source, position_ids=positions, use_cache=False)
+                self._entry.incoming = None
         if self._exit is None:
             hidden: Tensor = out.last_hidden_state
             return hidden
@@ -180,9 +195,15 @@ class Stage:
         assert outgoing is not None
         return outgoing
 
-    def _set_geometry(self, geometry: Geometry | None) -> None:
-        for cache in self.kv:
-            cache.geometry = geometry
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, vocab] of hidden states [1, rows, hidden]; on the last stage alone."""
+        assert self._head is not None, "the head is on the last stage"
+        logits: Tensor = self._head(inputs_embeds=hidden, use_cache=False).logits
+        return logits[0]
+
+    def attention_calls(self) -> list[int]:
+        """Attention calls of each layer so far, replays of captured graphs left out."""
+        return [self.attention.calls[cache.keys.data_ptr()] for cache in self.kv]
 
 
 def run_stages(stages: tuple[Stage, ...], step: StepRows, block_size: int) -> Tensor:

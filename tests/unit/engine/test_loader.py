@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from deployments.engine import attention, loader
+from deployments.engine import attention_torch, loader
 from deployments.engine.loader import load, quantization_config, quantized_copy
 from deployments.engine.stages import Stage, run_stages
 from deployments.errors import ConfigError
@@ -108,8 +108,8 @@ def test_wrong_logits_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch)
     def without_window(*args: Any) -> Any:
         return original(*args[:-1], replace(args[-1], window=None))
 
-    original = attention._attend
-    monkeypatch.setattr(attention, "_attend", without_window)
+    original = attention_torch._attend
+    monkeypatch.setattr(attention_torch, "_attend", without_window)
     with pytest.raises(ConfigError, match=r"differ from the plain forward's by .* over the bound of 0\.001"):
         load(folder.parent / "mistral", plan, device_type="cpu")
 

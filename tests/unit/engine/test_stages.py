@@ -80,12 +80,14 @@ def test_a_step_that_samples_nothing_has_no_logits(cut: Cut) -> None:
     assert logits.shape == (0, VOCAB)
 
 
-def test_a_failed_step_leaves_no_geometry(cut: Cut) -> None:
+def test_a_failed_step_is_over(cut: Cut) -> None:
     stage = cut.stages[0]
     beyond = StepRows((VOCAB + 1,), (0,), (RowSpan(0, 1, (0,)),), (0,))
     with pytest.raises(IndexError):
         stage.run(beyond, None, cut.block_size)
-    assert all(cache.geometry is None for cache in stage.kv)
+    step = StepRows((1,), (0,), (RowSpan(0, 1, (0,)),), (0,))
+    with pytest.raises(RuntimeError, match="outside a step"):
+        stage._run_decoder(step, None, torch.zeros(1, 1, dtype=torch.int64))
 
 
 def heads_and_embeddings(model: LoadedModel) -> tuple[Tensor, Tensor]:
