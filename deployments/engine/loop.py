@@ -17,7 +17,8 @@ from deployments.engine.draw import Draw
 from deployments.engine.loader import LoadedModel
 from deployments.engine.messages import EngineLimits
 from deployments.engine.pipeline import Landing, Pipeline, open_pipeline
-from deployments.engine.sampling import Row, SampledToken
+from deployments.engine.sampling import SampledToken
+from deployments.engine.sampling_batch import Row
 from deployments.engine.scheduler import Scheduler
 from deployments.engine.stages import StepRows
 from deployments.engine.step import StepItem, StepPlan
@@ -94,7 +95,7 @@ class Engine:
                 f"prompt and max_tokens are {tokens} tokens, and a request has at most {self._max_context} here; "
                 "lower max_tokens, shorten the prompt, or raise the pool's max_context"
             )
-        row = Row(request.sampling, request.prompt_ids, self._vocab_size)
+        row = Row(request.sampling, len(request.prompt_ids), self._vocab_size)
         self._scheduler.add(
             request.request_id, request.prompt_ids, max_tokens=request.sampling.max_tokens, salt=request.salt
         )

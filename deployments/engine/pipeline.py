@@ -150,10 +150,7 @@ class LanePipeline:
     def _leave(self, last: Future[_Passing], draw: Draw) -> list[SampledToken]:
         passing = last.result()
         self._sampler.note_inputs(*_inputs(passing.rows, self._block_size, passing.hidden.device))
-        tokens = self._sampler.draw(passing.hidden, draw).read()
-        for row, token in zip(draw.rows, tokens, strict=True):
-            row.append(token.token_id)
-        return tokens
+        return self._sampler.draw(passing.hidden, draw).read()
 
 
 def _inputs(rows: StepRows, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -17,32 +17,38 @@ Log-probabilities are those of the model: the logarithm of the softmax of the ra
 That is vLLM's default (`raw_logprobs`), it stays comparable between requests, and it is finite where a penalty, bias
 or filter leaves a probability of 0.
 
-Why a row never depends on its batch-mates:
+Why a row never depends on its batch-mates, nor on the device:
 
 - The random number of a token is a hash of (seed, choice, position); there is no generator whose state is shared.
-- Probabilities are turned into integers before anything is summed over the vocabulary. A float sum depends on how a
-  kernel splits it, and kernels choose their split by the number of rows; an integer sum does not. Weights are
-  exp(logit - max) in units of 2**-40, so rounding moves less than 2**-20 of the probability mass.
-- Equal logits are ranked by id, not by whatever order a sort leaves them in.
+- From step 5 on there are only integers. A token's *key* is how far its score lies below the row's largest, in units
+  of 2**-16 octaves; its *weight* is 2**40 times 2**-key, from a table. Kernels choose their split by the number of
+  rows and round `exp` each in its own way; integers add up to the same whoever adds them. A weight is within 2**-17 of
+  the exact one, and tokens below 2**-40 of the likeliest (together less than 2**-20 of the mass) weigh nothing.
+- Tokens of equal keys are ranked by id.
+
+Nothing is sorted: where a filter ends follows from how much weight the keys hold, counted in bins.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from math import isqrt
 
 import torch
 from torch import Tensor
 
-from deployments.engine.randomness import uniform32_tensor
-from deployments.engine.sampling_batch import WEIGHT_ONE, Drawn, Row, SamplingBatch, Trim, Wanted
+from deployments.engine.sampling_batch import OCTAVE, SEGMENT, WEIGHT_ONE, padded
 from deployments.protocol import TokenLogprob
 
-__all__ = ["Row", "Sampled", "SampledToken", "SamplingBatch", "sample"]
-
-_FEW = 1024
-"""Candidates to try on the CPU before a whole vocabulary is sorted."""
+_OCTAVE_BITS = OCTAVE.bit_length() - 1
+_WEIGHT_BITS = WEIGHT_ONE.bit_length() - 1
+_LAST_KEY = (_WEIGHT_BITS + 1) << _OCTAVE_BITS
+"""Key of every token that weighs nothing."""
+_FINE_BITS = 10
+"""A bin is 2**10 keys."""
+_BINS = (_LAST_KEY >> _FINE_BITS) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,181 +61,158 @@ class SampledToken:
     logprob: TokenLogprob | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Logprobs:
-    wanted: Wanted
-    chosen: Tensor
-    """float32 [wanted]."""
-    top: Tensor
-    """float32 [wanted, most asked for]."""
-    top_ids: Tensor
-    """int64 [wanted, most asked for]."""
+@cache
+def weight_table() -> Tensor:
+    """2**40 * 2**(-i / 2**16), rounded down, for i in [0, 2**16): int64 on the host, 512 KiB.
 
-    def read(self, ids: Sequence[int]) -> dict[int, TokenLogprob]:
-        chosen, top, top_ids = self.chosen.tolist(), self.top.tolist(), self.top_ids.tolist()
-        found = {}
-        for i, (row, count) in enumerate(zip(self.wanted.rows, self.wanted.top, strict=True)):
-            ranked = sorted(zip(top_ids[i], top[i], strict=True), key=lambda pair: (-pair[1], pair[0]))
-            likeliest = tuple(pair for pair in ranked[:count] if pair[1] > -math.inf)
-            found[row] = TokenLogprob(ids[row], chosen[i], likeliest)
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A step's draws, still on the device."""
-
-    ids: Tensor
-    """int64 [rows]."""
-    bad: Tensor
-    """bool [rows], see `SampledToken.bad`."""
-    logprobs: _Logprobs | None
-
-    def read(self) -> list[SampledToken]:
-        """The draws on the host, one per row. Waits for the device."""
-        ids, bad = self.ids.tolist(), self.bad.tolist()
-        logprobs = {} if self.logprobs is None else self.logprobs.read(ids)
-        return [SampledToken(ids[i], bad[i], None if bad[i] else logprobs.get(i)) for i in range(len(ids))]
-
-
-def sample(logits: Tensor, batch: SamplingBatch, positions: Tensor | Sequence[int]) -> Sampled:
-    """Draw one token per row. Doesn't wait for the device, and leaves `logits` as they were.
-
-    Args:
-        logits: [rows, vocab], any float dtype.
-        batch: built from these rows, in this order.
-        positions: [rows], tokens (prompt and output) before the one that is drawn.
-
-    Raises:
-        ValueError: `logits` or `positions` are not of the batch's shape.
+    Made of integer square roots: no libm has a say in it.
     """
-    if logits.shape != (batch.size, batch.vocab_size) or len(positions) != batch.size:
-        raise ValueError(
-            f"the batch is {batch.size} rows of {batch.vocab_size} ids, got logits {tuple(logits.shape)} "
-            f"and {len(positions)} positions"
-        )
-    raw = logits.float()
-    largest, ids = raw.max(-1)  # the first of equals; NaN wins over everything
-    bad = ~largest.isfinite()
-    if batch.end_mask or batch.penalised or batch.bias or batch.drawn:
-        where = torch.as_tensor(positions, dtype=torch.int64, device=logits.device)
-        scores = _process(raw, batch, where)
-        if scores is not raw:
-            largest, ids = scores.max(-1)
-            bad |= ~largest.isfinite()
-        if batch.drawn:
-            ids = _draw(scores, largest, bad, ids, batch.drawn, where)
-    return Sampled(ids, bad, _logprobs(raw, ids, batch.wanted) if batch.wanted else None)
+    bits = 80
+    powers, root = [1 << bits], 1 << (bits - 1)
+    while len(powers) < OCTAVE:
+        root = isqrt(root << bits)
+        powers = [p for power in powers for p in (power, power * root >> bits)]
+    return torch.tensor([power >> (bits - _WEIGHT_BITS) for power in powers], dtype=torch.int64)
 
 
-def _process(raw: Tensor, batch: SamplingBatch, positions: Tensor) -> Tensor:
-    """Steps 1 to 4; `raw` itself when no row needs them."""
-    if not (batch.end_mask or batch.penalised or batch.bias):
-        return raw
-    scores = raw.clone(memory_format=torch.contiguous_format)
-    flat = scores.view(-1)
-    if mask := batch.end_mask:
-        early = positions[mask.rows] < mask.free_from
-        flat[mask.flat] = flat[mask.flat].masked_fill(early, -math.inf)
-    if batch.penalised:
-        _penalise(flat, batch)
-    if batch.bias:
-        flat.index_add_(0, *batch.bias)
+def pick_rows(logits: Tensor, rows: Tensor, members: tuple[int, ...]) -> Tensor:
+    """A group's scores to work on: float32 [n, padded vocab], a copy, with -inf behind the vocabulary."""
+    first, count, vocab_size = members[0], len(members), logits.shape[1]
+    in_a_row = members == tuple(range(first, first + count))
+    scores = logits.new_empty(count, padded(vocab_size), dtype=torch.float32)
+    scores[:, :vocab_size] = logits[first : first + count] if in_a_row else logits.index_select(0, rows)
+    scores[:, vocab_size:] = -torch.inf
     return scores
 
 
-def _penalise(flat: Tensor, batch: SamplingBatch) -> None:
-    """Steps 2 and 3 on the ids that the penalised rows have seen; `flat` is the scores as one dimension."""
-    samplings = [row.sampling for _, row in batch.penalised]
-    seen = [row.seen() for _, row in batch.penalised]
-    index = torch.cat([ids + i * batch.vocab_size for (i, _), (ids, _) in zip(batch.penalised, seen, strict=True)])
-    counts = torch.cat([counts for _, counts in seen])
-    of_row = torch.tensor(
-        [(s.repetition_penalty, s.frequency_penalty, s.presence_penalty) for s in samplings], dtype=torch.float32
-    ).repeat_interleave(torch.tensor([len(ids) for ids, _ in seen]), dim=0)
-    subtract = of_row[:, 1] * counts + of_row[:, 2] * (counts > 0)
-    index, repetition, subtract = (t.to(flat.device) for t in (index, of_row[:, 0], subtract))
-    score = flat[index]
-    flat[index] = torch.where(score < 0, score * repetition, score / repetition) - subtract
+def penalise(scores: Tensor, rows: Tensor, factors: Tensor, ids: Tensor, known: Tensor, produced: Tensor) -> None:
+    """Steps 2 and 3, in place.
+
+    Args:
+        scores: float32 [n, width], contiguous.
+        rows: int64 [p], which of them.
+        factors: float32 [p, 3]: repetition, frequency, presence.
+        ids: int64 [p, tokens], the rows' tokens; any ids where `known` is 0.
+        known: int32 [p, tokens], 1 where there is a token of prompt or output.
+        produced: int32 [p, tokens], 1 where it is of the output.
+    """
+    width = scores.shape[1]
+    tally = scores.new_zeros(len(rows), width, dtype=torch.int32)
+    seen = tally.scatter_add_(1, ids, known).gather(1, ids) > 0
+    count = tally.zero_().scatter_add_(1, ids, produced).gather(1, ids)
+    repetition, frequency, presence = factors[:, :, None].unbind(1)
+    at = (ids + rows[:, None] * width).view(-1)
+    score = scores.view(-1).index_select(0, at).view(ids.shape)
+    factor = torch.where(seen, repetition, 1.0)
+    score = torch.where(score < 0, score * factor, score / factor) - (frequency * count + presence * (count > 0))
+    # An id that occurs twice is written twice, both times the same; one that is not the row's stays as it was.
+    scores.view(-1).scatter_(0, at, score.view(-1))
 
 
-def _draw(scores: Tensor, largest: Tensor, bad: Tensor, ids: Tensor, drawn: Drawn, positions: Tensor) -> Tensor:
-    """`ids` with the drawn rows' ones replaced (steps 5 to 7)."""
-    if drawn.rows is not None:
-        scores, largest, bad, positions = (t[drawn.rows] for t in (scores, largest, bad, positions))
-    cumulative = _weigh(scores, largest, bad, drawn).cumsum(-1)
-    # Below the total, so the first sum above it exists and belongs to a token of weight over 0.
-    target = _scale(cumulative[:, -1], uniform32_tensor(drawn.keys, positions))
-    picked = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    return picked if drawn.rows is None else ids.index_copy(0, drawn.rows, picked)
+def weigh(scores: Tensor, largest: Tensor, scales: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Step 5. Overwrites `scores` [n, width]; a row whose `largest` [n] isn't finite weighs nothing.
+
+    Each operation is rounded by itself and none is a sum of products, so no compiler may fuse a bit away.
+
+    Returns:
+        (keys int32 [n, width], weights int64 [n, width]).
+    """
+    gaps = torch.sub(largest[:, None], scores, out=scores).mul_(scales)
+    keys = torch.fmin(gaps, gaps.new_full((), _LAST_KEY), out=gaps).round_().to(torch.int32)  # fmin: NaN is last, too
+    return keys, _weights(keys, table)
 
 
-def _weigh(scores: Tensor, largest: Tensor, bad: Tensor, drawn: Drawn) -> Tensor:
-    """Steps 5 and 6: int64 [drawn, vocab], proportional to the probabilities that the filters leave."""
-    # A bad row must not reach the integers as NaN: it draws from even scores, and is flagged.
-    shifted = (scores - largest[:, None]).masked_fill_(bad[:, None], 0.0)
-    # Shifted first, so that a small temperature can't overflow: the likeliest token's weight is exactly one.
-    weights = (shifted / drawn.temperatures).exp_().mul_(WEIGHT_ONE).round_().long()
-    if drawn.trim:
-        rows = drawn.trim.rows
-        weights[rows] = weights[rows].masked_fill(~_likeliest(shifted[rows], weights[rows], drawn.trim), 0)
-    if drawn.min_weights is not None:
-        weights.masked_fill_(weights < drawn.min_weights, 0)
-    return weights
+def keep_top_k(keys: Tensor, weights: Tensor, top_k: Tensor) -> None:
+    """Clears in place the weights int64 [n, width] of all but the `top_k` int64 [n] smallest keys."""
+    one = weights.new_ones(())
+    _keep(keys, weights, one.expand_as(weights), top_k, lambda _: one)
 
 
-def _scale(total: Tensor, fraction: Tensor) -> Tensor:
-    """floor(total * fraction / 2**32) without overflow, for total < 2**60 and fraction <= 2**32; int64 [rows]."""
+def keep_top_p(keys: Tensor, weights: Tensor, top_p: Tensor, table: Tensor) -> None:
+    """Clears in place the weights int64 [n, width] behind the smallest keys that hold `top_p` int64 [n] of the sum, in
+    units of 2**-32; the first stays in any case."""
+    target = scale(weights.sum(-1), top_p).clamp_(min=1)
+    _keep(keys, weights, weights, target, lambda last: _weights(last, table).clamp_(min=1))
+
+
+def pick(weights: Tensor, fractions: Tensor) -> Tensor:
+    """Step 7: where the running sum of `weights` int64 [n, width] passes a fraction of the whole.
+
+    Args:
+        fractions: int64 [n] in [0, 2**32), in units of 2**-32.
+
+    Returns:
+        int64 [n]: ids of weight over 0; the last id of a row that weighs nothing.
+    """
+    segments = weights.view(len(weights), -1, SEGMENT)
+    sums = segments.sum(-1)
+    return _locate(segments, sums, scale(sums.sum(-1), fractions) + 1)
+
+
+def scale(total: Tensor, fraction: Tensor) -> Tensor:
+    """floor(total * fraction / 2**32) without overflow, for total <= 2**60 and fraction <= 2**32; int64 [n]."""
     high, low = total >> 30, total & (2**30 - 1)
     return (high * fraction + ((low * fraction) >> 30)) >> 2
 
 
-def _likeliest(scores: Tensor, weights: Tensor, trim: Trim) -> Tensor:
-    """The tokens that `top_k` and `top_p` keep: bool [rows, vocab].
-
-    On the CPU, sorting a vocabulary costs ten times everything else, and a look at whether a few candidates hold
-    `top_p` costs nothing. On a GPU that look would wait for the device, and the sort is cheap.
-    """
-    if scores.is_cpu and trim.candidates > _FEW and scores.shape[-1] > _FEW:
-        ranked, count, enough = _cut(scores, weights, trim, _FEW)
-        if bool(enough.all()):
-            return _first(scores, ranked, count)
-    ranked, count, _ = _cut(scores, weights, trim, trim.candidates)
-    return _first(scores, ranked, count)
-
-
-def _cut(scores: Tensor, weights: Tensor, trim: Trim, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the kept tokens end, judged by the `candidates` likeliest of each row.
+def log_probabilities(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens `ids` int64 [n] and of the `most` likeliest of each row, best first, lower ids first among equals.
 
     Returns:
-        (scores of the candidates, descending [rows, candidates]; how many are kept, int64 [rows];
-        whether that many candidates were enough to tell, bool [rows]).
+        (float32 [n], float32 [n, most], ids int64 [n, most]).
     """
-    ranked, order = scores.topk(candidates) if candidates < scores.shape[-1] else scores.sort(-1, descending=True)
-    rank = torch.arange(candidates, device=scores.device)
-    cumulative = weights.gather(-1, order).masked_fill(rank >= trim.top_k[:, None], 0).cumsum(-1)
-    found = cumulative[:, -1]
-    limited = trim.top_k <= candidates
-    target = _scale(torch.where(limited, found, weights.sum(-1)), trim.top_p)
-    count = ((cumulative < target[:, None]).sum(-1) + 1).clamp(max=candidates)
-    return ranked, count, limited | ((trim.top_k >= scores.shape[-1]) & (found >= target))
-
-
-def _first(scores: Tensor, ranked: Tensor, count: Tensor) -> Tensor:
-    """The `count` [rows] largest of each row, lower ids first among equals: bool [rows, vocab]."""
-    last = ranked.gather(-1, count[:, None] - 1)
-    above, equal = scores > last, scores == last
-    room = count - above.sum(-1, dtype=torch.int32)
-    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room[:, None]))
-
-
-def _logprobs(raw: Tensor, ids: Tensor, wanted: Wanted) -> _Logprobs:
-    table = raw[wanted.index].log_softmax(-1)
-    chosen = table.gather(-1, ids[wanted.index][:, None])[:, 0]
-    most = max(wanted.top)
+    table = logits.log_softmax(-1, dtype=torch.float32)
+    chosen = table.gather(-1, ids[:, None])[:, 0]
     if most == 0:
-        return _Logprobs(wanted, chosen, table[:, :0], torch.empty_like(table[:, :0], dtype=torch.int64))
-    ranked = table.topk(most).values
-    kept = _first(table, ranked, torch.full_like(chosen, most, dtype=torch.int64))
-    top, top_ids = table.masked_fill(~kept, -math.inf).topk(most)
-    return _Logprobs(wanted, chosen, top, top_ids)
+        return chosen, table[:, :0], ids[:, None][:, :0]
+    # The bits of a float as an integer of the same order, and below them the id: no two are equal.
+    bits = table.view(torch.int32)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) << 32
+    order |= 0xFFFFFFFF - torch.arange(table.shape[1], device=table.device)
+    top = 0xFFFFFFFF - (order.topk(most).values & 0xFFFFFFFF)
+    return chosen, table.gather(-1, top), top
+
+
+def _weights(keys: Tensor, table: Tensor) -> Tensor:
+    fraction = (keys & (OCTAVE - 1)).view(-1)
+    return table.index_select(0, fraction).view(keys.shape).bitwise_right_shift_(keys >> _OCTAVE_BITS)
+
+
+def _keep(keys: Tensor, weights: Tensor, values: Tensor, target: Tensor, value_of: Callable[[Tensor], Tensor]) -> None:
+    """Clears the weights behind the smallest keys, lower ids first among equals, whose `values` [n, width] sum up to
+    `target` [n]; `value_of` a key is that of one token."""
+    bins = (keys >> _FINE_BITS).to(torch.int64)
+    by_bin = values.new_zeros(len(keys), _BINS).scatter_add_(1, bins, values)
+    chosen, before = _first_reaching(by_bin, target)
+    outside = bins != chosen[:, None]
+    fine = torch.bitwise_and(keys, 2**_FINE_BITS - 1, out=bins)
+    by_key = values.new_zeros(len(keys), 2**_FINE_BITS).scatter_add_(1, fine, values.masked_fill(outside, 0))
+    low, nearer = _first_reaching(by_key, target - before)
+    last = ((chosen << _FINE_BITS) + low).to(torch.int32)
+    each = value_of(last)
+    room = (target - before - nearer + each - 1) // each
+    _clear_behind(keys, weights, last[:, None], room)
+
+
+def _clear_behind(keys: Tensor, weights: Tensor, last: Tensor, room: Tensor) -> None:
+    """Clears the weights of keys above `last` [n, 1], and of that key all but the `room` [n] lowest ids."""
+    equal = keys == last
+    segments = equal.view(len(keys), -1, SEGMENT)
+    end = _locate(segments, segments.sum(-1), room)
+    late = torch.arange(keys.shape[1], device=keys.device) > end[:, None]
+    weights.masked_fill_((keys > last) | (equal & late), 0)
+
+
+def _locate(segments: Tensor, sums: Tensor, target: Tensor) -> Tensor:
+    """Where the running sum over all segments [n, segments, SEGMENT] reaches `target` [n]; the last id if nowhere."""
+    segment, before = _first_reaching(sums, target)
+    inside = segments.gather(1, segment[:, None, None].expand(-1, 1, SEGMENT))[:, 0]
+    offset, _ = _first_reaching(inside.to(torch.int64), target - before)
+    return segment * SEGMENT + offset
+
+
+def _first_reaching(values: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(the first index at which the running sum of `values` int64 [n, m] reaches `target` [n], the sum before it)."""
+    sums = values.cumsum(-1)
+    index = (sums < target[:, None]).sum(-1, keepdim=True).clamp_(max=values.shape[1] - 1)
+    return index[:, 0], (sums - values).gather(1, index)[:, 0]

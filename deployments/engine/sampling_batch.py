@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from deployments.engine.history import BlockTables
 from deployments.engine.randomness import signed, splitmix64
+from deployments.engine.upload import upload
 from deployments.protocol import Sampling
+from placement.reserve import SAMPLE_ROWS
 
 MAX_VOCAB = 2**20
 """Keeps a row's summed weights under 2**60, which exact scaling by a 32-bit fraction needs."""
@@ -20,56 +23,46 @@ WEIGHT_ONE = 2**40
 """Weight of a row's likeliest token."""
 FRACTION_ONE = 2**32
 """1 as a fixed-point fraction: of `top_p` and of random numbers."""
+OCTAVE = 2**16
+"""Key steps in which a token's weight halves."""
+_CPU_SCORES = 2**16
+"""Scores that a group has at most on the CPU, if it has two rows: what is worked on stays in the cache."""
+SEGMENT = 256
+"""Ids whose weights are summed at once where a running sum over the vocabulary is asked for."""
+
+
+def padded(vocab_size: int) -> int:
+    """Ids per row of scores: whole segments, those behind the vocabulary at -inf."""
+    return -(-vocab_size // SEGMENT) * SEGMENT
 
 
 class Row:
-    """One request as the sampler knows it: its parameters, and the token counts that its penalties need.
+    """One request's parameters as the sampler knows them.
 
     Args:
-        sampling: the request's parameters.
-        prompt_ids: its prompt.
+        sampling: as the request has them.
+        prompt_tokens: length of its prompt.
         vocab_size: width of the model's logits.
 
     Raises:
         ValueError: a parameter is out of range; raised here so that it ends one request and not a batch.
     """
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], vocab_size: int) -> None:
+    __slots__ = ("greedy", "penalised", "prompt_tokens", "sampling", "shaped", "top_k", "trimmed")
+
+    def __init__(self, sampling: Sampling, prompt_tokens: int, vocab_size: int) -> None:
         _check(sampling, vocab_size)
         self.sampling = sampling
-        self.prompt_tokens = len(prompt_ids)
+        self.prompt_tokens = prompt_tokens
+        self.top_k = min(sampling.top_k or vocab_size, vocab_size)
+        """The vocabulary's size where it is off."""
         self.greedy = sampling.temperature < MIN_TEMPERATURE or sampling.top_k == 1
-        self.repetition = sampling.repetition_penalty != 1.0
-        self.penalised = self.repetition or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0
-        self._slots: dict[int, int] = {}
-        self._ids = torch.empty(0, dtype=torch.int64)
-        self._counts = torch.empty(0, dtype=torch.float32)
-        if self.repetition:
-            self._seat([token for token in dict.fromkeys(prompt_ids) if token < vocab_size])
-
-    def append(self, token_id: int) -> None:
-        """Count a produced token. O(1) amortised; nothing to do without penalties."""
-        if not self.penalised:
-            return
-        if token_id not in self._slots:
-            self._seat([token_id])
-        self._counts[self._slots[token_id]] += 1
-
-    def seen(self) -> tuple[Tensor, Tensor]:
-        """(ids int64 [seen], counts in the output float32 [seen]) on the host, each id once.
-
-        Prompt ids are among them only under a repetition penalty; views, valid until the next `append`.
-        """
-        return self._ids[: len(self._slots)], self._counts[: len(self._slots)]
-
-    def _seat(self, tokens: list[int]) -> None:
-        start, end = len(self._slots), len(self._slots) + len(tokens)
-        if end > len(self._ids):
-            spare = max(64, 2 * end) - len(self._ids)
-            self._ids = torch.cat((self._ids, torch.zeros(spare, dtype=torch.int64)))
-            self._counts = torch.cat((self._counts, torch.zeros(spare)))
-        self._ids[start:end] = torch.tensor(tokens, dtype=torch.int64)
-        self._slots.update(zip(tokens, range(start, end), strict=True))
+        self.trimmed = self.top_k < vocab_size or sampling.top_p < 1.0
+        self.penalised = (
+            sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0
+        )
+        self.shaped = self.penalised or bool(sampling.logit_bias) or sampling.min_tokens > 0
+        """Whether its scores may differ from the model's logits."""
 
 
 def _check(sampling: Sampling, vocab_size: int) -> None:
@@ -102,143 +95,185 @@ def _check(sampling: Sampling, vocab_size: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class EndMask:
-    """End ids that `min_tokens` masks: entry i is `flat[i]` of row `rows[i]`, free from position `free_from[i]` on."""
+class Penalties:
+    """A group's rows with penalties; p of them."""
 
-    flat: Tensor
+    members: tuple[int, ...]
+    """Rows of the step."""
+    tables: BlockTables
     rows: Tensor
-    free_from: Tensor
+    """int64 [p]: rows of the group."""
+    factors: Tensor
+    """float32 [p, 3]: repetition, frequency, presence."""
+    prompt_tokens: Tensor
+    """int64 [p, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """A group's logit biases."""
+
+    at: Tensor
+    """int64 [entries]: indices into the group's scores as one dimension."""
+    values: Tensor
+    """float32 [entries]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """The drawn rows with `top_k` or `top_p`, by their index among the drawn ones."""
+    """`top_k` and `top_p` of the first t rows of a group."""
 
-    rows: Tensor
-    top_k: Tensor
-    """int64, the vocabulary's size where off."""
-    top_p: Tensor
-    """int64 in units of 2**-32, rounded down: 0.9 of ten equal tokens is nine."""
-    candidates: int
-    """How many of a row's likeliest tokens decide its set at most."""
+    top_k: Tensor | None
+    """int64 [t], the vocabulary's size where off; None when no row has it."""
+    top_p: Tensor | None
+    """int64 [t] in units of 2**-32, rounded down: 0.9 of ten equal tokens is nine. None when no row has it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """The rows that are not greedy."""
+class Chance:
+    """How a group's rows are drawn; n of them."""
 
-    rows: Tensor | None
-    """int64, or None when it is all of them."""
-    keys: Tensor
-    temperatures: Tensor
-    """float32 [drawn, 1]."""
-    min_weights: Tensor | None
-    """int64 [drawn, 1]: `min_p` in units of the likeliest token's weight."""
+    scales: Tensor
+    """float32 [n, 1]: key steps per unit of score."""
     trim: Trim | None
+    min_weights: Tensor | None
+    """int64 [n, 1]: `min_p` in units of the likeliest token's weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows that are worked on together: all greedy or all drawn, those with `top_k` or `top_p` first.
+
+    Tensors are on the device; what no row of the group needs is None or empty.
+    """
+
+    members: tuple[int, ...]
+    """Rows of the step."""
+    keys: tuple[int, ...]
+    """The rows' random keys as int64; empty when they are greedy."""
+    ends: tuple[tuple[int, int, int], ...]
+    """(row of the step, its `min_tokens`, index of an end id's score in the group's scores as one dimension)."""
+    rows: Tensor
+    """int64 [n]: `members`."""
+    penalties: Penalties | None
+    bias: Bias | None
+    chance: Chance | None
+    """None when the rows are greedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The rows with log-probabilities, and how many of the likeliest each asked for."""
+    """Rows with log-probabilities, and how many of the likeliest each asked for."""
 
-    rows: tuple[int, ...]
-    index: Tensor
+    members: tuple[int, ...]
+    """Rows of the step."""
     top: tuple[int, ...]
+    rows: Tensor
+    """int64: `members`, on the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
     """What a step needs of its rows, on the device; reusable while the rows and their order stay the same.
 
-    Parts that no row needs are None or empty: an all-greedy batch is only an argmax.
+    Rows that are greedy and nothing else are in no group: they need an argmax alone. A group has `SAMPLE_ROWS` rows at
+    most: the plan's reserve counts on it.
     """
 
-    size: int
-    vocab_size: int
-    end_mask: EndMask | None
-    penalised: tuple[tuple[int, Row], ...]
-    bias: tuple[Tensor, Tensor] | None
-    """(flat indices int64, values float32)."""
-    drawn: Drawn | None
-    wanted: Wanted | None
+    groups: tuple[Group, ...]
+    wanted: tuple[Wanted, ...]
 
     @classmethod
-    def build(cls, rows: Sequence[Row], *, vocab_size: int, device: torch.device | str = "cpu") -> SamplingBatch:
-        """O(rows) on the host.
-
-        Raises:
-            ValueError: the vocabulary is too large for the integer weights.
-        """
-        if vocab_size > MAX_VOCAB:
-            raise ValueError(f"the sampler's integers hold vocabularies up to {MAX_VOCAB}, this one has {vocab_size}")
-        device = torch.device(device)
+    def build(cls, rows: Sequence[Row], *, vocab_size: int, device: torch.device) -> SamplingBatch:
+        """O(rows) on the host, and one copy per group that nobody waits for."""
+        shaped = [i for i, row in enumerate(rows) if row.greedy and row.shaped]
+        drawn = sorted((i for i, row in enumerate(rows) if not row.greedy), key=lambda i: not rows[i].trimmed)
+        wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+        size = _rows_at_once(vocab_size, device)
+        parts = (*_chunks(shaped, size), *_chunks(drawn, size))
         return cls(
-            size=len(rows),
-            vocab_size=vocab_size,
-            end_mask=_build_end_mask(rows, vocab_size, device),
-            penalised=tuple((i, row) for i, row in enumerate(rows) if row.penalised),
-            bias=_build_bias(rows, vocab_size, device),
-            drawn=_build_drawn(rows, vocab_size, device),
-            wanted=_build_wanted(rows, device),
+            tuple(upload(_group(rows, part, vocab_size), device) for part in parts),
+            tuple(upload(_wanted(rows, part), device) for part in _chunks(wanted, size)),
         )
 
 
-def _integers(values: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
+def _rows_at_once(vocab_size: int, device: torch.device) -> int:
+    if device.type == "cpu":
+        return max(1, min(SAMPLE_ROWS, _CPU_SCORES // padded(vocab_size)))
+    return SAMPLE_ROWS
 
 
-def _build_end_mask(rows: Sequence[Row], vocab_size: int, device: torch.device) -> EndMask | None:
-    entries = [
-        (i * vocab_size + end, i, row.prompt_tokens + row.sampling.min_tokens)
-        for i, row in enumerate(rows)
-        if row.sampling.min_tokens > 0
-        for end in set(row.sampling.end_ids)
-        if end < vocab_size
-    ]
-    if not entries:
-        return None
-    flat, of_row, free_from = (_integers(column, device) for column in zip(*entries, strict=True))
-    return EndMask(flat, of_row, free_from)
+def _chunks(members: list[int], size: int) -> Iterator[tuple[int, ...]]:
+    return (tuple(members[i : i + size]) for i in range(0, len(members), size))
 
 
-def _build_bias(rows: Sequence[Row], vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    entries = {i * vocab_size + token: bias for i, row in enumerate(rows) for token, bias in row.sampling.logit_bias}
-    if not entries:
-        return None
-    return _integers(list(entries), device), torch.tensor(list(entries.values()), dtype=torch.float32, device=device)
-
-
-def _build_drawn(rows: Sequence[Row], vocab_size: int, device: torch.device) -> Drawn | None:
-    drawn = [i for i, row in enumerate(rows) if not row.greedy]
-    if not drawn:
-        return None
-    samplings = [rows[i].sampling for i in drawn]
-    min_weights = [math.ceil(s.min_p * WEIGHT_ONE) for s in samplings]
-    return Drawn(
-        rows=_integers(drawn, device) if len(drawn) < len(rows) else None,
-        keys=_integers([signed(splitmix64(s.seed, s.choice)) for s in samplings], device),
-        temperatures=torch.tensor([[s.temperature] for s in samplings], dtype=torch.float32, device=device),
-        min_weights=_integers(min_weights, device)[:, None] if any(min_weights) else None,
-        trim=_build_trim(samplings, vocab_size, device),
+def _group(rows: Sequence[Row], members: tuple[int, ...], vocab_size: int) -> Group:
+    group = [rows[i] for i in members]
+    drawn = not group[0].greedy
+    width = padded(vocab_size)
+    return Group(
+        members=members,
+        keys=tuple(signed(splitmix64(row.sampling.seed, row.sampling.choice)) for row in group) if drawn else (),
+        ends=tuple(
+            (member, row.sampling.min_tokens, i * width + end)
+            for i, (member, row) in enumerate(zip(members, group, strict=True))
+            if row.sampling.min_tokens > 0
+            for end in sorted(set(row.sampling.end_ids))
+            if end < vocab_size
+        ),
+        rows=_integers(members),
+        penalties=_penalties(group, members),
+        bias=_bias(group, width),
+        chance=_chance(group, vocab_size) if drawn else None,
     )
 
 
-def _build_trim(samplings: Sequence[Sampling], vocab_size: int, device: torch.device) -> Trim | None:
-    top_k = [min(s.top_k or vocab_size, vocab_size) for s in samplings]
-    trimmed = [i for i, s in enumerate(samplings) if top_k[i] < vocab_size or s.top_p < 1.0]
+def _penalties(group: Sequence[Row], members: tuple[int, ...]) -> Penalties | None:
+    found = [i for i, row in enumerate(group) if row.penalised]
+    if not found:
+        return None
+    samplings = [group[i].sampling for i in found]
+    return Penalties(
+        members=tuple(members[i] for i in found),
+        tables=BlockTables(len(found)),
+        rows=_integers(found),
+        factors=_floats([(s.repetition_penalty, s.frequency_penalty, s.presence_penalty) for s in samplings]),
+        prompt_tokens=_integers([group[i].prompt_tokens for i in found])[:, None],
+    )
+
+
+def _bias(group: Sequence[Row], width: int) -> Bias | None:
+    entries = {i * width + token: bias for i, row in enumerate(group) for token, bias in row.sampling.logit_bias}
+    return Bias(_integers(list(entries)), _floats(list(entries.values()))) if entries else None
+
+
+def _chance(group: Sequence[Row], vocab_size: int) -> Chance:
+    least = [math.ceil(row.sampling.min_p * WEIGHT_ONE) for row in group]
+    return Chance(
+        scales=_floats([OCTAVE / (math.log(2) * row.sampling.temperature) for row in group])[:, None],
+        trim=_trim([row for row in group if row.trimmed], vocab_size),
+        min_weights=_integers(least)[:, None] if any(least) else None,
+    )
+
+
+def _trim(trimmed: Sequence[Row], vocab_size: int) -> Trim | None:
     if not trimmed:
         return None
+    top_k = [row.top_k for row in trimmed]
+    top_p = [math.floor(row.sampling.top_p * FRACTION_ONE) for row in trimmed]
     return Trim(
-        rows=_integers(trimmed, device),
-        top_k=_integers([top_k[i] for i in trimmed], device),
-        top_p=_integers([math.floor(samplings[i].top_p * FRACTION_ONE) for i in trimmed], device),
-        candidates=max(top_k[i] for i in trimmed),
+        _integers(top_k) if min(top_k) < vocab_size else None,
+        _integers(top_p) if min(top_p) < FRACTION_ONE else None,
     )
 
 
-def _build_wanted(rows: Sequence[Row], device: torch.device) -> Wanted | None:
-    wanted = [(i, row.sampling.logprobs) for i, row in enumerate(rows) if row.sampling.logprobs is not None]
-    if not wanted:
-        return None
-    index = tuple(i for i, _ in wanted)
-    return Wanted(index, _integers(index, device), tuple(top for _, top in wanted))
+def _wanted(rows: Sequence[Row], members: tuple[int, ...]) -> Wanted:
+    return Wanted(members, tuple(rows[i].sampling.logprobs or 0 for i in members), _integers(members))
+
+
+def _integers(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _floats(values: Sequence[float] | Sequence[tuple[float, ...]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)

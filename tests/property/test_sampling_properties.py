@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from hypothesis import given, settings
@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deployments.engine.randomness import splitmix64, uniform32, uniform32_tensor
-from deployments.engine.sampling import Row, SamplingBatch, _weigh, sample
+from deployments.engine.sampling import keep_top_k, keep_top_p, pick_rows, weigh, weight_table
+from deployments.engine.sampling_batch import FRACTION_ONE, OCTAVE, WEIGHT_ONE
 from deployments.protocol import Sampling
+from tests.unit.engine.drawing import Request, tokens
 
 VOCAB = 1500
-"""Over the sampler's 1,024 candidates, so that both ways of finding a set run."""
+"""Not of whole segments, so that scores are padded."""
 TOKEN = st.integers(0, VOCAB - 1)
 
 samplings = st.builds(
@@ -34,7 +36,7 @@ samplings = st.builds(
     logprobs=st.sampled_from([None, None, 0, 5]),
     end_ids=st.lists(TOKEN, max_size=2).map(tuple),
 )
-histories = st.tuples(st.lists(TOKEN, max_size=8), st.lists(TOKEN, max_size=8))
+requests = st.builds(Request, samplings, st.lists(TOKEN, min_size=1, max_size=9), st.lists(TOKEN, max_size=9))
 
 
 def logits_of(seed: int, rows: int, spread: float, ties: bool) -> Tensor:
@@ -43,67 +45,70 @@ def logits_of(seed: int, rows: int, spread: float, ties: bool) -> Tensor:
     return logits.round() if ties else logits
 
 
-def make_row(sampling: Sampling, history: tuple[list[int], list[int]]) -> tuple[Row, int]:
-    prompt, output = history
-    row = Row(sampling, prompt, VOCAB)
-    for token in output:
-        row.append(token)
-    return row, len(prompt) + len(output)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
-    requests=st.lists(st.tuples(samplings, histories), min_size=2, max_size=6),
+    batch=st.lists(requests, min_size=2, max_size=6),
     seed=st.integers(0, 1000),
     spread=st.sampled_from([0.1, 2.0, 6.0]),
     ties=st.booleans(),
 )
-def test_a_row_alone_equals_the_row_in_a_batch(requests: list[Any], seed: int, spread: float, ties: bool) -> None:
-    logits = logits_of(seed, len(requests), spread, ties)
-    rows, positions = zip(*(make_row(*request) for request in requests), strict=True)
-    together = sample(logits, SamplingBatch.build(rows, vocab_size=VOCAB), positions).read()
-    for i, row in enumerate(rows):
-        alone = sample(logits[i : i + 1], SamplingBatch.build([row], vocab_size=VOCAB), [positions[i]]).read()
-        assert alone == together[i : i + 1]
+def test_a_row_alone_equals_the_row_in_a_batch(batch: list[Request], seed: int, spread: float, ties: bool) -> None:
+    logits = logits_of(seed, len(batch), spread, ties)
+    together = tokens(logits, batch)
+    for i, one in enumerate(batch):
+        assert tokens(logits[i : i + 1], [one]) == together[i : i + 1]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
-    spread=st.sampled_from([0.3, 2.0, 6.0]),
+    spread=st.sampled_from([0.003, 0.3, 2.0, 6.0]),
     ties=st.booleans(),
     top_k=st.sampled_from([0, 2, 17, 1400]),
     top_p=st.sampled_from([1.0, 0.05, 0.5, 0.93]),
-    min_p=st.sampled_from([0.0, 0.02, 0.5]),
 )
 def test_filters_keep_the_set_that_brute_force_finds(
-    seed: int, spread: float, ties: bool, top_k: int, top_p: float, min_p: float
+    seed: int, spread: float, ties: bool, top_k: int, top_p: float
 ) -> None:
     logits = logits_of(seed, 1, spread, ties)
-    row = Row(Sampling(max_tokens=1, seed=0, top_k=top_k, top_p=top_p, min_p=min_p), [], VOCAB)
-    drawn = SamplingBatch.build([row], vocab_size=VOCAB).drawn
-    assert drawn is not None
-    weights = _weigh(logits, logits.amax(-1), torch.tensor([False]), drawn)[0]
-    kept = set(weights.nonzero().flatten().tolist())
-    assert brute_force_set(logits[0], top_k, top_p, min_p, -1e-6) <= kept
-    assert kept <= brute_force_set(logits[0], top_k, top_p, min_p, 1e-6)
+    scores = pick_rows(logits, torch.tensor([0]), (0,))
+    keys, weights = weigh(scores, scores.amax(-1), torch.tensor([[OCTAVE / math.log(2)]]), weight_table())
+    expected = brute_force_set(keys[0].tolist(), weights[0].tolist(), top_k, math.floor(top_p * FRACTION_ONE))
+    if top_k:
+        keep_top_k(keys, weights, torch.tensor([top_k]))
+    keep_top_p(keys, weights, torch.tensor([math.floor(top_p * FRACTION_ONE)]), weight_table())
+    assert set(weights[0].nonzero().flatten().tolist()) == expected
 
 
-def brute_force_set(logits: Tensor, top_k: int, top_p: float, min_p: float, slack: float) -> set[int]:
-    """One token at a time in float64. A positive slack takes in what rounding may add, a negative one what it may not
-    remove: tokens on the edge of `top_p` or `min_p`, or of a weight below 2**-40."""
-    probabilities = logits.double().softmax(-1).tolist()
-    order = sorted(range(VOCAB), key=lambda token: (-probabilities[token], token))[: top_k or VOCAB]
-    total = sum(probabilities[token] for token in order)
+def brute_force_set(keys: list[int], weights: list[int], top_k: int, top_p: int) -> set[int]:
+    """One token at a time, in Python's integers."""
+    order = sorted(range(VOCAB), key=lambda token: (keys[token], token))[: top_k or VOCAB]
+    need = sum(weights[token] for token in order) * top_p >> 32
     kept: set[int] = set()
-    mass = 0.0
+    mass = 0
     for token in order:
-        if kept and mass >= top_p * total + slack:
+        if kept and mass >= need:
             break
         kept.add(token)
-        mass += probabilities[token]
-    least = max(min_p * (1 - slack), 2.0**-40 if slack < 0 else 0.0) * probabilities[order[0]]
-    return {token for token in kept if probabilities[token] >= least}
+        mass += weights[token]
+    return {token for token in kept if weights[token] > 0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    logits=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=300),
+    temperature=st.floats(0.05, 20),
+)
+def test_weights_are_near_the_exponential_and_fall_with_the_score(logits: list[float], temperature: float) -> None:
+    scores = pick_rows(torch.tensor([logits]), torch.tensor([0]), (0,))
+    scale = OCTAVE / (math.log(2) * temperature)
+    _, weights = weigh(scores, scores.amax(-1), torch.tensor([[scale]]), weight_table())
+    found = weights[0, : len(logits)].tolist()
+    for score, weight in zip(logits, found, strict=True):
+        exact = WEIGHT_ONE * math.exp((score - max(logits)) / temperature)
+        assert abs(weight - exact) <= exact * 2.0**-16 + 1
+    ranked = [weight for _, weight in sorted(zip(logits, found, strict=True))]
+    assert ranked == sorted(found)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 200), st.integers(0, 2**40)), min_size=1))

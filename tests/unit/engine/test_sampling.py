@@ -1,4 +1,4 @@
-"""The sampler: its random numbers, each step of its processing, and that a row's result is its own."""
+"""The sampler's arithmetic: random numbers, weights, filters, penalties, log-probabilities."""
 
 from __future__ import annotations
 
@@ -11,37 +11,43 @@ from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import MinPLogitsWarper
 
-from deployments.engine.randomness import splitmix64, uniform32, uniform32_tensor
-from deployments.engine.sampling import Row, SampledToken, SamplingBatch, _process, _scale, _weigh, sample
-from deployments.engine.sampling_batch import MAX_VOCAB, Drawn
-from deployments.protocol import Sampling
+from deployments.engine.randomness import signed, splitmix64, uniform32, uniform32_tensor
+from deployments.engine.sampling import (
+    keep_top_k,
+    keep_top_p,
+    log_probabilities,
+    penalise,
+    pick,
+    pick_rows,
+    scale,
+    weigh,
+    weight_table,
+)
+from deployments.engine.sampling_batch import FRACTION_ONE, OCTAVE, SEGMENT, WEIGHT_ONE
+from tests.unit.engine.drawing import draw_requests, request
 
 
-def row(vocab_size: int, prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> Row:
-    made = Row(Sampling(**{"max_tokens": 100, "seed": 7, **params}), prompt or [], vocab_size)
-    for token in output or []:
-        made.append(token)
-    return made
+def weights_of(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(keys, weights) of logits [n, vocab]."""
+    scores = pick_rows(logits, torch.arange(len(logits)), tuple(range(len(logits))))
+    scales = torch.full((len(logits), 1), OCTAVE / (math.log(2) * temperature))
+    return weigh(scores, scores.amax(-1), scales, weight_table())
 
 
-def draw(logits: Tensor, rows: list[Row], positions: list[int] | None = None) -> list[SampledToken]:
-    batch = SamplingBatch.build(rows, vocab_size=logits.shape[-1])
-    return sample(logits, batch, positions or [0] * len(rows)).read()
-
-
-def built(rows: list[Row], vocab_size: int) -> Drawn:
-    drawn = SamplingBatch.build(rows, vocab_size=vocab_size).drawn
-    assert drawn is not None
-    return drawn
+def kept(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> list[int]:
+    """Ids that the filters leave of logits [vocab]."""
+    keys, weights = weights_of(logits[None])
+    if top_k is not None:
+        keep_top_k(keys, weights, torch.tensor([top_k]))
+    if top_p is not None:
+        keep_top_p(keys, weights, torch.tensor([math.floor(top_p * FRACTION_ONE)]), weight_table())
+    return weights[0].nonzero().flatten().tolist()
 
 
 def counts(logits: Tensor, draws: int, **params: Any) -> Tensor:
     """How often each id came up over as many seeds: int64 [vocab]."""
-    vocab_size = len(logits)
-    rows = [row(vocab_size, **{**params, "seed": seed}) for seed in range(draws)]
-    batch = SamplingBatch.build(rows, vocab_size=vocab_size)
-    ids = sample(logits.expand(draws, -1), batch, [seed % 13 for seed in range(draws)]).ids
-    return torch.bincount(ids, minlength=vocab_size)
+    requests = [request(**{**params, "seed": seed, "position": seed % 13}) for seed in range(draws)]
+    return torch.bincount(draw_requests(logits.expand(draws, -1), requests).ids, minlength=len(logits))
 
 
 def chi_square_fits(observed: Tensor, probabilities: Tensor) -> bool:
@@ -69,8 +75,8 @@ class TestRandomNumbers:
     def test_tensor_form_agrees_bit_for_bit(self) -> None:
         seeds = [0, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1, 0xDEADBEEFCAFEF00D]
         cases = [(s, c, p) for s in seeds for c in (0, 1, 127) for p in (0, 1, 4095, 10**6)]
-        rows = [row(4, seed=s, choice=c) for s, c, _ in cases]
-        got = uniform32_tensor(built(rows, 4).keys, torch.tensor([p for _, _, p in cases])).tolist()
+        keys = torch.tensor([signed(splitmix64(s, c)) for s, c, _ in cases])
+        got = uniform32_tensor(keys, torch.tensor([p for _, _, p in cases])).tolist()
         assert got == [uniform32(*case) for case in cases]
 
     def test_seed_choice_and_position_each_matter(self) -> None:
@@ -83,28 +89,120 @@ class TestRandomNumbers:
         pairs = (numbers[:-1] >> 30) * 4 + (numbers[1:] >> 30)
         assert chi_square_fits(torch.bincount(pairs, minlength=16), torch.full((16,), 1 / 16))
 
-    @pytest.mark.parametrize("total", [0, 1, 2**30 - 1, 2**30, 2**40, 2**60 - 1, 987_654_321_987_654_321])
+    @pytest.mark.parametrize("total", [0, 1, 2**30 - 1, 2**30, 2**40, 2**60 - 1, 2**60, 987_654_321_987_654_321])
     def test_scale_is_exact(self, total: int) -> None:
         fractions = [0, 1, 12345, 2**31, 2**32 - 1, 2**32]
-        got = _scale(torch.full((6,), total), torch.tensor(fractions)).tolist()
+        got = scale(torch.full((6,), total), torch.tensor(fractions)).tolist()
         assert got == [total * fraction >> 32 for fraction in fractions]
 
 
-class TestGreedy:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_is_argmax(self, dtype: torch.dtype) -> None:
-        logits = torch.randn(5, 1000, generator=torch.manual_seed(0)).to(dtype)
-        got = [d.token_id for d in draw(logits, [row(1000, temperature=0.0)] * 5)]
-        assert got == logits.float().argmax(-1).tolist()
+class TestWeights:
+    def test_the_table_is_two_to_the_minus_key(self) -> None:
+        exact = [WEIGHT_ONE * 2.0 ** (-i / OCTAVE) for i in range(OCTAVE)]
+        table = weight_table().tolist()
+        assert table[0] == WEIGHT_ONE
+        assert all(a <= b < a + 1.001 for a, b in zip(table, exact, strict=True))
 
-    def test_lowest_id_wins_a_tie(self) -> None:
-        logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 2.0]])
-        greedy = [row(5, temperature=0.0), row(5, temperature=1e-9), row(5, top_k=1)]
-        assert [draw(logits, [r])[0].token_id for r in greedy] == [1, 1, 1]
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+    def test_are_within_the_stated_bound_of_the_exponential(self, temperature: float) -> None:
+        logits = torch.randn(1, 5000, generator=torch.manual_seed(0)) * 2
+        exact = ((logits.double() - logits.max().double()) / temperature).exp() * WEIGHT_ONE
+        _, weights = weights_of(logits, temperature)
+        error = (weights[:, :5000] - exact).abs()
+        assert bool((error <= exact * 2.0**-17 + 1).all())
 
-    def test_batch_builds_nothing_it_does_not_need(self) -> None:
-        batch = SamplingBatch.build([row(5, temperature=0.0)] * 2, vocab_size=5)
-        assert (batch.end_mask, batch.penalised, batch.bias, batch.drawn, batch.wanted) == (None, (), None, None, None)
+    def test_far_below_the_likeliest_is_nothing(self) -> None:
+        logits = torch.tensor([[0.0, -40 * math.log(2), -41 * math.log(2) - 1e-3, -1e30, -math.inf]])
+        assert weights_of(logits)[1][0, :5].tolist() == [WEIGHT_ONE, 1, 0, 0, 0]
+
+    def test_a_large_flat_vocabulary_keeps_its_mass(self) -> None:
+        """One likely token against 200,000 that weigh 2**-20 of it each: none of the mass is lost."""
+        logits = torch.full((1, 200_000), -20 * math.log(2))
+        logits[0, 123_456] = 0.0
+        _, weights = weights_of(logits)
+        assert (weights.sum() / weights[0, 123_456]).item() == pytest.approx(1 + 199_999 / 2**20, rel=1e-6)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_bad_row_weighs_nothing(self, value: float) -> None:
+        logits = torch.zeros(2, 300)
+        logits[1, 7] = value
+        _, weights = weights_of(logits)
+        assert weights.sum(-1).tolist() == [300 * WEIGHT_ONE, 0]
+
+    def test_do_not_depend_on_where_the_row_lies(self) -> None:
+        """Vectorised float kernels treat the ends of a tensor differently; integers from a table are the same."""
+        logits = torch.randn(7, 333, generator=torch.manual_seed(1)) * 3
+        _, together = weights_of(logits)
+        for i in range(7):
+            assert torch.equal(weights_of(logits[i : i + 1])[1][0], together[i])
+
+    def test_rows_are_copied_and_padded(self) -> None:
+        logits = torch.randn(4, SEGMENT + 3, dtype=torch.bfloat16)
+        for members in ((1, 2), (3, 0)):
+            scores = pick_rows(logits, torch.tensor(members), members)
+            assert scores.shape == (2, 2 * SEGMENT)
+            assert torch.equal(scores[:, : SEGMENT + 3], logits[list(members)].float())
+            assert bool((scores[:, SEGMENT + 3 :] == -math.inf).all())
+
+
+class TestPick:
+    def test_finds_where_the_running_sum_passes_the_fraction(self) -> None:
+        weights = torch.randint(0, 5, (1, 4 * SEGMENT), generator=torch.manual_seed(2))
+        total, sums = int(weights.sum()), weights[0].cumsum(-1)
+        for fraction in (0, 1, 2**20, 2**31, 2**32 - 1):
+            got = pick(weights, torch.tensor([fraction])).item()
+            assert got == int((sums <= (total * fraction >> 32)).sum())
+            assert weights[0, int(got)] > 0
+
+    def test_a_row_of_no_weight_ends_at_the_end(self) -> None:
+        assert pick(torch.zeros(1, SEGMENT, dtype=torch.int64), torch.tensor([5])).item() == SEGMENT - 1
+
+
+class TestFilters:
+    def test_top_k_breaks_ties_by_id(self) -> None:
+        assert kept(torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0]), top_k=3) == [1, 2, 3]
+
+    def test_top_k_counts_ties_across_segments(self) -> None:
+        logits = torch.zeros(3 * SEGMENT)
+        logits[5::2] = 1.0
+        assert kept(logits, top_k=300) == list(range(5, 605, 2))
+
+    def test_top_k_over_the_vocabulary_keeps_all(self) -> None:
+        assert kept(torch.zeros(10), top_k=10) == list(range(10))
+
+    def test_top_p_of_equal_tokens_is_the_smallest_set(self) -> None:
+        assert kept(torch.zeros(10), top_p=0.9) == list(range(9))
+
+    def test_top_p_keeps_one_at_least(self) -> None:
+        logits = torch.randn(30, generator=torch.manual_seed(3))
+        assert kept(logits, top_p=1e-6) == kept(logits, top_p=1e-12) == [int(logits.argmax())]
+
+    def test_top_p_of_one_keeps_what_weighs_something(self) -> None:
+        assert kept(torch.tensor([0.0, -5.0, -100.0, -1.0]), top_p=1.0) == [0, 1, 3]
+
+    def test_top_p_is_of_what_top_k_left(self) -> None:
+        logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+        assert kept(logits, top_p=0.75) == [0, 1, 2]  # 0.4 + 0.3 < 0.75
+        assert kept(logits, top_k=2, top_p=0.75) == [0, 1]  # 0.4 / 0.7 < 0.75
+        assert kept(logits, top_k=2, top_p=0.55) == [0]
+
+    @pytest.mark.parametrize("spread", [0.01, 0.5, 4.0, 40.0])
+    @pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+    def test_top_p_is_the_smallest_set_whatever_the_spread(self, spread: float, top_p: float) -> None:
+        logits = torch.randn(20_000, generator=torch.manual_seed(4)) * spread
+        _, weights = weights_of(logits[None])
+        ranked, order = weights[0].sort(descending=True, stable=True)
+        need = int(weights.sum()) * math.floor(top_p * FRACTION_ONE) >> 32
+        size = int((ranked.cumsum(-1) < need).sum()) + 1
+        assert kept(logits, top_p=top_p) == sorted(order[:size].tolist())
+
+    def test_rows_are_cut_each_by_its_own(self) -> None:
+        logits = torch.randn(3, 500, generator=torch.manual_seed(5))
+        keys, weights = weights_of(logits)
+        keep_top_k(keys, weights, torch.tensor([4, 500, 17]))
+        assert (weights > 0).sum(-1).tolist() == [4, 500, 17]
+        for i, k in ((0, 4), (2, 17)):
+            assert set(weights[i].nonzero().flatten().tolist()) == set(logits[i].topk(k).indices.tolist())
 
 
 class TestDistribution:
@@ -141,208 +239,76 @@ class TestDistribution:
         assert chi_square_fits(counts(self.logits, 20_000, **params), exact)
 
     def test_positions_of_one_request_follow_softmax_too(self) -> None:
-        rows = [row(40)] * 20_000
-        batch = SamplingBatch.build(rows, vocab_size=40)
-        ids = sample(self.logits.expand(len(rows), -1), batch, torch.arange(len(rows))).ids
+        requests = [request(position=i) for i in range(20_000)]
+        ids = draw_requests(self.logits.expand(len(requests), -1), requests).ids
         assert chi_square_fits(torch.bincount(ids, minlength=40), self.logits.double().softmax(-1))
-
-    def test_a_large_flat_vocabulary_keeps_its_mass(self) -> None:
-        """One likely token against 200,000 that weigh 2**-20 of it each: none of the mass is lost."""
-        logits = torch.full((200_000,), -20 * math.log(2))
-        logits[123_456] = 0.0
-        weights = _weigh(logits[None], torch.zeros(1), torch.tensor([False]), built([row(200_000)], 200_000))
-        assert (weights.sum() / weights[0, 123_456]).item() == pytest.approx(1 + 199_999 / 2**20, rel=1e-6)
 
     def test_a_token_of_no_probability_is_never_drawn(self) -> None:
         logits = torch.full((50,), -math.inf)
         logits[[3, 17]] = torch.tensor([0.0, -1.0])
         assert counts(logits, 5_000).nonzero().flatten().tolist() == [3, 17]
 
-    def test_a_tiny_temperature_does_not_overflow(self) -> None:
-        assert not draw(torch.tensor([[1e30, 3e38, -3e38]]), [row(3, temperature=2e-5)])[0].bad
-        assert draw(torch.tensor([[1e30, 3e38, -3e38]]), [row(3, temperature=2e-5)])[0].token_id == 1
-
-
-class TestFilters:
-    def test_top_k_breaks_ties_by_id(self) -> None:
-        logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0])
-        assert counts(logits, 3_000, top_k=3).nonzero().flatten().tolist() == [1, 2, 3]
-
-    def test_top_p_of_equal_tokens_is_the_smallest_set(self) -> None:
-        assert counts(torch.zeros(10), 5_000, top_p=0.9).nonzero().flatten().tolist() == list(range(9))
-
-    def test_top_p_keeps_one_at_least(self) -> None:
-        logits = torch.randn(30, generator=torch.manual_seed(3))
-        assert counts(logits, 300, top_p=1e-6).nonzero().flatten().tolist() == [int(logits.argmax())]
-
     def test_min_p_of_one_keeps_the_likeliest(self) -> None:
         assert counts(torch.tensor([0.0, 1.0, 1.0]), 500, min_p=1.0).nonzero().flatten().tolist() == [1, 2]
 
-    def test_top_k_over_the_vocabulary_is_off(self) -> None:
-        assert built([row(10, top_k=1000)], 10).trim is None
-
-    @pytest.mark.parametrize("spread", [0.1, 4.0])
-    def test_a_large_vocabulary_needs_no_full_sort_to_be_right(self, spread: float) -> None:
-        """4.0: a thousand candidates hold 0.9; 0.1: they do not, and the whole vocabulary is sorted."""
-        vocab_size = 20_000
-        logits = torch.randn(vocab_size, generator=torch.manual_seed(4)) * spread
-        ordered, order = logits.double().softmax(-1).sort(descending=True)
-        kept = set(order[: int((ordered.cumsum(-1) < 0.9).sum()) + 1].tolist())
-        assert (len(kept) < 1024) == (spread == 4.0)
-        got = set(counts(logits, 400, top_p=0.9).nonzero().flatten().tolist())
-        assert got <= kept
-
 
 class TestPenalties:
-    vocab_size = 60
+    width = 64
     prompt = (5, 9, 9, 2, 40)
     output = (9, 11, 11, 11, 3)
+    logits = torch.randn(3, 64, generator=torch.manual_seed(5)) * 3
 
-    def processed(self, **params: Any) -> Tensor:
-        """What steps 1 to 4 make of `logits`."""
-        made = row(self.vocab_size, list(self.prompt), list(self.output), temperature=0.0, **params)
-        batch = SamplingBatch.build([made], vocab_size=self.vocab_size)
-        return _process(self.logits, batch, torch.tensor([len(self.prompt) + len(self.output)]))
-
-    logits = torch.randn(1, 60, generator=torch.manual_seed(5)) * 3
+    def penalised(self, repetition: float, frequency: float, presence: float) -> Tensor:
+        """Row 1 of three penalised, its history followed by three ids that aren't its own."""
+        scores = self.logits.clone()
+        ids = torch.tensor([[*self.prompt, *self.output, 33, 5, 11]])
+        known = torch.tensor([[1] * 10 + [0] * 3], dtype=torch.int32)
+        produced = torch.tensor([[0] * 5 + [1] * 5 + [0] * 3], dtype=torch.int32)
+        penalise(scores, torch.tensor([1]), torch.tensor([[repetition, frequency, presence]]), ids, known, produced)
+        return scores
 
     @pytest.mark.parametrize("penalty", [1.3, 0.8])
     def test_repetition_is_transformers_own(self, penalty: float) -> None:
         ids = torch.tensor([[*self.prompt, *self.output]])
-        exact = RepetitionPenaltyLogitsProcessor(penalty)(ids, self.logits.clone())
-        torch.testing.assert_close(self.processed(repetition_penalty=penalty), exact, rtol=1e-6, atol=0)
+        expected = self.logits.clone()
+        expected[1:2] = RepetitionPenaltyLogitsProcessor(penalty)(ids, self.logits[1:2].clone())
+        torch.testing.assert_close(self.penalised(penalty, 0.0, 0.0), expected, rtol=1e-6, atol=0)
 
     def test_frequency_and_presence_count_the_output_alone(self) -> None:
         expected = self.logits.clone()
         for token, count in {9: 1, 11: 3, 3: 1}.items():
-            expected[0, token] -= 0.5 * count + 0.25
-        got = self.processed(frequency_penalty=0.5, presence_penalty=0.25)
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+            expected[1, token] -= 0.5 * count + 0.25
+        torch.testing.assert_close(self.penalised(1.0, 0.5, 0.25), expected, rtol=1e-6, atol=1e-6)
 
-    def test_all_penalties_and_bias_apply_in_the_documented_order(self) -> None:
+    def test_all_apply_in_the_documented_order(self) -> None:
         ids = torch.tensor([[*self.prompt, *self.output]])
-        expected = RepetitionPenaltyLogitsProcessor(1.2)(ids, self.logits.clone())
+        expected = self.logits.clone()
+        expected[1:2] = RepetitionPenaltyLogitsProcessor(1.2)(ids, self.logits[1:2].clone())
         for token, count in {9: 1, 11: 3, 3: 1}.items():
-            expected[0, token] -= 0.5 * count - 0.25
-        expected[0, 11] += 4.0
-        expected[0, 50] -= 100.0
-        got = self.processed(
-            repetition_penalty=1.2,
-            frequency_penalty=0.5,
-            presence_penalty=-0.25,
-            logit_bias=((11, 4.0), (50, -100.0)),
-        )
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-
-    def test_appending_keeps_the_counts(self) -> None:
-        made = row(1000, [1, 2, 2], list(range(500)) * 2, repetition_penalty=1.1)
-        ids, seen = made.seen()
-        assert dict(zip(ids.tolist(), seen.tolist(), strict=True)) == dict.fromkeys(range(500), 2.0)
-
-    def test_prompt_ids_beyond_the_logits_are_left_out(self) -> None:
-        assert row(10, [3, 12], repetition_penalty=1.1).seen()[0].tolist() == [3]
-
-    def test_the_callers_logits_are_left_as_they_were(self) -> None:
-        before = self.logits.clone()
-        draw(self.logits, [row(60, [1], [2], repetition_penalty=2.0, logit_bias=((3, 9.0),), top_k=5)])
-        assert torch.equal(self.logits, before)
+            expected[1, token] -= 0.5 * count - 0.25
+        torch.testing.assert_close(self.penalised(1.2, 0.5, -0.25), expected, rtol=1e-6, atol=1e-6)
 
 
-class TestBiasAndMinTokens:
-    def test_bias_decides(self) -> None:
-        logits = torch.randn(1, 20, generator=torch.manual_seed(6))
-        assert draw(logits, [row(20, logit_bias=((13, 100.0),))])[0].token_id == 13
+class TestLogProbabilities:
+    def test_are_those_of_softmax_best_first(self) -> None:
+        logits = torch.randn(2, 30, generator=torch.manual_seed(9)) * 2
+        exact = logits.log_softmax(-1)
+        chosen, top, ids = log_probabilities(logits, torch.tensor([4, 7]), 5)
+        assert chosen.tolist() == pytest.approx([exact[0, 4].item(), exact[1, 7].item()])
+        assert torch.equal(ids, exact.topk(5).indices)
+        torch.testing.assert_close(top, exact.topk(5).values)
 
-    def test_end_ids_are_masked_until_min_tokens(self) -> None:
-        logits = torch.zeros(1, 6)
-        logits[0, [4, 5]] = torch.tensor([9.0, 8.0])
-        made = row(6, [0, 0, 0], temperature=0.0, min_tokens=2, end_ids=(4, 5, 99))
-        got = [draw(logits, [made], [position])[0].token_id for position in (3, 4, 5, 6)]
-        assert got == [0, 0, 4, 4]
+    def test_none_of_the_likeliest(self) -> None:
+        chosen, top, ids = log_probabilities(torch.zeros(1, 4), torch.tensor([2]), 0)
+        assert chosen.tolist() == pytest.approx([-math.log(4)])
+        assert top.shape == ids.shape == (1, 0)
 
+    def test_ties_go_to_the_lowest_ids(self) -> None:
+        logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, -math.inf]])
+        assert log_probabilities(logits, torch.tensor([0]), 6)[2].tolist() == [[1, 3, 0, 2, 4, 5]]
 
-class TestBadLogits:
-    @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"min_p": 0.2}, {"logprobs": 2}])
-    @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_only_the_row_at_fault_is_flagged(self, value: float, params: dict[str, Any]) -> None:
-        logits = torch.randn(3, 50, generator=torch.manual_seed(8))
-        clean = draw(logits, [row(50, **params)] * 3)
-        logits[1, 17] = value
-        got = draw(logits, [row(50, **params)] * 3)
-        assert [d.bad for d in got] == [False, True, False]
-        assert 0 <= got[1].token_id < 50
-        assert got[1].logprob is None
-        assert (got[0], got[2]) == (clean[0], clean[2])
-
-    def test_a_row_with_nothing_left_to_draw_is_flagged(self) -> None:
-        assert draw(torch.full((1, 4), -math.inf), [row(4)])[0].bad
-        assert draw(torch.zeros(1, 2), [row(2, min_tokens=3, end_ids=(0, 1))])[0].bad
-
-    def test_masked_ids_are_fine(self) -> None:
-        assert not draw(torch.tensor([[0.0, -math.inf]]), [row(2)])[0].bad
-
-
-class TestLogprobs:
-    def test_are_the_raw_models(self) -> None:
-        logits = torch.randn(1, 30, generator=torch.manual_seed(9)) * 2
-        exact = logits[0].log_softmax(-1)
-        got = draw(logits, [row(30, temperature=0.5, top_k=3, logit_bias=((7, 100.0),), logprobs=4)])[0]
-        assert got.logprob is not None
-        assert (got.token_id, got.logprob.token_id) == (7, 7)
-        assert got.logprob.logprob == pytest.approx(exact[7].item())
-        values, ids = exact.topk(4)
-        assert [token for token, _ in got.logprob.top] == ids.tolist()
-        assert [value for _, value in got.logprob.top] == pytest.approx(values.tolist())
-
-    def test_each_row_gets_what_it_asked_for(self) -> None:
-        logits = torch.randn(4, 30, generator=torch.manual_seed(10))
-        rows = [row(30), row(30, logprobs=0), row(30, logprobs=20), row(30, logprobs=3)]
-        got = [d.logprob for d in draw(logits, rows)]
-        assert [None if g is None else len(g.top) for g in got] == [None, 0, 20, 3]
-
-    def test_zero_alone(self) -> None:
-        got = draw(torch.zeros(1, 4), [row(4, logprobs=0)])[0].logprob
-        assert got is not None
-        assert got.top == ()
-        assert got.logprob == pytest.approx(-math.log(4))
-
-    def test_ties_go_to_the_lowest_ids_and_masked_ids_are_left_out(self) -> None:
-        got = draw(torch.tensor([[1.0, 1.0, 1.0, 1.0]]), [row(4, logprobs=2)])[0].logprob
-        assert got is not None
-        assert [token for token, _ in got.top] == [0, 1]
-        got = draw(torch.tensor([[1.0, -math.inf, 0.0]]), [row(3, logprobs=3)])[0].logprob
-        assert got is not None
-        assert [token for token, _ in got.top] == [0, 2]
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        ("params", "says"),
-        [
-            ({"temperature": -1.0}, "temperature must be 0 or more and finite, got -1.0"),
-            ({"temperature": math.nan}, "temperature"),
-            ({"top_p": 0.0}, "top_p must be over 0"),
-            ({"top_k": -1}, "top_k"),
-            ({"min_p": 1.5}, "min_p"),
-            ({"repetition_penalty": 0.0}, "repetition_penalty"),
-            ({"frequency_penalty": math.inf}, "frequency_penalty"),
-            ({"presence_penalty": math.nan}, "presence_penalty"),
-            ({"logprobs": 11}, "logprobs must be 0 to 10, got 11"),
-            ({"logit_bias": ((10, 1.0),)}, "token 10, but the model's ids are 0 to 9"),
-            ({"logit_bias": ((1, math.inf),)}, "logit_bias of token 1 must be finite"),
-        ],
-    )
-    def test_a_row_out_of_range_is_refused_alone(self, params: dict[str, Any], says: str) -> None:
-        with pytest.raises(ValueError, match=says):
-            row(10, **params)
-
-    def test_shapes_must_match_the_batch(self) -> None:
-        batch = SamplingBatch.build([row(10)] * 2, vocab_size=10)
-        with pytest.raises(ValueError, match="the batch is 2 rows of 10 ids"):
-            sample(torch.zeros(2, 11), batch, [0, 0])
-        with pytest.raises(ValueError, match="1 positions"):
-            sample(torch.zeros(2, 10), batch, [0])
-
-    def test_a_vocabulary_over_the_integers_range_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=str(MAX_VOCAB)):
-            SamplingBatch.build([], vocab_size=MAX_VOCAB + 1)
+    def test_bfloat16_is_read_as_it_is(self) -> None:
+        logits = torch.randn(2, 50, generator=torch.manual_seed(10)).to(torch.bfloat16)
+        chosen, _, _ = log_probabilities(logits, torch.tensor([1, 2]), 0)
+        exact = logits.float().log_softmax(-1)
+        assert chosen.tolist() == pytest.approx([exact[0, 1].item(), exact[1, 2].item()])
