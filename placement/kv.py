@@ -164,7 +164,7 @@ def layer_kv(config: Mapping[str, Any]) -> tuple[LayerKv, ...]:
     attention = _attention(config)
     if config.get("is_encoder_decoder"):
         cross = LayerKv(attention.kv_heads, attention.head_dim, cross_elements=attention.elements_per_token)
-        return (LayerKv(),) * config["encoder_layers"] + (cross,) * config["decoder_layers"]
+        return (LayerKv(),) * int(config["encoder_layers"]) + (cross,) * int(config["decoder_layers"])
     windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
     layers = []
     for kind in _layer_types(config):

@@ -1,36 +1,43 @@
 """The plan: what every device holds, and how many KV blocks the replica has.
 
-A replica is a chain of stages: contiguous runs of decoder layers on ordered devices. A device may stay empty, a stage
-has at least one layer. The first stage also holds the embedding, the last the final norm and the head, each a copy of
-the small shared modules. Tied embeddings cost one copy on each stage that uses them.
+A replica is a chain of stages: contiguous runs of layers on ordered devices (an encoder's layers come before its
+decoder's). A device may stay empty, a stage has at least one layer. The first stage also holds the embedding, the last
+the final norm and the head, each a copy of the small shared modules. Tied embeddings cost one copy on each stage that
+uses them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Unpack, get_args
 
 from placement.errors import DoesNotFit, PlacementError
 from placement.footprint import Footprint, Module, Role, resident_bytes
-from placement.hardware import Gpu, Inventory, parse_bytes
-from placement.kv import dtype_bytes
-from placement.reserve import CUDA_CONTEXT_BYTES, Term, Workload
+from placement.hardware import Gpu, Inventory
+from placement.kv import sequence_bytes
+from placement.problem import Cut, Problem
+from placement.question import Conditions, Order, Question, ask
+from placement.reserve import Term
 from placement.shortfall import shortfall
-from placement.solver import Cut, Cuts, Goal, Problem
+from placement.solver import Goal, Split, best
 
-__all__ = ["DoesNotFit", "Goal", "Plan", "Stage", "solve"]
+__all__ = ["Conditions", "DoesNotFit", "Goal", "Order", "Plan", "Stage", "answer", "solve"]
+
+STATE = "sequence state"
+"""Name of the reserve's term for what recurrent layers keep of every running sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One device's share: a contiguous run of decoder layers and whatever else lives with them."""
+    """One device's share: a contiguous run of layers and whatever else lives with them."""
 
     device: int
-    """Index into the devices the plan was solved for; the loader's `cuda:{device}`."""
+    """Index into the devices the plan was solved for; the loader's `cuda:{device}`. A CPU of last resort has the index
+    behind the last GPU's."""
     gpu: Gpu
     layers: tuple[int, int]
-    """First and past-last decoder layer."""
+    """First and past-last layer, counted through all stacks (an encoder's layers first)."""
     modules: tuple[str, ...]
     """Full dotted names, as in `device_map`; each module of the model is in exactly one stage."""
     copies: tuple[str, ...]
@@ -74,6 +81,10 @@ class Plan:
     max_context: int
     """Longest prompt + output in tokens: the lesser of what was asked for and the capacity."""
     stages: tuple[Stage, ...]
+    sequence_bytes: int = 0
+    """KV and recurrent state of one sequence of `max_context` tokens, in all stages."""
+    window_aware_bytes: int = 0
+    """The same in a cache that frees blocks behind sliding windows. The engine's does not: no capacity counts on it."""
 
     @property
     def capacity_tokens(self) -> int:
@@ -93,77 +104,56 @@ def solve(
     footprint: Footprint,
     gpus: Inventory | Sequence[Gpu],
     *,
-    block_size: int,
-    max_batch_tokens: int,
-    max_sequences: int,
-    max_context: int | None = None,
-    max_memory: Mapping[int, str | int] | None = None,
     goal: Goal = "throughput",
-    dtype: str | None = None,
-    kv_dtype: str | None = None,
+    **conditions: Unpack[Conditions],
 ) -> Plan:
     """The best plan for one replica on all of `gpus`.
 
     Args:
         footprint: the model, weighed.
         gpus: the replica's devices, in pipeline order.
-        block_size: tokens per KV block.
-        max_batch_tokens: token budget of one step.
-        max_sequences: most sequences running at once.
-        max_context: tokens of the longest sequence; None: what the model was made for.
-        max_memory: cap per device index, bounding everything but the CUDA context.
         goal: throughput: the slowest stage within 5 % of the best possible, then the most KV blocks;
             capacity: the most KV blocks, then the fastest slowest stage;
             latency: the least time for one token through all stages, then the fewest stages, then the most KV blocks.
             Time is multiply-adds over the device's speed.
-        dtype: must be the footprint's, where given.
-        kv_dtype: of the KV cache; None: the footprint's dtype.
+        conditions: see `Conditions`.
 
     Raises:
-        DoesNotFit: not even one KV block would be left, whatever the split.
+        DoesNotFit: what is demanded (one KV block at least) fits in no split.
         PlacementError: a value that makes no sense.
     """
-    devices = tuple(gpus.gpus if isinstance(gpus, Inventory) else gpus)
-    if dtype is not None and dtype != footprint.dtype:
-        raise PlacementError(f"the footprint was weighed with dtype {footprint.dtype}, not {dtype}")
+    problem = Problem.of(ask(footprint, gpus, **conditions))
+    plan = _answer(problem, goal)
+    if plan is None:
+        raise shortfall(problem)
+    return plan
+
+
+def answer(question: Question, goal: Goal = "throughput") -> Plan | None:
+    """The best plan, or None where nothing fits: `solve` for who asks often and needs no reasons.
+
+    Raises:
+        PlacementError: an unknown goal.
+    """
+    return _answer(Problem.of(question), goal)
+
+
+def _answer(problem: Problem, goal: Goal) -> Plan | None:
     if goal not in get_args(Goal):
         raise PlacementError(f"goal {goal!r} is not known; use one of {', '.join(get_args(Goal))}")
-    budgets = _budgets(devices, max_memory or {})
-    context = footprint.geometry.max_context if max_context is None else max_context
-    if context > footprint.geometry.max_context:
-        raise PlacementError(
-            f"max_context is {context} tokens, but {footprint.model} was made for "
-            f"{footprint.geometry.max_context}; lower it"
+    split = best(problem, goal)
+    return None if split is None else _price(problem, split)
+
+
+def _price(problem: Problem, split: Split) -> Plan:
+    footprint, workload = problem.question.footprint, problem.question.workload
+    context = min(workload.max_context, split.blocks * workload.block_size)
+    one, window_aware = (
+        sequence_bytes(
+            footprint.geometry.kv, context, kv_dtype=workload.kv_dtype, dtype=footprint.dtype, window_aware=aware
         )
-    if min(block_size, max_batch_tokens, max_sequences, context) < 1:
-        raise PlacementError("block_size, max_batch_tokens, max_sequences and max_context must be at least 1")
-    workload = Workload(block_size, max_batch_tokens, max_sequences, context, kv_dtype or footprint.dtype)
-    dtype_bytes(workload.kv_dtype)
-    problem = Problem.of(footprint, devices, budgets, workload)
-    found = problem.best(goal)
-    if found is None:
-        raise shortfall(problem)
-    return _price(problem, *found)
-
-
-def _budgets(devices: tuple[Gpu, ...], max_memory: Mapping[int, str | int]) -> tuple[int, ...]:
-    """What each device may hold in all; a cap bounds everything but the CUDA context."""
-    if not devices:
-        raise PlacementError("there is no device to plan for; give at least one GPU or virtual CPU device")
-    if unknown := sorted(set(max_memory) - set(range(len(devices)))):
-        raise PlacementError(
-            f"max_memory names device {unknown[0]}, but there are {len(devices)}: 0 to {len(devices) - 1}"
-        )
-    budgets = []
-    for index, gpu in enumerate(devices):
-        context = CUDA_CONTEXT_BYTES if gpu.device_type == "cuda" else 0
-        cap = parse_bytes(max_memory[index]) + context if index in max_memory else gpu.usable_bytes
-        budgets.append(min(cap, gpu.usable_bytes))
-    return tuple(budgets)
-
-
-def _price(problem: Problem, cuts: Cuts, blocks: int) -> Plan:
-    footprint, workload = problem.footprint, problem.workload
+        for aware in (False, True)
+    )
     return Plan(
         model=footprint.model,
         quantization=footprint.quantization,
@@ -171,32 +161,38 @@ def _price(problem: Problem, cuts: Cuts, blocks: int) -> Plan:
         dtype=footprint.dtype,
         kv_dtype=workload.kv_dtype,
         block_size=workload.block_size,
-        num_blocks=blocks,
-        max_context=min(workload.max_context, blocks * workload.block_size),
-        stages=tuple(_stage(problem, cut, blocks) for cut in cuts),
+        num_blocks=split.blocks,
+        max_context=context,
+        stages=tuple(_stage(problem, cut, split.blocks) for cut in split.cuts),
+        sequence_bytes=one,
+        window_aware_bytes=window_aware,
     )
 
 
 def _stage(problem: Problem, cut: Cut, blocks: int) -> Stage:
-    footprint, first, last = problem.footprint, cut.start == 0, cut.end == problem.layers
+    question, first = problem.question, cut.start == 0
+    footprint, layers = question.footprint, range(cut.start, cut.end)
+    beside = {role: [m for i, m in footprint.beside if i in layers and m.role == role] for role in ("first", "last")}
     shared = footprint.with_role("shared")
-    modules = footprint.layers[cut.start : cut.end]
-    if first:
-        modules = footprint.with_role("first") + modules + shared
-    if last:
-        modules += footprint.with_role("last")
+    modules = (*beside["first"], *footprint.layers[cut.start : cut.end], *(shared if first else ()), *beside["last"])
     kv_block_bytes = problem.kv_block_bytes(cut)
+    reserve = problem.reserves[cut.device].terms(
+        last=cut.end == problem.layers, blocks=blocks, kv_block_bytes=kv_block_bytes
+    )
+    if state := problem.state_bytes(cut):
+        why = f"recurrent and convolution state of {question.workload.max_sequences} sequences in these layers"
+        reserve += (Term(STATE, state, why),)
     return Stage(
         device=cut.device,
-        gpu=problem.devices[cut.device],
+        gpu=question.devices[cut.device],
         layers=(cut.start, cut.end),
         modules=tuple(module.name for module in modules),
         copies=() if first else tuple(module.name for module in shared),
         weight_bytes=problem.weight_bytes(cut),
-        reserve=problem.reserves[cut.device].terms(last=last, blocks=blocks, kv_block_bytes=kv_block_bytes),
+        reserve=reserve,
         kv_block_bytes=kv_block_bytes,
-        budget_bytes=problem.budgets[cut.device],
-        weights=_weights(modules if first else modules + shared),
+        budget_bytes=question.budgets[cut.device],
+        weights=_weights(modules if first else (*modules, *shared)),
     )
 
 

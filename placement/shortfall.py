@@ -1,81 +1,136 @@
-"""Why a model doesn't fit, device by device, and which single change would make it fit."""
+"""Why a model doesn't fit, device by device, and which single change would make it fit, by how much."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from placement.errors import DoesNotFit
-from placement.footprint import Footprint
+from placement.errors import DoesNotFit, PlacementError
+from placement.kv import kv_dtype_bytes
+from placement.problem import Problem
+from placement.question import Question
 from placement.reserve import Workload
-from placement.solver import Problem
+from placement.solver import fits, last, pack, without_needless_resort
 
 _MORE_DEVICES = 8
 _NARROWER = (("int8", False), ("nf4", False), ("nf4", True))
 _ROUND = 10**6
+_FP8 = "float8_e4m3fn"
 
 
 def shortfall(problem: Problem) -> DoesNotFit:
-    """The error for a problem without a solution. Its knobs were each tried."""
-    extra = _least_extra(problem)
-    roomier = _with_more(problem, extra)
-    cuts = roomier.pack(1, roomier.ever)
+    """The error for a problem without a solution. Each of its knobs was tried: with it alone the model fits."""
+    question = problem.question
+    extra = _least_extra(lambda more: _with_more(question, more))
+    roomier = without_needless_resort(Problem.of(_with_more(question, extra)))
+    cuts = pack(roomier, question.least_blocks, roomier.ever)
     assert cuts is not None, "_least_extra is enough"
-    need = [0] * len(problem.devices)
+    need = [0] * len(question.devices)
     for cut in cuts:
-        need[cut.device] = roomier.need(cut, 1)
+        need[cut.device] = roomier.need(cut, question.least_blocks)
     knobs = (
+        *_caps(question),
         f"give each device {extra // _ROUND:,} MB more (max_memory, or devices with more memory)",
-        *_knobs(problem),
+        *_narrower(question),
+        *_devices(question),
+        *_smaller(question),
     )
-    return DoesNotFit(problem.footprint.model, tuple(need), problem.budgets, knobs)
+    return DoesNotFit(question.footprint.model, tuple(need), question.budgets, knobs)
 
 
-def _least_extra(problem: Problem) -> int:
-    """The least equal addition to every budget, in whole megabytes, with which one KV block fits."""
-    low, high = 0, 1
-    while not _fits(_with_more(problem, high * _ROUND)):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _fits(_with_more(problem, middle * _ROUND)) else (middle, high)
-    return high * _ROUND
+def _least_extra(changed: Callable[[int], Question]) -> int:
+    """The least addition in whole megabytes with which the changed question has an answer; enough must be enough."""
+    high = _ROUND
+    while not _fits(changed(high)):
+        high *= 2
+    return high - _ROUND * last(lambda less: _fits(changed(high - less * _ROUND)), 0, high // (2 * _ROUND))
 
 
-def _knobs(problem: Problem) -> Iterator[str]:
-    """Changes of one setting that fit, the mildest of each kind."""
-    footprint, workload = problem.footprint, problem.workload
+def _with_more(question: Question, extra: int) -> Question:
+    return replace(question, budgets=tuple(budget + extra for budget in question.budgets))
+
+
+def _caps(question: Question) -> Iterator[str]:
+    """One cap raised within what its device has: the least such raise."""
+    raises = []
+    for device, (gpu, budget) in enumerate(zip(question.devices, question.budgets, strict=True)):
+        room = (gpu.usable_bytes - budget) // _ROUND
+
+        def raised(more: int, device: int = device) -> Question:
+            budgets = list(question.budgets)
+            budgets[device] += more
+            return replace(question, budgets=tuple(budgets))
+
+        if room and _fits(raised(room * _ROUND)):
+            raises.append((room - last(lambda n: _fits(raised((room - n) * _ROUND)), 0, room), device))  # noqa: B023
+    if raises:
+        more, device = min(raises)
+        yield f"max_memory: {more:,} MB more for device {device}"
+
+
+def _narrower(question: Question) -> Iterator[str]:
+    """Fewer bits for the weights, the mildest that fits; then for the KV cache."""
     for quantization, double in _NARROWER:
-        narrower = footprint.at(quantization, double_quant=double)
-        if narrower.bytes < footprint.bytes and _fits(_with(problem, footprint=narrower)):
+        try:
+            narrower = question.footprint.at(quantization, double_quant=double)
+        except PlacementError:
+            break  # a checkpoint that is quantised already keeps its bits
+        if narrower.bytes < question.footprint.bytes and _fits(replace(question, footprint=narrower)):
             yield f"quantization: {quantization}" + (" with double_quant: true" if double else "")
             break
+    workload = question.workload
+    on_gpus = all(gpu.device_type == "cuda" for gpu in question.devices)
+    narrow = replace(question, workload=replace(workload, kv_dtype=_FP8))
+    if on_gpus and kv_dtype_bytes(workload.kv_dtype) > 1 and _fits(narrow):
+        yield f"kv_dtype: fp8 instead of {workload.kv_dtype}"
+
+
+def _devices(question: Question) -> Iterator[str]:
+    """The fewest more devices of the largest kind."""
+    count = len(question.devices) - question.last_resort
+    largest = max(range(count), key=lambda device: question.budgets[device])
+
+    def added(more: int) -> Question:
+        # The last resort, which pins count from the end, stays last.
+        order = (*range(count), *(largest,) * more, *range(count, len(question.devices)))
+        return replace(
+            question,
+            devices=tuple(question.devices[i] for i in order),
+            budgets=tuple(question.budgets[i] for i in order),
+        )
+
     for more in range(1, _MORE_DEVICES + 1):
-        if _fits(_with_devices(problem, more)):
-            yield f"{more} more {'device' if more == 1 else 'devices'} like the last (stages, or --gpus)"
-            break
-    for name in ("max_batch_tokens", "max_sequences", "max_context"):
-        value = getattr(workload, name) // 2
-        while value and not _fits(_with(problem, workload=replace(workload, **{name: value}))):
-            value //= 2
-        if value:
-            yield f"{name}: {value} instead of {getattr(workload, name)}"
+        if _fits(added(more)):
+            plural = "device" if more == 1 else "devices"
+            yield f"{more} more {plural} like device {largest} (stages, or --gpus)"
+            return
 
 
-def _with_devices(problem: Problem, more: int) -> Problem:
-    devices = problem.devices + problem.devices[-1:] * more
-    budgets = problem.budgets + problem.budgets[-1:] * more
-    return Problem.of(problem.footprint, devices, budgets, problem.workload)
+def _smaller(question: Question) -> Iterator[str]:
+    """Smaller wishes, each the largest that fits: tokens of a step, sequences at once, context, concurrency."""
+    workload, demand = question.workload, question.demand
+
+    def at(smaller: Workload) -> Question:
+        return replace(question, workload=smaller)
+
+    wishes: list[tuple[str, int, int, Callable[[int], Question]]] = [
+        ("max_batch_tokens", workload.max_batch_tokens, 1, lambda n: at(replace(workload, max_batch_tokens=n))),
+        ("max_sequences", workload.max_sequences, demand.requests, lambda n: at(replace(workload, max_sequences=n))),
+        ("min_context", demand.context, 1, lambda n: replace(question, demand=demand.within(n))),
+        ("max_context", workload.max_context, 1, lambda n: _shortened(question, n)),
+        ("min_concurrency", demand.requests, 1, lambda n: replace(question, demand=replace(demand, requests=n))),
+    ]
+    for name, value, least, changed in wishes:
+        if value > least and _fits(changed(least)):
+            most = last(lambda n: _fits(changed(n)), least, value)  # noqa: B023
+            yield f"{name}: {most} instead of {value}"
 
 
-def _with_more(problem: Problem, extra: int) -> Problem:
-    budgets = tuple(budget + extra for budget in problem.budgets)
-    return Problem.of(problem.footprint, problem.devices, budgets, problem.workload)
+def _shortened(question: Question, context: int) -> Question:
+    """With no sequence longer than `context`, neither allowed nor demanded."""
+    workload = replace(question.workload, max_context=context)
+    return replace(question, workload=workload, demand=question.demand.within(context))
 
 
-def _with(problem: Problem, *, footprint: Footprint | None = None, workload: Workload | None = None) -> Problem:
-    return Problem.of(footprint or problem.footprint, problem.devices, problem.budgets, workload or problem.workload)
-
-
-def _fits(problem: Problem) -> bool:
-    return problem.pack(1, problem.ever) is not None
+def _fits(question: Question) -> bool:
+    return fits(Problem.of(question))

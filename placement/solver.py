@@ -1,202 +1,210 @@
-"""The exact split of decoder layers over ordered devices.
+"""The exact split of a model's layers over devices.
 
 One question is asked again and again: can the layers be split so that no stage takes longer than `time` and each has
 room for `blocks` KV blocks? Giving every device, in order, as many layers as it can take answers it exactly: a run of
-layers never costs less than a part of it, so a longer prefix behind is never worse. The least time and the most blocks
+layers never costs less than a part of it, so a longer prefix behind is never worse. For any order of the devices the
+longest prefix is kept for each set of devices already passed, for the same reason. The least time and the most blocks
 are then found by bisection, in whole numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import accumulate
-from math import lcm
-from typing import Literal
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
-from placement.footprint import Footprint, resident_bytes
-from placement.hardware import Gpu
-from placement.kv import dtype_bytes
-from placement.reserve import Reserve, Workload, reserve
+from placement.problem import Cut, Problem, Step
 
 Goal = Literal["throughput", "capacity", "latency"]
 
 _SLACK_PERCENT = 5
 """How much slower than the best possible the slowest stage may be, under goal="throughput", for more KV blocks."""
 
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Layers [start, end) on one device."""
-
-    device: int
-    start: int
-    end: int
-
-
 Cuts = tuple[Cut, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A model, a workload and budgets, with running sums so that any run of layers is priced in a few additions."""
+class Split(NamedTuple):
+    """Stages in pipeline order, and the KV blocks that each has room for."""
 
-    footprint: Footprint
-    devices: tuple[Gpu, ...]
-    budgets: tuple[int, ...]
-    """Bytes per device, the CUDA context included."""
-    workload: Workload
-    reserves: tuple[Reserve, ...]
-    weights: tuple[int, ...]
-    """Bytes of the layers before the i-th; so are `kv` (bytes of one block) and `work` (multiply-adds)."""
-    kv: tuple[int, ...]
-    work: tuple[int, ...]
-    first_bytes: int
-    last_bytes: int
-    tied_bytes: int
-    """What the first and the last modules share when they are on one device."""
-    shared_bytes: int
-    last_work: int
-    slowness: tuple[int, ...]
-    """Time of one multiply-add per device, in the smallest unit that keeps all of them whole."""
+    cuts: Cuts
+    blocks: int
 
-    @classmethod
-    def of(
-        cls, footprint: Footprint, devices: tuple[Gpu, ...], budgets: tuple[int, ...], workload: Workload
-    ) -> Problem:
-        """Sum up `footprint`."""
-        layers = footprint.layers
-        per_token = dtype_bytes(workload.kv_dtype) * workload.block_size
-        first, last, shared = (footprint.with_role(role) for role in ("first", "last", "shared"))
-        unit = lcm(*(gpu.speed for gpu in devices))
-        return cls(
-            footprint=footprint,
-            devices=devices,
-            budgets=budgets,
-            workload=workload,
-            reserves=tuple(
-                reserve(footprint, workload, device_type=gpu.device_type, budget_bytes=budget)
-                for gpu, budget in zip(devices, budgets, strict=True)
-            ),
-            weights=_running(module.bytes for module in layers),
-            kv=_running(kv.elements_per_token * per_token for kv in footprint.geometry.kv),
-            work=_running(module.work for module in layers),
-            first_bytes=resident_bytes(first),
-            last_bytes=resident_bytes(last),
-            tied_bytes=resident_bytes(first) + resident_bytes(last) - resident_bytes(first + last),
-            shared_bytes=resident_bytes(shared),
-            last_work=sum(module.work for module in last),
-            slowness=tuple(unit // gpu.speed for gpu in devices),
-        )
 
-    @property
-    def layers(self) -> int:
-        """How many decoder layers there are."""
-        return len(self.work) - 1
+class _Quickest(NamedTuple):
+    key: int
+    """Time through all stages and their number, the time first."""
+    cuts: Cuts
 
-    @property
-    def ever(self) -> int:
-        """At least the time of any stage."""
-        return (self.work[-1] + self.last_work) * max(self.slowness)
 
-    def weight_bytes(self, cut: Cut) -> int:
-        """Resident weights of a stage."""
-        first, last = cut.start == 0, cut.end == self.layers
-        ends = first * self.first_bytes + last * self.last_bytes - (first and last) * self.tied_bytes
-        return self.weights[cut.end] - self.weights[cut.start] + ends + self.shared_bytes
-
-    def kv_block_bytes(self, cut: Cut) -> int:
-        """One KV block in all layers of a stage."""
-        return self.kv[cut.end] - self.kv[cut.start]
-
-    def need(self, cut: Cut, blocks: int) -> int:
-        """Every byte of a stage that holds `blocks` KV blocks."""
-        held = self.reserves[cut.device].held(
-            last=cut.end == self.layers, blocks=blocks, kv_block_bytes=self.kv_block_bytes(cut)
-        )
-        return self.weight_bytes(cut) + held
-
-    def time(self, cut: Cut) -> int:
-        """Multiply-adds of one token through a stage, over the device's speed."""
-        work = self.work[cut.end] - self.work[cut.start] + (cut.end == self.layers) * self.last_work
-        return work * self.slowness[cut.device]
-
-    def pack(self, blocks: int, time: int) -> Cuts | None:
-        """Stages that each hold `blocks` blocks and take at most `time`, or None when there is no such split."""
-        cuts, done = [], 0
-        for device in range(len(self.devices)):
-            end = self._farthest(device, done, blocks, time)
-            if end > done:
-                cuts.append(Cut(device, done, end))
-                done = end
-            if done == self.layers:
-                return tuple(cuts)
+def best(problem: Problem, goal: Goal) -> Split | None:
+    """The best split by `goal` among those that hold what is demanded; None when there is none."""
+    problem = without_needless_resort(problem)
+    least = problem.question.least_blocks
+    if pack(problem, least, problem.ever) is None:
         return None
+    if goal == "latency":
+        return _best_latency(problem)
 
-    def best(self, goal: Goal) -> tuple[Cuts, int] | None:
-        """The best split and its KV blocks; None when not even one block fits."""
-        ever = self.ever
-        if self.pack(1, ever) is None:
-            return None
-        if goal == "latency":
-            return self._best_latency()
+    def most_blocks(time: int) -> int:
+        return last(lambda n: pack(problem, n, time) is not None, least, problem.question.workload.most_blocks)
 
-        def most_blocks(time: int) -> int:
-            return _last(lambda n: self.pack(n, time) is not None, 1, self.workload.most_blocks)
-
-        def least_time(blocks: int) -> int:
-            return ever - _last(lambda saved: self.pack(blocks, ever - saved) is not None, 0, ever)
-
-        blocks = most_blocks(ever if goal == "capacity" else least_time(1) * (100 + _SLACK_PERCENT) // 100)
-        cuts = self.pack(blocks, least_time(blocks))
-        assert cuts is not None, "bisection ends on a split that exists"
-        return cuts, blocks
-
-    def _farthest(self, device: int, start: int, blocks: int, time: int) -> int:
-        """The farthest end of a stage from `start`; `start` itself when not one layer can be taken."""
-
-        def can(end: int) -> bool:
-            cut = Cut(device, start, end)
-            return end == start or (self.time(cut) <= time and self.need(cut, blocks) <= self.budgets[device])
-
-        return _last(can, start, self.layers)
-
-    def _best_latency(self) -> tuple[Cuts, int]:
-        """Time through all stages is a sum, so here every cut is tried: O(devices * layers^2) per number of blocks."""
-        quickest = self._quickest(1)
-        assert quickest is not None, "asked only where a split exists"
-        target = quickest[:2]
-
-        def as_quick(blocks: int) -> bool:
-            found = self._quickest(blocks)
-            return found is not None and found[:2] == target
-
-        blocks = _last(as_quick, 1, self.workload.most_blocks)
-        found = self._quickest(blocks)
-        assert found is not None, "bisection ends on a split that exists"
-        return found[2], blocks
-
-    def _quickest(self, blocks: int) -> tuple[int, int, Cuts] | None:
-        """(time, stages, cuts), least in that order, with room for `blocks` everywhere."""
-        reached: dict[int, tuple[int, int, Cuts]] = {0: (0, 0, ())}
-        for device in range(len(self.devices)):
-            # A snapshot: a device takes one stage at most, so its own results must not be built upon.
-            for start, (time, stages, cuts) in sorted(reached.items()):
-                for end in range(start + 1, self._farthest(device, start, blocks, self.ever) + 1):
-                    cut = Cut(device, start, end)
-                    option = (time + self.time(cut), stages + 1, (*cuts, cut))
-                    if end not in reached or option[:2] < reached[end][:2]:
-                        reached[end] = option
-        return reached.get(self.layers)
+    if goal == "capacity":
+        blocks = most_blocks(problem.ever)
+    else:
+        blocks = most_blocks(_least_time(problem, least)[0] * (100 + _SLACK_PERCENT) // 100)
+    return Split(_least_time(problem, blocks)[1], blocks)
 
 
-def _running(values: Iterable[int]) -> tuple[int, ...]:
-    return tuple(accumulate(values, initial=0))
+def fits(problem: Problem) -> bool:
+    """Whether any split holds what is demanded."""
+    problem = without_needless_resort(problem)
+    return pack(problem, problem.question.least_blocks, problem.ever) is not None
 
 
-def _last(true: Callable[[int], bool], low: int, high: int) -> int:
+def without_needless_resort(problem: Problem) -> Problem:
+    """`problem` without its last resort where the other devices suffice, else with the fewest layers for it."""
+    if not problem.question.last_resort:
+        return problem
+    alone = problem.alone()
+    reached, _ = _reach(alone, problem.question.least_blocks, alone.ever)
+    return alone if max(reached) == problem.layers else problem.confined(max(reached))
+
+
+def pack(problem: Problem, blocks: int, time: int) -> Cuts | None:
+    """Stages that each hold `blocks` blocks and take at most `time`, or None when there is no such split."""
+    reached, taken = _reach(problem, blocks, time)
+    if max(reached) < problem.layers:
+        return None
+    passed, cuts = reached.index(problem.layers), []
+    while (step := taken[passed]) is not None:
+        if reached[passed] > reached[step.before]:
+            cuts.append(Cut(step.device, reached[step.before], reached[passed]))
+        passed = step.before
+    return tuple(reversed(cuts))
+
+
+def last(true: Callable[[int], bool], low: int, high: int) -> int:
     """The last number in [low, high] for which a predicate holds that is true at `low` and never turns true again."""
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if true(middle) else (low, middle - 1)
     return low
+
+
+def _reach(problem: Problem, blocks: int, time: int) -> tuple[list[int], list[Step | None]]:
+    """For each set of devices passed, the most layers they hold, and the step that led there; up to the last layer."""
+    reached = [0] + [-1] * (problem.sets - 1)
+    taken: list[Step | None] = [None] * problem.sets
+    for step in problem.steps:
+        end = _farthest(problem, step.device, reached[step.before], blocks, time)
+        if end > reached[step.after]:
+            reached[step.after], taken[step.after] = end, step
+            if end == problem.layers:
+                break
+    return reached, taken
+
+
+def _farthest(problem: Problem, device: int, start: int, blocks: int, time: int) -> int:
+    """The farthest end of a stage from `start`; `start` itself when not one layer can be taken."""
+    work, budget = problem.work, problem.question.budgets[device]
+    quick = bisect_right(work, work[start] + time // problem.slowness[device], start) - 1
+    end = min(quick, problem.fences[device][start])
+    if end == start or problem.need(Cut(device, start, end), blocks) <= budget:
+        return end
+    return last(lambda e: e == start or problem.need(Cut(device, start, e), blocks) <= budget, start, end - 1)
+
+
+def _least_time(problem: Problem, blocks: int) -> tuple[int, Cuts]:
+    """The least time of the slowest stage with room for `blocks`, and a split that takes it; one must exist."""
+    cuts = pack(problem, blocks, problem.ever)
+    assert cuts is not None, "asked only where a split exists"
+    high, low = _slowest(problem, cuts), _ideal_time(problem) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        quicker = pack(problem, blocks, middle)
+        if quicker is None:
+            low = middle
+        else:
+            high, cuts = _slowest(problem, quicker), quicker
+    return high, cuts
+
+
+def _slowest(problem: Problem, cuts: Cuts) -> int:
+    return max(map(problem.time, cuts))
+
+
+def _ideal_time(problem: Problem) -> int:
+    """What the slowest stage takes at least: the work spread over all devices without a remainder."""
+    unit = max(problem.slowness)
+    return problem.work[-1] * unit // sum(-(-unit // slow) for slow in problem.slowness)
+
+
+def _best_latency(problem: Problem) -> Split:
+    """Time through all stages is a sum, so here the least sum is kept for every prefix of the layers."""
+    least = problem.question.least_blocks
+    target = _quickest(problem, least)
+    assert target is not None, "asked only where a split exists"
+
+    def as_quick(blocks: int) -> bool:
+        found = _quickest(problem, blocks)
+        return found is not None and found.key == target.key
+
+    room = last(lambda n: pack(problem, n, problem.ever) is not None, least, problem.question.workload.most_blocks)
+    blocks = room if as_quick(room) else last(as_quick, least, room - 1)
+    found = _quickest(problem, blocks)
+    assert found is not None, "bisection ends on a split that exists"
+    return Split(found.cuts, blocks)
+
+
+def _quickest(problem: Problem, blocks: int) -> _Quickest | None:
+    """The split that takes the least time, then has the fewest stages, with room for `blocks` everywhere."""
+    layers, stage = problem.layers, len(problem.question.devices) + 1
+    never = (problem.ever + 1) * stage
+    keys = [[never] * (layers + 1) for _ in range(problem.sets)]
+    starts = [[-1] * (layers + 1) for _ in range(problem.sets)]
+    taken: list[list[Step | None]] = [[None] * (layers + 1) for _ in range(problem.sets)]
+    keys[0][0] = 0
+    for step in problem.steps:
+        before, after = keys[step.before], keys[step.after]
+        for end, (key, start) in enumerate(_extend(problem, step.device, blocks, before, stage, never)):
+            if key < after[end]:
+                after[end], starts[step.after][end], taken[step.after][end] = key, start, step
+    passed = problem.sets - 1
+    if (key := keys[passed][layers]) == never:
+        return None
+    end, cuts = layers, []
+    while (way := taken[passed][end]) is not None:
+        start = starts[passed][end]
+        if start < end:
+            cuts.append(Cut(way.device, start, end))
+        passed, end = way.before, start
+    return _Quickest(key, tuple(reversed(cuts)))
+
+
+def _extend(
+    problem: Problem, device: int, blocks: int, keys: list[int], stage: int, never: int
+) -> list[tuple[int, int]]:
+    """Per end, the least key of a prefix that `device` completes, and the start of its stage; it may take nothing.
+
+    The starts from which a device reaches an end are a window that only moves forward, so the least of them is kept in
+    a queue of candidates that get worse from front to back.
+    """
+    work, fence, budget = problem.work, problem.fences[device], problem.question.budgets[device]
+    slow = problem.slowness[device] * stage
+    found, queue, low = [(keys[0], 0)], deque[tuple[int, int]](), 0
+    for end in range(1, problem.layers + 1):
+        key, start = keys[end], end
+        if keys[end - 1] < never:
+            value = keys[end - 1] - work[end - 1] * slow
+            while queue and queue[-1][0] >= value:
+                queue.pop()
+            queue.append((value, end - 1))
+        while low < end and (fence[low] < end or problem.need(Cut(device, low, end), blocks) > budget):
+            low += 1
+        while queue and queue[0][1] < low:
+            queue.popleft()
+        if queue and (option := queue[0][0] + work[end] * slow + 1) < key:
+            key, start = option, queue[0][1]
+        found.append((key, start))
+    return found

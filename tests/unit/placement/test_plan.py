@@ -10,7 +10,9 @@ import pytest
 
 from placement.errors import DoesNotFit, PlacementError
 from placement.hardware import Gpu, Inventory, Node, virtual_cpu_devices
-from placement.plan import Plan, solve
+from placement.kv import LayerKv
+from placement.plan import STATE, Plan, answer, solve
+from placement.question import ask
 from placement.reserve import CUDA_CONTEXT_BYTES
 from tests.unit.placement.toy import KV_PER_TOKEN, toy_footprint
 
@@ -62,7 +64,15 @@ def test_a_cap_bounds_all_but_the_cuda_context() -> None:
     plan = solve(MODEL, [gpu], **WISHES, max_memory={0: "50MB"})
     assert plan.stages[0].budget_bytes == 50 * 10**6 + CUDA_CONTEXT_BYTES
     assert {term.name for term in plan.stages[0].reserve} >= {"context", "fragmentation"}
-    assert solve(MODEL, [gpu], **WISHES, max_memory={0: "99GB"}).stages[0].budget_bytes == 10**10
+    # Cap and context together are more than there is: the device is the bound.
+    assert solve(MODEL, [gpu], **WISHES, max_memory={0: 10**10}).stages[0].budget_bytes == 10**10
+
+
+def test_a_cap_above_the_device_is_refused() -> None:
+    with pytest.raises(PlacementError, match=r"gives device 0 \(toy\) 99.0 GB, but it has 10.0 GB; lower the cap"):
+        solve(MODEL, [Gpu("toy", 10**10)], **WISHES, max_memory={0: "99GB"})
+    with pytest.raises(PlacementError, match=r"3.00 GB, but 2.00 GB of its 10.0 GB are free"):
+        solve(MODEL, [Gpu("toy", 10**10, free_bytes=2 * 10**9)], **WISHES, max_memory={0: "3GB"})
 
 
 def test_other_tenants_memory_is_not_ours() -> None:
@@ -75,10 +85,19 @@ def test_other_tenants_memory_is_not_ours() -> None:
     [
         ({"goal": "speed"}, "use one of throughput, capacity, latency"),
         ({"dtype": "float32"}, "weighed with dtype float16, not float32"),
-        ({"kv_dtype": "fp8"}, "use one of bfloat16"),
+        ({"kv_dtype": "int8"}, "use one of bfloat16"),
         ({"max_memory": {1: "1GB"}}, "max_memory names device 1, but there are 1"),
         ({"max_memory": {0: "1XB"}}, "600MB or 24GiB"),
         ({"block_size": 0}, "at least 1"),
+        ({"order": "any"}, "use one of given, best"),
+        ({"min_context": 33}, "min_context is 33 tokens, but max_context is 32"),
+        ({"concurrent_context": 0}, "concurrent_context is 0 tokens"),
+        ({"min_concurrency": 5}, "min_concurrency is 5, but max_sequences is 4; raise max_sequences or lower"),
+        ({"allow_cpu": "much"}, "600MB or 24GiB"),
+        ({"pins": {"layers.9": 0}}, "layers.9 is not a unit of placement of toy; did you mean layers"),
+        ({"pins": {"layers.0": 2}}, "layers.0 is pinned to device 2, but there are 1: 0 to 0"),
+        ({"pins": {"layers.0": "cpu"}}, "may hold nothing; give allow_cpu bytes"),
+        ({"pins": {"rotary": 0}}, "rotary can't be pinned: every stage holds a copy"),
     ],
 )
 def test_refusals_name_the_setting(wishes: dict[str, Any], message: str) -> None:
@@ -89,6 +108,76 @@ def test_refusals_name_the_setting(wishes: dict[str, Any], message: str) -> None
 def test_no_device() -> None:
     with pytest.raises(PlacementError, match="at least one GPU"):
         solve(MODEL, (), **WISHES)
+
+
+def modules_of(plan: Plan) -> dict[str, int]:
+    return {name: stage.device for stage in plan.stages for name in stage.modules}
+
+
+def test_pins_are_kept_exactly() -> None:
+    at = modules_of(plan_on("1MB", "1MB", "1MB", pins={"layers.1": 1, "head": 2}))
+    assert (at["layers.1"], at["head"], at["norm"]) == (1, 2, 2)
+    assert set(modules_of(plan_on("1MB", "1MB", pins={"layers": 1})).values()) == {1}, "a prefix pins all below it"
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"layers.0": 1, "head": 0}, r"layers.0 is pinned to device 1 and head, .*, to device 0: .*order=\"best\""),
+        ({"embed": 0, "layers.0": 1}, "the two live on one device, with layer 0; pin them alike"),
+    ],
+)
+def test_pins_that_no_pipeline_keeps_are_refused(pins: dict[str, int], message: str) -> None:
+    with pytest.raises(PlacementError, match=message) as caught:
+        plan_on("1MB", "1MB", pins=pins)
+    assert not isinstance(caught.value, DoesNotFit)
+
+
+def test_pins_against_the_order_are_kept_in_the_best_order() -> None:
+    at = modules_of(plan_on("1MB", "1MB", pins={"layers.0": 1, "head": 0}, order="best"))
+    assert (at["embed"], at["head"]) == (1, 0)
+    with pytest.raises(PlacementError, match=r"layers.2 is pinned .* a stage is one run of layers"):
+        plan_on("1MB", "1MB", pins={"layers.0": 0, "layers.1": 1, "layers.2": 0}, order="best")
+
+
+def test_the_cpu_is_the_last_resort() -> None:
+    gpu = Gpu("toy", CUDA_CONTEXT_BYTES + 20 * 2**20)
+    big = toy_footprint([4 * 2**20] * 4)
+    assert [s.gpu.device_type for s in solve(MODEL, [gpu], **WISHES, allow_cpu="1GB").stages] == ["cuda"]
+    with pytest.raises(DoesNotFit):
+        solve(big, [gpu], **WISHES)
+    first, second = solve(big, [gpu], **WISHES, allow_cpu="1GB").stages
+    assert (first.gpu.device_type, second.gpu.device_type, second.device) == ("cuda", "cpu", 1)
+    assert second.layers == (first.layers[1], 4)
+    assert first.budget_bytes - first.weight_bytes - first.reserve_bytes < 4 * 2**20, "no further layer fits the GPU"
+    at = modules_of(solve(big, [gpu], **WISHES, allow_cpu="1GB", pins={"layers.1": "cpu"}))
+    assert (at["layers.0"], at["layers.1"], at["head"]) == (0, 1, 1)
+
+
+def test_what_is_demanded_is_there() -> None:
+    roomy = plan_on("200kB", "200kB")
+    assert plan_on("200kB", "200kB", min_context=32).num_blocks == roomy.num_blocks
+    least = plan_on("1MB", min_context=32).stages[0]
+    tight = least.weight_bytes + least.reserve_bytes
+    assert plan_on(tight + 9 * 64, min_context=32).num_blocks >= 8
+    with pytest.raises(DoesNotFit):
+        plan_on(tight - 64 * 8, min_concurrency=4)
+
+
+def test_a_plan_says_what_one_sequence_holds() -> None:
+    model = toy_footprint([10] * 2, kv=(LayerKv(1, 1), LayerKv(1, 1, window=8, recurrent_elements=3)))
+    plan = solve(model, virtual_cpu_devices(("1MB",)), **WISHES)
+    # 32 tokens * 2 layers * 4 bytes + 12 bytes of state; with a window of 8: (32 + 8) * 4 + 12.
+    assert (plan.sequence_bytes, plan.window_aware_bytes) == (268, 172)
+    assert plan.stages[0].kv_block_bytes == 2 * 4 * 4, "the window lowers no byte of the plan"
+    state = next(term for term in plan.stages[0].reserve if term.name == STATE)
+    assert state.bytes == 4 * 12
+
+
+def test_answer_is_solve_without_reasons() -> None:
+    devices = virtual_cpu_devices(("250kB", "250kB"))
+    assert answer(ask(MODEL, devices, **WISHES)) == solve(MODEL, devices, **WISHES)
+    assert answer(ask(MODEL, virtual_cpu_devices(("10kB",)), **WISHES)) is None
 
 
 def test_does_not_fit_names_need_have_and_knobs_that_work() -> None:
@@ -105,14 +194,62 @@ def test_does_not_fit_names_need_have_and_knobs_that_work() -> None:
     assert more is not None
     plan_on(100_000 + int(more[1]) * 10**6, max_batch_tokens=4096)
     settings = dict(re.findall(r"(max_\w+): (\d+) instead", str(error)))
+    assert settings
     for name, value in settings.items():
         plan_on("100kB", **{"max_batch_tokens": 4096, name: int(value)})
+        with pytest.raises(DoesNotFit):
+            plan_on("100kB", **{"max_batch_tokens": 4096, name: int(value) + 1})
 
 
-def test_one_more_device_is_a_knob_when_it_helps() -> None:
+def knob(caught: pytest.ExceptionInfo[DoesNotFit], pattern: str) -> int:
+    match = re.search(pattern, str(caught.value))
+    assert match is not None, f"{pattern} is not among {caught.value.knobs}"
+    return int(match[1].replace(",", ""))
+
+
+def test_the_longest_context_that_fits_is_a_knob() -> None:
+    full = plan_on("1MB", max_batch_tokens=64).stages[0]
+    size = full.weight_bytes + full.reserve_bytes + 6 * 64  # 5 blocks and the scratch block
+    with pytest.raises(DoesNotFit) as caught:
+        plan_on(size, max_batch_tokens=64, min_context=32)
+    assert knob(caught, r"min_context: (\d+) instead of 32") == 20
+    assert plan_on(size, max_batch_tokens=64, min_context=20).num_blocks == 5
+    with pytest.raises(DoesNotFit) as caught:
+        plan_on(size, max_batch_tokens=64, min_concurrency=3, concurrent_context=8)
+    assert knob(caught, r"min_concurrency: (\d+) instead of 3") == 2
+
+
+def test_raising_one_cap_is_a_knob() -> None:
+    gpu = Gpu("toy", CUDA_CONTEXT_BYTES + 200 * 10**6)
+    big = toy_footprint([20 * 10**6] * 4)
+    caps = {0: "30MB", 1: "35MB"}
+    with pytest.raises(DoesNotFit) as caught:
+        solve(big, [gpu, gpu], **WISHES, max_memory=caps)
+    found = re.search(r"max_memory: (\d+) MB more for device (\d)", str(caught.value))
+    assert found is not None
+    more, device = map(int, found.groups())
+
+    def raised(megabytes: int) -> dict[int, str]:
+        return caps | {device: f"{int(caps[device].removesuffix('MB')) + megabytes}MB"}
+
+    solve(big, [gpu, gpu], **WISHES, max_memory=raised(more))
+    with pytest.raises(DoesNotFit):
+        solve(big, [gpu, gpu], **WISHES, max_memory=raised(more - 1))
+
+
+def test_fp8_for_the_cache_is_a_knob_on_gpus() -> None:
+    cached = toy_footprint([10] * 2, kv=(LayerKv(1, 500_000),) * 2)  # 2 MB a token and layer in 16 bits
+    size = CUDA_CONTEXT_BYTES + 130 * 10**6
+    wishes = WISHES | {"max_batch_tokens": 1, "max_sequences": 1, "max_context": 16, "min_context": 16}
+    with pytest.raises(DoesNotFit) as caught:
+        solve(cached, [Gpu("toy", size)], **wishes)
+    assert "kv_dtype: fp8 instead of float16" in caught.value.knobs
+    assert solve(cached, [Gpu("toy", size)], **wishes, kv_dtype="fp8").kv_dtype == "float8_e4m3fn"
+
+
+def test_more_devices_of_the_largest_kind_are_a_knob() -> None:
     # 30,000 embedding + 4 * 10,000 layers are 70 kB and more; without the embedding two layers fit in 55 kB.
     with pytest.raises(DoesNotFit) as caught:
-        plan_on("55kB")
-    count = re.search(r"(\d) more device", str(caught.value))
-    assert count is not None
-    assert len(plan_on(*["55kB"] * (1 + int(count[1]))).stages) == 1 + int(count[1])
+        plan_on("55kB", "5kB")
+    more = knob(caught, r"(\d) more devices? like device 0")
+    assert len(plan_on("55kB", "5kB", *["55kB"] * more).stages) == 1 + more
