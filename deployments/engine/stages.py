@@ -160,10 +160,7 @@ class Stage:
             [1, T, hidden] for the next stage, or on the last stage the logits [sampled rows, vocab].
         """
         self.attention.prepare(StepLayout(step.spans, block_size))
-        if incoming is None:
-            source = torch.tensor(step.ids, device=self.device)[None]
-        else:
-            source = incoming.to(self.device)
+        source = torch.tensor(step.ids, device=self.device)[None] if incoming is None else incoming.to(self.device)
         hidden = self.hidden(source, torch.tensor(step.positions, device=self.device)[None])
         if not self.is_last:
             return hidden

@@ -87,7 +87,7 @@ def test_a_failed_step_is_over(cut: Cut) -> None:
         stage.run(beyond, None, cut.block_size)
     step = StepRows((1,), (0,), (RowSpan(0, 1, (0,)),), (0,))
     with pytest.raises(RuntimeError, match="outside a step"):
-        stage._run_decoder(step, None, torch.zeros(1, 1, dtype=torch.int64))
+        stage._decoder(input_ids=torch.tensor([step.ids]), position_ids=torch.tensor([step.positions]), use_cache=False)
 
 
 def heads_and_embeddings(model: LoadedModel) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,90 @@
+"""Checkpoints of real shapes with random weights, written once: `write(shape, folder)`.
+
+Time and memory do not depend on what the weights are, as long as they are not zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+_LLAMA3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 8192,
+    },
+    "1b": {  # Llama-3.2-1B, its head untied
+        **_LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "head_dim": 64,
+    },
+    "8b": {  # Llama-3.1-8B
+        **_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    },
+    "32b": {  # Qwen2.5-32B, without its biases
+        "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 32768,
+    },
+    "70b": {  # Llama-3.1-70B
+        **_LLAMA3, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    },
+}  # fmt: skip
+"""Configs of Llama models, by name."""
+_SHARD_BYTES = 4 * 10**9
+_SCALE = 0.02
+"""Standard deviation of the weights, as models are initialised: activations stay in range."""
+
+
+def write(shape: str, folder: Path) -> Path:
+    """The checkpoint of a shape below `folder`, in bfloat16; what is there already is kept."""
+    target = folder / f"random-{shape}"
+    if (target / "config.json").exists():
+        return target
+    partial = folder / f"random-{shape}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = LlamaConfig(**SHAPES[shape], rope_theta=500000.0, tie_word_embeddings=False)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    shards = list(_shards(config))
+    index = {}
+    with ThreadPoolExecutor(4) as pool:
+        writes = []
+        for i, names in enumerate(shards, 1):
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            index.update(dict.fromkeys(names, file))
+            tensors = {name: _random(size) for name, size in names.items()}
+            writes.append(pool.submit(save_file, tensors, partial / file, {"format": "pt"}))
+        for done in writes:
+            done.result()
+    (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config.save_pretrained(partial)
+    return partial.rename(target)
+
+
+def _shards(config: LlamaConfig) -> Iterator[dict[str, torch.Size]]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shard: dict[str, torch.Size] = {}
+    held = 0
+    for name, parameter in model.named_parameters():
+        if shard and held + parameter.nbytes > _SHARD_BYTES:
+            yield shard
+            shard, held = {}, 0
+        shard[name] = parameter.shape
+        held += parameter.nbytes
+    yield shard
+
+
+def _random(size: torch.Size) -> torch.Tensor:
+    if len(size) == 1:
+        return torch.ones(size, dtype=torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return (_SCALE * torch.randn(size, dtype=torch.bfloat16, device=device)).cpu()

@@ -1,0 +1,303 @@
+"""The engine alone, on the GPUs: tokens/s, time per step against the memory floor, and where a step's time goes.
+
+    python -m benchmarks.engine_throughput                              8B shape, NF4, one GPU
+    python -m benchmarks.engine_throughput --quantization nf4,int8,bf16 --profile 1,64 --generate 1,8
+    python -m benchmarks.engine_throughput --stages 2 --pins uneven     two GPUs, a quarter of the layers on the first
+
+Requests arrive at once, with random prompts of `--input` tokens that share nothing, and each produces `--output` tokens
+greedily. The floor of a decode step is the bytes that it must read (the weights once, and the KV cache of all its
+sequences at half of the output) over the bandwidth of a large copy on this GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.checkpoint import SHAPES, write
+from deployments.engine.loader import load, quantization_config
+from deployments.engine.loop import Engine
+from deployments.engine.messages import EngineLimits
+from deployments.protocol import GenerationRequest, Sampling
+from placement import probe
+from placement.footprint import footprint
+from placement.hardware import virtual_cpu_devices
+from placement.plan import Plan, solve
+
+_CLASSES = (
+    ("attention", ("flashinfer", "fmha", "flash_", "MergeStates", "BatchPrefill", "BatchDecode")),
+    ("GEMM", ("gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv", "wgmma", "linear_")),
+    ("dequantise", ("Dequantize", "dequant")),
+    ("KV append", ("index_copy", "index_elementwise", "append_paged")),
+    ("sampling", ("argmax", "ArgMax", "reduce_kernel", "softmax", "topk", "sort")),
+    ("fused elementwise", ("triton_",)),
+    ("copies", ("Memcpy", "copy_kernel", "direct_copy")),
+)
+"""Kernel classes, by a part of the kernel's name; the first that matches counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One concurrency."""
+
+    concurrency: int
+    tokens_per_s: float
+    step_ms: float
+    """Median of the steps in which all sequences decode."""
+    floor_ms: float
+    first_token_s: float
+    """Median over requests."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    options = _arguments().parse_args(argv)
+    torch.manual_seed(0)
+    folder = write(options.shape, options.folder)
+    results: dict[str, Any] = {"shape": options.shape, "input": options.input, "output": options.output, "runs": {}}
+    bandwidth = copy_bandwidth()
+    print(f"{_machine()}; a large copy moves {bandwidth / 1e12:.2f} TB/s", flush=True)
+    for quantization in options.quantization.split(","):
+        results["runs"][quantization] = _measure(folder, quantization, options, bandwidth)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    return 0
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="The engine alone, without Serve and HTTP.")
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("/tmp/headroom-checkpoints"), help="where the checkpoint is kept"
+    )
+    parser.add_argument("--quantization", default="nf4", help="one or several, with commas between")
+    parser.add_argument("--concurrency", default="1,8,32,64,128,256")
+    parser.add_argument("--input", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--output", type=int, default=128, help="tokens that each request produces")
+    parser.add_argument("--stages", type=int, default=1, help="GPUs of the replica")
+    parser.add_argument("--layers", help="layers of each stage, such as 8,24; default: as the solver splits them")
+    parser.add_argument("--max-batch-tokens", type=int, default=2048)
+    parser.add_argument("--generate", default="", help="concurrencies for transformers' generate() as well")
+    parser.add_argument("--profile", default="", help="concurrencies whose decode step is shown by kernel class")
+    parser.add_argument("--trace", type=Path, help="write a Chrome trace of the profiled steps here")
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    concurrencies = _numbers(options.concurrency)
+    plan = _plan(folder, quantization, options, max(concurrencies))
+    began = time.monotonic()
+    model = load(folder, plan, device_type=plan.stages[0].gpu.device_type)
+    loaded = time.monotonic()
+    engine = Engine(model, plan, _limits(plan, options, max(concurrencies)))
+    print(
+        f"\n{quantization}, {len(plan.stages)} stages of {[b - a for a, b in (s.layers for s in plan.stages)]} layers, "
+        f"attention by {model.attention}: loaded in {loaded - began:.1f} s, ready {time.monotonic() - loaded:.1f} s later",
+        flush=True,
+    )
+    results: dict[str, Any] = {"load_s": loaded - began, "engine": [], "generate": []}
+    _run(engine, 2, options.input, 8, tag="warm-up")
+    for concurrency in concurrencies:
+        floor = _floor_s(plan, concurrency, options.input + options.output // 2, bandwidth)
+        measured = _run(engine, concurrency, options.input, options.output, floor_s=floor)
+        results["engine"].append(asdict(measured))
+        print(
+            f"{concurrency:5d} requests: {measured.tokens_per_s:8.0f} tokens/s, step {measured.step_ms:6.2f} ms, "
+            f"floor {measured.floor_ms:5.2f} ms, first token {measured.first_token_s:5.2f} s",
+            flush=True,
+        )
+    for concurrency in _numbers(options.profile):
+        _profile(engine, concurrency, options)
+    engine.close()
+    del engine, model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if options.generate:
+        results["generate"] = _generate(folder, plan, options)
+    return results
+
+
+def _plan(folder: Path, quantization: str, options: argparse.Namespace, most: int) -> Plan:
+    devices = probe.cuda_gpus()[: options.stages] or virtual_cpu_devices(("4GB",) * options.stages)
+    if len(devices) < options.stages:
+        sys.exit(f"--stages {options.stages} needs as many GPUs, and {len(devices)} are visible")
+    pins = {}
+    if options.layers:
+        counts = _numbers(options.layers)
+        stages = [stage for stage, count in enumerate(counts) for _ in range(count)]
+        pins = {"pins": {f"model.layers.{layer}": stage for layer, stage in enumerate(stages)}}
+    return solve(
+        footprint(folder, quantization=quantization),
+        devices,
+        block_size=16,
+        max_batch_tokens=options.max_batch_tokens,
+        max_sequences=most,
+        max_context=options.input + options.output,
+        **pins,
+    )
+
+
+def _limits(plan: Plan, options: argparse.Namespace, most: int) -> EngineLimits:
+    return EngineLimits(
+        max_batch_tokens=options.max_batch_tokens, max_sequences=most, prefix_cache=True, threads=probe.cpu_cores()
+    )
+
+
+def _run(
+    engine: Engine, concurrency: int, inputs: int, outputs: int, *, floor_s: float = 0.0, tag: str = ""
+) -> Measured:
+    """All requests at once, to their end."""
+    seed = f"{tag}{concurrency}"
+    for i, prompt in enumerate(_prompts(engine, concurrency, inputs, seed)):
+        sampling = Sampling(max_tokens=outputs, seed=0, temperature=0.0)
+        engine.submit(GenerationRequest(f"{seed}-{i}", prompt, sampling))
+    began = now = time.perf_counter()
+    first: dict[str, float] = {}
+    steps: list[float] = []
+    while engine.has_work():
+        chunks = engine.step()
+        before, now = now, time.perf_counter()
+        for chunk in chunks:
+            first.setdefault(chunk.request_id, now - began)
+        if len(first) == concurrency and chunks:
+            steps.append(now - before)
+    if engine.blocks.held_blocks:
+        raise RuntimeError(f"{engine.blocks.held_blocks} blocks are held while idle")
+    return Measured(
+        concurrency,
+        concurrency * outputs / (now - began),
+        1e3 * statistics.median(steps[len(steps) // 4 :]),
+        1e3 * floor_s,
+        statistics.median(first.values()),
+    )
+
+
+def _prompts(engine: Engine, count: int, length: int, seed: str) -> Iterator[tuple[int, ...]]:
+    draw = random.Random(seed)
+    for _ in range(count):
+        yield tuple(draw.randrange(3, engine.vocab_size) for _ in range(length))
+
+
+def _floor_s(plan: Plan, concurrency: int, context: int, bandwidth: float) -> float:
+    """Bytes that the slowest stage reads in a decode step over the bandwidth; with as many steps as stages in flight,
+    each stage reads its weights for a share of the sequences."""
+    share = -(-concurrency // len(plan.stages))
+    kv_tokens = share * context
+    read = max(s.weight_bytes + kv_tokens * s.kv_block_bytes // plan.block_size for s in plan.stages)
+    return read / bandwidth
+
+
+def copy_bandwidth() -> float:
+    """Bytes/s of a large copy on the first device, read and written bytes counted."""
+    if not torch.cuda.is_available():
+        source = torch.empty(64 * 2**20, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        began = time.perf_counter()
+        for _ in range(8):
+            target.copy_(source)
+        return 16 * source.nbytes / (time.perf_counter() - began)
+    source = torch.empty(4 * 2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    target.copy_(source)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(8):
+        target.copy_(source)
+    end.record()
+    end.synchronize()
+    return 16 * source.nbytes / (start.elapsed_time(end) / 1e3)
+
+
+def _profile(engine: Engine, concurrency: int, options: argparse.Namespace) -> None:
+    """Shares of a decode step by kernel class, over ten steps on the first device."""
+    for i, prompt in enumerate(_prompts(engine, concurrency, options.input, f"profile{concurrency}")):
+        engine.submit(
+            GenerationRequest(
+                f"p{concurrency}-{i}", prompt, Sampling(max_tokens=options.output, seed=0, temperature=0.0)
+            )
+        )
+    started: set[str] = set()
+    while len(started) < concurrency:
+        started.update(chunk.request_id for chunk in engine.step())
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        began = time.perf_counter()
+        for _ in range(10):
+            engine.step()
+        wall = time.perf_counter() - began
+    while engine.has_work():
+        engine.step()
+    shares: dict[str, float] = {}
+    events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
+    for event in events:
+        name = next((name for name, parts in _CLASSES if any(part in event.key for part in parts)), "other")
+        shares[name] = shares.get(name, 0.0) + event.self_device_time_total / 1e4
+    busy = sum(shares.values())
+    print(f"      a step of {concurrency}: {1e2 * wall:.2f} ms, {busy:.2f} ms of it in kernels, summed over GPUs:")
+    for name, ms in sorted(shares.items(), key=lambda item: -item[1]):
+        print(f"        {name:18s} {ms:7.3f} ms  {100 * ms / busy:5.1f} %")
+    for event in sorted(events, key=lambda e: -e.self_device_time_total)[:12]:
+        print(f"          {event.self_device_time_total / 1e4:7.3f} ms x {event.count / 10:5.0f}  {event.key[:80]}")
+    if options.trace:
+        profiler.export_chrome_trace(str(options.trace.with_suffix(f".{concurrency}.json")))
+
+
+def _generate(folder: Path, plan: Plan, options: argparse.Namespace) -> list[dict[str, float]]:
+    """transformers' generate() on the same quantised weights, in batches; several GPUs by device_map="auto"."""
+    from transformers import AutoModelForCausalLM
+
+    device_map = ("auto" if options.stages > 1 else {"": 0}) if torch.cuda.is_available() else {"": "cpu"}
+    extra = {} if (config := quantization_config(plan)) is None else {"quantization_config": config}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, plan.dtype), device_map=device_map, local_files_only=True, **extra
+    )
+    results = []
+    for concurrency in _numbers(options.generate):
+        ids = torch.randint(3, model.config.vocab_size, (concurrency, options.input), device=model.device)
+        for output in (4, options.output):
+            with _timed() as seconds, torch.inference_mode():
+                model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=output, min_new_tokens=output,
+                    do_sample=False, pad_token_id=0,
+                )  # fmt: skip
+        rate = concurrency * options.output / seconds[0]
+        results.append({"concurrency": concurrency, "tokens_per_s": rate})
+        print(f"{concurrency:5d} requests: {rate:8.0f} tokens/s by generate()", flush=True)
+    return results
+
+
+@contextmanager
+def _timed() -> Iterator[list[float]]:
+    seconds: list[float] = []
+    began = time.perf_counter()
+    yield seconds
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds.append(time.perf_counter() - began)
+
+
+def _machine() -> str:
+    names = [gpu.name for gpu in probe.cuda_gpus()] or ["CPU"]
+    return f"{len(names)} x {names[0]}, torch {torch.__version__}"
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""What the plan says against what the GPUs hold: plan, load, serve the heaviest steps, and compare, GPU by GPU.
+
+    python -m benchmarks.placement_error                                 the cases below that the visible GPUs allow
+    python -m benchmarks.placement_error --case 8b:nf4 --case 8b:int8:0=20GiB,1=40GiB
+
+A case is SHAPE:QUANTISATION[:CAPS]; `nf4+dq` has double quantisation, caps name devices. Each case runs in a process
+of its own. The measured peak is what the device has taken from it at the end, CUDA context and libraries included
+(the allocator gives nothing back), against everything that the plan accounts for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.checkpoint import SHAPES, write
+from deployments.engine.loader import load
+from deployments.engine.loop import Engine
+from deployments.engine.messages import EngineLimits
+from deployments.protocol import GenerationRequest, Sampling
+from placement import probe
+from placement.footprint import footprint
+from placement.plan import Plan, solve
+
+ONE_GPU = ("1b:nf4", "1b:bf16", "8b:nf4", "8b:fp4", "8b:nf4+dq", "8b:int8", "8b:bf16", "8b:nf4:0=83.2GiB", "32b:nf4")
+TWO_GPUS = ("8b:nf4:0=20GiB,1=20GiB", "8b:bf16:0=16GiB,1=60GiB", "32b:int8:0=30GiB,1=50GiB")
+MAX_SEQUENCES, MAX_BATCH_TOKENS = 256, 2048
+_PROMPT = 4096
+"""Tokens of the longest prompt: more than a step takes, so the chunks after the first attend over a context too."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the cases; exit code 1 when one is below what was measured."""
+    parser = argparse.ArgumentParser(description="Predicted against measured bytes.")
+    parser.add_argument("--case", action="append", help="SHAPE:QUANTISATION[:CAPS]; may be repeated")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/headroom-checkpoints"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        print(json.dumps(measure(options.child, options.folder)))
+        return 0
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        sys.exit("placement_error needs a CUDA device: on the CPU, tests compare bytes with the plan")
+    cases = options.case or [*ONE_GPU, *(TWO_GPUS if gpus > 1 else ())]
+    print("case                          GPU   predicted    measured   error   KV tokens  ready s", flush=True)
+    results, short = [], False
+    for case in cases:
+        result = _in_child(case, options.folder)
+        results.append(result)
+        for device, (predicted, measured) in enumerate(zip(result["predicted"], result["measured"], strict=True)):
+            error = predicted / measured - 1
+            short |= error < 0
+            print(
+                f"{case:28s} {device:4d} {predicted:11,d} {measured:11,d} {100 * error:+6.2f}% "
+                f"{result['capacity_tokens']:11,d} {result['ready_s']:7.1f}",
+                flush=True,
+            )
+        for line in result["parts"]:
+            print(f"    {line}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    return int(short)
+
+
+def measure(case: str, folder: Path) -> dict[str, Any]:
+    """Plan, load and run one case in this process."""
+    shape, quantization, *rest = case.split(":")
+    caps = dict(part.split("=") for part in rest[0].split(",")) if rest else {}
+    path = write(shape, folder)
+    devices = probe.cuda_gpus()[: max(1, len(caps))]
+    parts = [_used("context alone", devices_count=len(devices))]
+    plan = solve(
+        footprint(path, quantization=quantization.removesuffix("+dq"), double_quant=quantization.endswith("+dq")),
+        devices,
+        block_size=16,
+        max_batch_tokens=MAX_BATCH_TOKENS,
+        max_sequences=MAX_SEQUENCES,
+        max_context=SHAPES[shape]["max_position_embeddings"],
+        max_memory={int(device): size for device, size in caps.items()},
+    )
+    began = time.monotonic()
+    model = load(path, plan, device_type="cuda")
+    parts.append(_used("loaded, with the KV cache", devices_count=len(devices)))
+    limits = EngineLimits(max_batch_tokens=MAX_BATCH_TOKENS, max_sequences=MAX_SEQUENCES, prefix_cache=True, threads=1)
+    engine = Engine(model, plan, limits)
+    ready_s = time.monotonic() - began
+    parts.append(_used("warm", devices_count=len(devices)))
+    _serve(engine, plan)
+    parts.append(_used("after the heaviest steps", devices_count=len(devices)))
+    measured = [total - free for free, total in map(torch.cuda.mem_get_info, range(len(devices)))]
+    predicted = [stage.weight_bytes + stage.reserve_bytes + plan.kv_bytes(stage) for stage in plan.stages]
+    parts += [
+        f"GPU {stage.device}: weights {stage.weight_bytes:,} KV {plan.kv_bytes(stage):,} "
+        + " ".join(f"{term.name} {term.bytes:,}" for term in stage.reserve)
+        for stage in plan.stages
+    ]
+    return {
+        "case": case,
+        "predicted": predicted,
+        "measured": [measured[stage.device] for stage in plan.stages],
+        "capacity_tokens": plan.capacity_tokens,
+        "ready_s": ready_s,
+        "parts": parts,
+    }
+
+
+def _serve(engine: Engine, plan: Plan) -> None:
+    """The longest prefill, then a full batch of decodes with every sampling setting that needs memory."""
+    draw = random.Random(0)
+    length = min(_PROMPT, plan.max_context - 8)
+    prompts = [tuple(draw.randrange(3, engine.vocab_size) for _ in range(length))]
+    sequences = min(MAX_SEQUENCES, plan.num_blocks // 4 - length // plan.block_size)
+    prompts += [tuple(draw.randrange(3, engine.vocab_size) for _ in range(24)) for _ in range(sequences)]
+    for i, prompt in enumerate(prompts):
+        sampling = Sampling(
+            max_tokens=8, seed=i, temperature=0.8, top_p=0.9, top_k=50, logprobs=5, repetition_penalty=1.1
+        )
+        engine.submit(GenerationRequest(f"{i}", prompt, sampling))
+    while engine.has_work():
+        for chunk in engine.step():
+            if chunk.error:
+                raise RuntimeError(chunk.error)
+
+
+def _used(when: str, *, devices_count: int) -> str:
+    parts = []
+    for device in range(devices_count):
+        torch.cuda.synchronize(device)
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.max_memory_allocated(device)
+        parts.append(
+            f"GPU {device}: {total - free:,} taken, {total - free - reserved:,} of it outside torch's allocator, "
+            f"which has {reserved:,} (at most {allocated:,} in use)"
+        )
+    return f"{when}: " + "; ".join(parts)
+
+
+def _in_child(case: str, folder: Path) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.placement_error",
+        "--child",
+        case,
+        "--folder",
+        str(folder),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{case} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The stages on their GPUs: one thread launches, no step waits for the host, and the host reads one step late.
+
+Each GPU has one compute stream (its default one), on which all slots' steps follow each other, and copies go from GPU
+to GPU on streams beside it. Events alone order the GPUs: a stage starts when its input has arrived, the first stage
+when the ids that it continues from have. So with as many slots in flight as stages, all of them work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from deployments.engine.attention import StepLayout
+from deployments.engine.draw import Draw
+from deployments.engine.lane import Lane
+from deployments.engine.link import Link
+from deployments.engine.sampler import Drawn, Sampler
+from deployments.engine.sampling import SampledToken
+from deployments.engine.stages import Stage, StepRows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step on its way through the GPUs."""
+
+    drawn: Drawn | None
+    """None: the step samples nothing."""
+    done: torch.cuda.Event
+
+    def result(self) -> list[SampledToken]:
+        """What was drawn, one per sampled row; waits for it."""
+        if self.drawn is not None:
+            return self.drawn.read()
+        self.done.synchronize()
+        return []
+
+
+class CudaPipeline:
+    """Launches steps through the stages, each on a GPU of its own.
+
+    Args:
+        stages: in layer order.
+        sampler: on the last stage's device.
+        block_size: tokens per KV block.
+        max_batch_tokens: most rows of a step.
+        max_sequences: most rows of a step that decodes.
+    """
+
+    lookahead = 1
+
+    def __init__(
+        self,
+        stages: tuple[Stage, ...],
+        sampler: Sampler,
+        *,
+        block_size: int,
+        max_batch_tokens: int,
+        max_sequences: int,
+    ) -> None:
+        self.depth = len(stages)
+        self._block_size = block_size
+        self._sampler = sampler
+        self._lanes = [
+            Lane(
+                stage,
+                block_size=block_size,
+                max_batch_tokens=max_batch_tokens,
+                max_sequences=max_sequences,
+            )
+            for stage in stages
+        ]
+        self._links = [
+            Link(
+                stage.device,
+                after.device,
+                slots=self.depth,
+                shape=(1, max_batch_tokens, after.hidden_size),
+                dtype=after.dtype,
+            )
+            for stage, after in itertools.pairwise(stages)
+        ]
+        self._returns = None
+        if self.depth > 1:
+            last, first = stages[-1].device, stages[0].device
+            self._returns = Link(last, first, slots=self.depth, shape=(max_sequences,), dtype=torch.int64)
+        self._last_ids: list[Tensor | None] = [None] * self.depth
+        """Per slot: what its last step drew, on the last stage's device."""
+        self._warm()
+
+    def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
+        """Queue a step on all GPUs; returns at once."""
+        layout = StepLayout(step.spans, self._block_size)
+        pending = any(token < 0 for token in step.ids)
+        last_ids = self._last_ids[slot] if pending else None
+        first = self._lanes[0]
+        returned = last_ids
+        if last_ids is not None and self._returns is not None:
+            returned = self._returns.receive(slot)[: last_ids.shape[0]]
+        computed = first.run(step, layout, returned, None)
+        if returned is not None and self._returns is not None:
+            self._returns.release(slot)
+        for link, lane in zip(self._links, self._lanes[1:], strict=True):
+            link.send(slot, computed.hidden)
+            incoming = link.receive(slot)
+            computed = lane.run(step, layout, last_ids if lane is self._lanes[-1] else None, incoming)
+            link.release(slot)
+        last = self._lanes[-1]
+        rows = len(step.ids)
+        self._sampler.note_inputs(last.ids[:rows], last.cache_slots[:rows])
+        drawn = None
+        if computed.logits is not None:
+            drawn = self._sampler.draw(computed.logits, draw)
+            self._last_ids[slot] = drawn.ids
+            if self._returns is not None:
+                self._returns.send(slot, drawn.ids)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(last.device))
+        return Flight(drawn, done)
+
+    def close(self) -> None:
+        """Wait for what was launched."""
+        for lane in self._lanes:
+            torch.cuda.synchronize(lane.device)
+
+    def _warm(self) -> None:
+        for i, lane in enumerate(self._lanes):
+            with torch.cuda.device(lane.device):
+                lane.warm(partial(_say, i))
+
+
+def _say(stage: int, done: int, of: int) -> None:
+    log.info("stage %d: CUDA graph %d of %d", stage, done + 1, of)
