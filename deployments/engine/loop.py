@@ -80,6 +80,11 @@ class Engine:
         """The queues, to read."""
         return self._scheduler
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0 to this, exclusive."""
+        return self._vocab_size
+
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; its chunks come out of later steps.
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from deployments.engine.cuda_pipeline import CudaPipeline
 from deployments.engine.draw import Draw
 from deployments.engine.loader import LoadedModel
 from deployments.engine.messages import EngineLimits
@@ -67,6 +68,14 @@ def open_pipeline(model: LoadedModel, plan: Plan, limits: EngineLimits) -> Pipel
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
     )
+    if model.stages[0].device.type == "cuda":
+        return CudaPipeline(
+            model.stages,
+            sampler,
+            block_size=plan.block_size,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_sequences=limits.max_sequences,
+        )
     lookahead = CPU_LOOKAHEAD if limits.lookahead is None else limits.lookahead
     return LanePipeline(model.stages, plan.block_size, sampler, threads=limits.threads, lookahead=lookahead)
 
