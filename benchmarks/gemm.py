@@ -1,0 +1,461 @@
+"""Time the kernels' products against bitsandbytes, 16-bit cuBLAS and the memory floor, on the linears of real models.
+
+    python -m benchmarks.gemm                      check every configuration, compare them, then the table of 8B
+    python -m benchmarks.gemm --models 1B,8B,32B,70B --skip-variants --json gemm.json --plot gemm.png
+
+A call's time is a CUDA graph's, divided by its calls; weights rotate through more memory than the L2 cache holds. The
+floor is the bytes that must move (weight, scales, x and output, each once) over the bandwidth of a large copy.
+Nothing is timed before its result agrees with a float64 product of the dequantised weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deployments.engine.kernels.config import BUCKETS, GemmConfig, Kind, Table, bucket_of, dump_table
+from deployments.engine.kernels.weights import Nested, Weight4, Weight8, dequantise4, dequantise8, tile4, tile8
+
+SHAPES: dict[str, dict[str, tuple[int, int]]] = {
+    "1B": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)},
+    "8B": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
+    "32B": {"qkv": (7168, 5120), "o": (5120, 5120), "gate_up": (55296, 5120), "down": (5120, 27648)},
+    "70B": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)},
+}
+"""[n, k] of the linears of one decoder layer, qkv and gate_up fused: Llama 3.2 1B and 3.1 8B and 70B, Qwen2.5 32B."""
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
+ROTATED_BYTES = 256 * 2**20
+"""Several times the L2 cache."""
+BOUND = 3e-3
+"""On |out - ref| / |ref|, in bfloat16."""
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+VARIANTS: dict[tuple[Kind, int], tuple[GemmConfig, ...]] = {
+    ("4bit", 16): (
+        GemmConfig(8, 4, 3, 2),
+        GemmConfig(8, 4, 2, 2),
+        GemmConfig(8, 2, 4, 2),
+        GemmConfig(8, 2, 3, 3, 80),
+        GemmConfig(8, 1, 6, 2),
+        GemmConfig(4, 4, 3, 3),
+        GemmConfig(4, 2, 5, 3),
+        GemmConfig(16, 4, 3, 1),
+        GemmConfig(16, 2, 4, 1),
+        GemmConfig(16, 2, 3, 2, 64),
+    ),
+    ("4bit", 32): (
+        GemmConfig(8, 4, 2, 2, 128),
+        GemmConfig(8, 2, 4, 2, 128),
+        GemmConfig(8, 1, 6, 2, 128),
+        GemmConfig(16, 2, 4, 1),
+        GemmConfig(4, 2, 3, 3),
+    ),
+    ("4bit", 64): (
+        GemmConfig(8, 2, 3, 2, 128),
+        GemmConfig(8, 1, 5, 2, 128),
+        GemmConfig(8, 2, 5, 1),
+        GemmConfig(8, 4, 3, 1),
+        GemmConfig(16, 2, 3, 1),
+        GemmConfig(16, 1, 5, 1),
+    ),
+    ("4bit", 128): (GemmConfig(8, 2, 3, 1), GemmConfig(8, 1, 5, 1), GemmConfig(16, 1, 4, 1)),
+    ("8bit", 16): (
+        GemmConfig(8, 2, 3, 2),
+        GemmConfig(8, 2, 4, 2),
+        GemmConfig(8, 2, 4, 3, 80),
+        GemmConfig(8, 4, 3, 2),
+        GemmConfig(8, 1, 8, 2),
+        GemmConfig(4, 4, 3, 3),
+        GemmConfig(4, 2, 5, 4),
+        GemmConfig(16, 2, 4, 1),
+        GemmConfig(16, 1, 6, 1),
+    ),
+    ("8bit", 32): (
+        GemmConfig(8, 2, 4, 2),
+        GemmConfig(8, 1, 7, 2),
+        GemmConfig(16, 2, 4, 1),
+        GemmConfig(4, 2, 4, 3),
+    ),
+    ("8bit", 64): (
+        GemmConfig(8, 2, 3, 2, 128),
+        GemmConfig(8, 1, 5, 2, 128),
+        GemmConfig(8, 2, 6, 1),
+        GemmConfig(16, 2, 3, 1),
+        GemmConfig(16, 1, 5, 1),
+    ),
+    ("8bit", 128): (GemmConfig(8, 2, 3, 1), GemmConfig(8, 1, 5, 1), GemmConfig(16, 1, 4, 1)),
+}
+"""What is compared for each bucket of rows."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement."""
+
+    model: str
+    linear: str
+    kind: str
+    """4bit, 8bit, bf16."""
+    contender: str
+    rows: int
+    microseconds: float
+    floor: float
+    """Microseconds."""
+    config: GemmConfig | None = None
+
+
+def random_weight(kind: Kind, n: int, k: int, *, tiled: bool = True, nested: bool = False, blocksize: int = 64) -> Any:
+    """A weight of random codes and scales."""
+    if kind == "8bit":
+        codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda")
+        weight8 = Weight8(n, k, codes, torch.rand(n, device="cuda") * 0.1 + 0.01)
+        return tile8(weight8) if tiled else weight8
+    packed = torch.randint(0, 256, ((n * k + 1) // 2, 1), dtype=torch.uint8, device="cuda")
+    blocks = -(-n * k // blocksize)
+    code = torch.tensor(NF4, device="cuda")
+    outer = None
+    absmax = torch.rand(blocks, device="cuda") * 0.05 + 0.01
+    if nested:
+        absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda")
+        inner = torch.rand(-(-blocks // 256), device="cuda") * 0.02 + 0.01
+        outer = Nested(inner, torch.linspace(-1, 1, 256, device="cuda"), torch.tensor([0.03], device="cuda"))
+    weight4 = Weight4(n, k, blocksize, packed, absmax, code, outer)
+    return tile4(weight4) if tiled else weight4
+
+
+def reference(x: Tensor, weight: Any) -> Tensor:
+    """float64."""
+    dense = dequantise4(weight, torch.float64) if isinstance(weight, Weight4) else dequantise8(weight, torch.float64)
+    return x.double() @ dense.t()
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """|out - expected| / |expected|; infinite for NaN."""
+    error = float((out.double() - expected).norm() / expected.norm())
+    return error if math.isfinite(error) else math.inf
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy on the device."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (graph_time([lambda: target.copy_(source)] * 4) * 1e-6)
+
+
+def graph_time(calls: list[Callable[[], Any]], repeats: int = 7) -> float:
+    """Microseconds per call, the median over replays of a CUDA graph of all of them."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def rotate(make: Callable[[], Any], nbytes: int) -> list[Any]:
+    """Enough copies of something of `nbytes` that none is still in the cache when it is used again."""
+    return [make() for _ in range(max(2, min(64, math.ceil(ROTATED_BYTES / nbytes))))]
+
+
+def calls_over(weights: list[Any], call: Callable[[Any], Any], least: int = 12) -> list[Callable[[], Any]]:
+    """At least `least` calls, each on the next weight."""
+    count = max(least, len(weights))
+    return [partial(call, weights[i % len(weights)]) for i in range(count)]
+
+
+def floor_us(weight_bytes: int, rows: int, n: int, k: int, bandwidth: float) -> float:
+    """Microseconds for weight, x and output, each moved once."""
+    return (weight_bytes + 2 * rows * (n + k)) / bandwidth * 1e6
+
+
+def check_variants(pairs: list[tuple[Kind, int, GemmConfig]]) -> dict[tuple[Kind, int, GemmConfig], str]:
+    """Every configuration on an even and an odd shape, twice: what is wrong with it, by configuration."""
+    from deployments.engine.kernels.launch import small_product
+
+    wrong: dict[tuple[Kind, int, GemmConfig], str] = {}
+    worst = 0.0
+    for kind, bucket, config in pairs:
+        for n, k, rows in ((2048, 1024, bucket), (592, 704, max(1, bucket - 3))):
+            weight = random_weight(kind, n, k)
+            x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+            try:
+                torch.full((rows, n), math.nan, device="cuda", dtype=torch.bfloat16)  # poison what `empty` returns
+                out = small_product(x, weight, None, config, bucket=bucket)
+                again = small_product(x, weight, None, config, bucket=bucket)
+                error = relative_error(out, reference(x, weight))
+            except Exception as failure:  # noqa: BLE001 - the other variants are still worth their time
+                wrong[kind, bucket, config] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
+                continue
+            worst = max(worst, error)
+            if error > BOUND or not torch.equal(out, again):
+                wrong[kind, bucket, config] = f"error {error:.1e}, repeatable {torch.equal(out, again)} at {n}x{k}"
+    print(f"checked {len(pairs)} configurations, worst error of the right ones {worst:.1e}, {len(wrong)} wrong")
+    for key, why in wrong.items():
+        print("  WRONG", key, why)
+    return wrong
+
+
+def compile_ahead(pairs: list[tuple[Kind, int, GemmConfig]], processes: int) -> None:
+    """Fill Triton's cache in parallel: one compiler per process."""
+    with get_context("spawn").Pool(processes) as pool:
+        pool.map(_compile_share, [pairs[i::processes] for i in range(processes)])
+
+
+def _compile_share(pairs: list[tuple[Kind, int, GemmConfig]]) -> None:
+    from deployments.engine.kernels.launch import small_product
+
+    for kind, bucket, config in pairs:
+        for n, k in ((2048, 1024), (592, 704)):
+            x = torch.randn(bucket, k, device="cuda", dtype=torch.bfloat16)
+            try:
+                small_product(x, random_weight(kind, n, k), None, config, bucket=bucket)
+            except Exception:  # noqa: BLE001 - reported by check_variants
+                continue
+
+
+def time_variants(
+    model: str, wrong: Iterable[tuple[Kind, int, GemmConfig]], bandwidth: float, buckets: tuple[int, ...]
+) -> list[Point]:
+    """All right configurations on the linears of one model, at full buckets."""
+    from deployments.engine.kernels.launch import small_product
+
+    points = []
+    bad = set(wrong)
+    kinds: tuple[Kind, Kind] = ("4bit", "8bit")
+    for kind in kinds:
+        for linear, (n, k) in SHAPES[model].items():
+            first = random_weight(kind, n, k)
+            weights = rotate(lambda kind=kind, n=n, k=k: random_weight(kind, n, k), first.bytes)
+            for bucket in buckets:
+                x = torch.randn(bucket, k, device="cuda", dtype=torch.bfloat16)
+                floor = floor_us(first.bytes, bucket, n, k, bandwidth)
+                for config in VARIANTS[kind, bucket]:
+                    if (kind, bucket, config) in bad:
+                        continue
+                    calls = calls_over(
+                        weights, lambda w, x=x, c=config, b=bucket: small_product(x, w, None, c, bucket=b)
+                    )
+                    points.append(Point(model, linear, kind, "variant", bucket, graph_time(calls), floor, config))
+            del weights
+    return points
+
+
+def best_table(points: list[Point]) -> Table:
+    """Per kind and bucket the configuration whose times over the floor have the least geometric mean."""
+    from deployments.engine.kernels.config import HEURISTIC
+
+    scores: dict[tuple[str, int], dict[GemmConfig, list[float]]] = {}
+    for point in points:
+        if point.config is not None:
+            per = scores.setdefault((point.kind, point.rows), {})
+            per.setdefault(point.config, []).append(math.log(point.microseconds / point.floor))
+    configs = dict(HEURISTIC.configs)
+    for (kind, bucket), per in scores.items():
+        configs[kind, bucket] = min(per, key=lambda c, per=per: statistics.mean(per[c]))  # type: ignore[index]
+    return Table(configs, dict(HEURISTIC.crossover))
+
+
+def print_variants(points: list[Point]) -> None:
+    """A line per configuration: microseconds and percent of the floor, per linear."""
+    groups: dict[tuple[str, int], dict[GemmConfig, list[Point]]] = {}
+    for point in points:
+        if point.config is not None:
+            groups.setdefault((point.kind, point.rows), {}).setdefault(point.config, []).append(point)
+    for (kind, bucket), per in groups.items():
+        some = next(iter(per.values()))
+        print(f"\n{kind} M={bucket}  " + "  ".join(f"{p.linear} floor {p.floor:.1f}" for p in some))
+        for config, row in per.items():
+            cells = "  ".join(f"{p.microseconds:7.1f} {100 * p.floor / p.microseconds:3.0f}%" for p in row)
+            print(f"  {','.join(str(v) for v in asdict(config).values() if v is not None):16s} {cells}")
+
+
+def time_contenders(model: str, table: Table, rows_list: tuple[int, ...], bandwidth: float) -> list[Point]:
+    """Kernels, dequantise-and-cuBLAS, bitsandbytes and bf16 cuBLAS on the linears of one model."""
+    points = []
+    for linear, (n, k) in SHAPES[model].items():
+        dense = rotate(lambda n=n, k=k: torch.randn(n, k, device="cuda", dtype=torch.bfloat16), 2 * n * k)
+        for rows in rows_list:
+            x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+            floor = floor_us(2 * n * k, rows, n, k, bandwidth)
+            took = graph_time(calls_over(dense, lambda w, x=x: torch.nn.functional.linear(x, w)))
+            points.append(Point(model, linear, "bf16", "cublas", rows, took, floor))
+        del dense
+        kinds: tuple[Kind, Kind] = ("4bit", "8bit")
+        for kind in kinds:
+            points += _time_quantised(model, linear, kind, n, k, table, rows_list, bandwidth)
+    return points
+
+
+def _time_quantised(
+    model: str, linear: str, kind: Kind, n: int, k: int, table: Table, rows_list: tuple[int, ...], bandwidth: float
+) -> list[Point]:
+    from deployments.engine.kernels.launch import dequantised_product, small_product
+
+    first = random_weight(kind, n, k)
+    weights = rotate(lambda: random_weight(kind, n, k), first.bytes)
+    points = []
+    for rows in rows_list:
+        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+        floor = floor_us(first.bytes, rows, n, k, bandwidth)
+        expected = reference(x, first)
+
+        def add(
+            name: str,
+            call: Callable[[Any], Any],
+            over: list[Any],
+            config: GemmConfig | None = None,
+            *,
+            rows: int = rows,
+            floor: float = floor,
+            expected: Tensor = expected,
+        ) -> None:
+            error = relative_error(call(over[0]), expected) if over is weights else 0.0
+            if error > BOUND:
+                print(f"  WRONG {name} {kind} {linear} rows {rows}: error {error:.1e}")
+            took = graph_time(calls_over(over, call))
+            points.append(Point(model, linear, kind, name, rows, took, floor, config))
+
+        weights[0] = first
+        if rows <= 4 * BUCKETS[-1]:
+            bucket = bucket_of(rows)
+            config = table.config(kind, bucket)
+            add("kernel", lambda w, x=x, c=config, b=bucket: small_product(x, w, None, c, bucket=b), weights, config)
+        if rows >= 32:
+            add("dequantise", lambda w, x=x: dequantised_product(x, w, None), weights)
+        if kind == "4bit" and (theirs := _bitsandbytes_weights(n, k, len(weights))):
+            import bitsandbytes as bnb
+
+            add("bitsandbytes", lambda w, x=x, f=bnb.matmul_4bit: f(x, w[0].t(), quant_state=w[1]), theirs)
+    return points
+
+
+def _bitsandbytes_weights(n: int, k: int, count: int) -> list[Any]:
+    try:
+        from bitsandbytes.functional import QuantState
+    except ImportError:
+        return []
+    made = []
+    for _ in range(count):
+        weight = random_weight("4bit", n, k, tiled=False)
+        state = QuantState(weight.absmax, torch.Size((n, k)), weight.code, 64, quant_type="nf4", dtype=torch.bfloat16)
+        made.append((weight.packed, state))
+    return made
+
+
+def print_contenders(points: list[Point]) -> None:
+    """A line per linear and contender: microseconds by rows, with the floor."""
+    rows_list = sorted({p.rows for p in points})
+    print("\nus per call by rows" + " " * 26 + "".join(f"{rows:>9}" for rows in rows_list))
+    keys = list(dict.fromkeys((p.model, p.linear, p.kind, p.contender) for p in points))
+    for key in keys:
+        by_rows = {p.rows: p for p in points if (p.model, p.linear, p.kind, p.contender) == key}
+        cells = "".join(f"{by_rows[r].microseconds:9.1f}" if r in by_rows else " " * 9 for r in rows_list)
+        shares = "".join(
+            f"{100 * by_rows[r].floor / by_rows[r].microseconds:8.0f}%" if r in by_rows else " " * 9 for r in rows_list
+        )
+        print(f"{key[0]:4s}{key[1]:9s}{key[2]:6s}{key[3]:14s} us     {cells}")
+        if key[3] in ("kernel", "cublas"):
+            print(" " * 33 + f" floor  {shares}")
+
+
+def plot(points: list[Point], path: Path) -> None:
+    """The roofline: achieved share of memory bandwidth against rows, per linear."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys((p.model, p.linear) for p in points))
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 4), sharey=True, squeeze=False)
+    for axis, (model, linear) in zip(axes[0], names, strict=True):
+        mine = [p for p in points if (p.model, p.linear) == (model, linear)]
+        for kind, contender in dict.fromkeys((p.kind, p.contender) for p in mine):
+            line = sorted((p.rows, p.microseconds) for p in mine if (p.kind, p.contender) == (kind, contender))
+            axis.plot(*zip(*line, strict=True), marker="o", label=f"{kind} {contender}")
+        for kind in dict.fromkeys(p.kind for p in mine):
+            line = sorted({(p.rows, p.floor) for p in mine if p.kind == kind})
+            axis.plot(*zip(*line, strict=True), linestyle=":", color="grey")
+        axis.set(title=f"{model} {linear}", xscale="log", yscale="log", xlabel="rows")
+    axes[0][0].set_ylabel("us per call; dotted: memory floor")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 1 where a configuration of the table is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="8B", help="comma-separated, of " + ", ".join(SHAPES))
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("--buckets", default=",".join(map(str, BUCKETS)), help="of the variants compared")
+    parser.add_argument("--skip-variants", action="store_true")
+    parser.add_argument("--skip-contenders", action="store_true")
+    parser.add_argument("--processes", type=int, default=12, help="compilers at once")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path, help="write the best configurations here, as the kernels read them")
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args(argv)
+    from deployments.engine.kernels.launch import table_of
+
+    began = time.monotonic()
+    torch.manual_seed(0)
+    device = torch.device("cuda", torch.cuda.current_device())
+    buckets = tuple(int(b) for b in args.buckets.split(","))
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s")
+    table = table_of(device)
+    points: list[Point] = []
+    wrong: dict[tuple[Kind, int, GemmConfig], str] = {}
+    if not args.skip_variants:
+        pairs = [(kind, bucket, c) for (kind, bucket), cs in VARIANTS.items() if bucket in buckets for c in cs]
+        compile_ahead(pairs, args.processes)
+        print(f"compiled after {time.monotonic() - began:.0f} s")
+        wrong = check_variants(pairs)
+        points += time_variants("8B", wrong, bandwidth, buckets)
+        table = best_table(points)
+        print_variants(points)
+    if not args.skip_contenders:
+        rows_list = tuple(int(r) for r in args.rows.split(","))
+        timed = [p for m in args.models.split(",") for p in time_contenders(m, table, rows_list, bandwidth)]
+        print_contenders(timed)
+        points += timed
+        if args.plot:
+            plot(timed, args.plot)
+    if args.table:
+        args.table.write_text(json.dumps(dump_table(table), indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        args.json.write_text(json.dumps({"bandwidth": bandwidth, "points": [asdict(p) for p in points]}, indent=1))
+    print(f"took {time.monotonic() - began:.0f} s")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""From tensors to kernel launches on a CUDA device. Imports Triton.
+
+Small products run on the tiled weight. Larger ones, and weights that are not tiled, are dequantised into the
+workspace's buffer and multiplied by cuBLAS, in runs of rows where the buffer is smaller than the weight.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from deployments.engine.kernels import gemm
+from deployments.engine.kernels.config import BUCKETS, PANELS, GemmConfig, Kind, Table, bucket_of, table_for
+from deployments.engine.kernels.repack import TILE_COLUMNS, TILE_ROWS
+from deployments.engine.kernels.schedule import Schedule, make_schedule
+from deployments.engine.kernels.weights import Weight4, Weight8
+from deployments.engine.kernels.workspace import Workspace, prepare
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Triton's interpreter runs the kernels on the CPU: no inline PTX, no device to ask."""
+_FLAT_BLOCK = 4096
+
+
+def product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
+    """`x @ dequantise(weight).T + bias` for x [rows, k] -> [rows, n] in x's dtype.
+
+    batch_invariant: a row's bits do not depend on the number of rows: the small-batch kernel, in one configuration, for
+    any number of them. It reads the weight once per 16 rows.
+    """
+    kind: Kind = "4bit" if isinstance(weight, Weight4) else "8bit"
+    table = table_of(x.device)
+    rows = x.shape[0]
+    small = weight.tiled and x.dtype in (torch.bfloat16, torch.float16)
+    if small and batch_invariant:
+        return small_product(x, weight, bias, table.config(kind, BUCKETS[0]), bucket=BUCKETS[0])
+    if small and rows <= table.crossover[kind]:
+        bucket = bucket_of(rows)
+        return small_product(x, weight, bias, table.config(kind, bucket), bucket=bucket)
+    return dequantised_product(x, weight, bias)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; a handful under the interpreter, enough to share panels."""
+    return 5 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def table_of(device: torch.device) -> Table:
+    """The device's configurations."""
+    return table_for("interpreter" if INTERPRETED else torch.cuda.get_device_name(device))
+
+
+def small_product(
+    x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, config: GemmConfig, *, bucket: int
+) -> Tensor:
+    """The small-batch kernel on a tiled weight, `bucket` rows of x per launch."""
+    rows, out = x.shape[0], torch.empty(x.shape[0], weight.n, dtype=x.dtype, device=x.device)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    schedule = make_schedule(
+        weight.n,
+        weight.k,
+        panel_rows=config.panel_rows,
+        step_columns=config.step_columns,
+        programs=config.per_multiprocessor * multiprocessors(x.device),
+    )
+    space = prepare(x.device)
+    _check_fits(schedule, config, bucket, space)
+    for start in range(0, rows, bucket):
+        _launch(x[start : start + bucket], weight, bias, out[start : start + bucket], config, schedule, bucket, space)
+    return out
+
+
+def _check_fits(schedule: Schedule, config: GemmConfig, bucket: int, space: Workspace) -> None:
+    need = 2 * schedule.programs * config.panel_rows * bucket
+    if need > space.partials.numel() or schedule.panels > PANELS:
+        raise ValueError(
+            f"partial sums need {4 * need:,} bytes and {schedule.panels:,} counters, the workspace has "
+            f"{space.partials.nbytes:,} and {PANELS:,}; lower per_multiprocessor or strips of the configuration"
+        )
+
+
+def _launch(
+    x: Tensor,
+    weight: Weight4 | Weight8,
+    bias: Tensor | None,
+    out: Tensor,
+    config: GemmConfig,
+    schedule: Schedule,
+    bucket: int,
+    space: Workspace,
+) -> None:
+    columns = weight.k // TILE_COLUMNS
+    even = weight.n % config.panel_rows == 0 and weight.k % config.step_columns == 0
+    meta: dict[str, Any] = {"BM": bucket, "STRIPS": config.strips, "BLOCKS": config.blocks, "STAGES": config.stages}
+    meta |= {"EVEN": even, "PTX": not INTERPRETED, "num_warps": config.strips}
+    if config.max_registers is not None:
+        meta["maxnreg"] = config.max_registers
+    sums = (out, space.partials, space.arrivals)
+    sizes = (x.shape[0], weight.n, columns, x.stride(0), schedule.units, schedule.steps)
+    if isinstance(weight, Weight4):
+        scales = (weight.absmax, *_nested(weight), weight.code)
+        gemm.linear_4bit_kernel[(schedule.programs,)](
+            x, weight.packed, *scales, bias, *sums, *sizes, PER_SCALE=weight.blocksize // TILE_COLUMNS, **meta
+        )
+    else:
+        gemm.linear_8bit_kernel[(schedule.programs,)](x, weight.packed, weight.absmax, bias, *sums, *sizes, **meta)
+
+
+def _nested(weight: Weight4) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    nested = weight.nested
+    return (None, None, None) if nested is None else (nested.absmax, nested.code, nested.offset)
+
+
+def dequantised_product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None) -> Tensor:
+    """Dequantise into the reused buffer, then cuBLAS."""
+    n, k = weight.n, weight.k
+    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    buffer = prepare(x.device, max(TILE_ROWS, n) * k * x.element_size()).buffer.view(x.dtype)
+    run = buffer.numel() // k // TILE_ROWS * TILE_ROWS
+    if run == 0:
+        raise ValueError(f"{TILE_ROWS} rows of {k:,} columns do not fit the buffer of {buffer.nbytes:,} bytes")
+    for start in range(0, n, run):
+        stop = min(n, start + run)
+        dense = buffer[: (stop - start) * k].view(stop - start, k)
+        dequantise_rows(weight, start, dense)
+        if bias is None:
+            torch.mm(x, dense.t(), out=out[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], x, dense.t(), out=out[:, start:stop])
+    return out
+
+
+def dequantise_rows(weight: Weight4 | Weight8, start: int, out: Tensor) -> None:
+    """Rows `start`, a multiple of 16, and on -> out [some rows, k]."""
+    count, k = out.shape
+    columns = k // TILE_COLUMNS
+    grid = (triton.cdiv(count, TILE_ROWS), triton.cdiv(k, 256))
+    if isinstance(weight, Weight8):
+        if weight.tiled:
+            gemm.dequantise_8bit_tiles_kernel[grid](weight.packed, weight.absmax, out, columns, start)
+        else:
+            rows = slice(start, start + count)
+            torch.mul(weight.packed[rows], weight.absmax[rows, None] / 127.0, out=out)
+        return
+    scales = (weight.absmax, *_nested(weight), weight.code)
+    if weight.tiled:
+        per_scale = weight.blocksize // TILE_COLUMNS
+        gemm.dequantise_4bit_tiles_kernel[grid](
+            weight.packed, *scales, out, weight.n, columns, start, PER_SCALE=per_scale
+        )
+    else:
+        flat = (triton.cdiv(count * k, _FLAT_BLOCK),)
+        gemm.dequantise_4bit_flat_kernel[flat](
+            weight.packed, *scales, out, start * k, (start + count) * k, BLOCKSIZE=weight.blocksize, BLOCK=_FLAT_BLOCK
+        )

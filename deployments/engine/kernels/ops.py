@@ -1,0 +1,72 @@
+"""The products as PyTorch operators, `headroom::linear_4bit` and `headroom::linear_8bit`: safe under CUDA graphs and
+`torch.compile`. On a CPU they are the definition of `weights`, for tests; there, bitsandbytes' own kernels serve.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from deployments.engine.kernels.weights import Nested, Weight4, Weight8, dequantise4, dequantise8
+
+
+@torch.library.custom_op("headroom::linear_4bit", mutates_args=())
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    blocksize: int,
+    batch_invariant: bool,
+) -> Tensor:
+    """x [..., k] times a `Weight4`, plus bias [n] -> [..., n] in x's dtype.
+
+    Raises:
+        ValueError: x's last dimension is not k.
+    """
+    nested = None
+    if nested_absmax is not None and nested_code is not None and offset is not None:
+        nested = Nested(nested_absmax, nested_code, offset)
+    return _product(x, Weight4(n, k, blocksize, packed, absmax, code, nested), bias, batch_invariant)
+
+
+@torch.library.custom_op("headroom::linear_8bit", mutates_args=())
+def linear_8bit(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, n: int, k: int, batch_invariant: bool
+) -> Tensor:
+    """x [..., k] times a `Weight8`, plus bias [n] -> [..., n] in x's dtype.
+
+    Raises:
+        ValueError: x's last dimension is not k.
+    """
+    return _product(x, Weight8(n, k, packed, absmax), bias, batch_invariant)
+
+
+@linear_4bit.register_fake
+def _(x, packed, absmax, code, nested_absmax, nested_code, offset, bias, n, k, blocksize, batch_invariant):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], n)
+
+
+@linear_8bit.register_fake
+def _(x, packed, absmax, bias, n, k, batch_invariant):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, batch_invariant: bool) -> Tensor:
+    if x.shape[-1] != weight.k:
+        raise ValueError(f"the weight has {weight.k} columns, x has {x.shape[-1]}")
+    flat = x.reshape(-1, weight.k)
+    if x.device.type == "cuda":
+        from deployments.engine.kernels.launch import product  # Triton is there only beside CUDA
+
+        return product(flat, weight, bias, batch_invariant=batch_invariant).view(*x.shape[:-1], weight.n)
+    dense = dequantise4(weight, torch.float32) if isinstance(weight, Weight4) else dequantise8(weight, torch.float32)
+    out = linear(flat.float(), dense, None if bias is None else bias.float())
+    return out.to(x.dtype).view(*x.shape[:-1], weight.n)
