@@ -88,7 +88,7 @@ def _cached_config(model: str) -> Path | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
     except FileNotFoundError:
         raise PlacementError(f"{path} does not exist; give a folder with a Hugging Face model") from None
     except (OSError, ValueError) as error:
@@ -96,3 +96,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise PlacementError(f"{path} must hold a JSON object")
     return config
+
+
+def _special_float(entry: dict[str, Any]) -> Any:
+    """Infinity and NaN, which JSON lacks, as transformers writes them: {"__float__": "Infinity"}."""
+    return float(entry["__float__"]) if entry.keys() == {"__float__"} else entry
