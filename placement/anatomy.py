@@ -6,13 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from placement.errors import PlacementError
 from placement.footprint import Role
 
-_HEADS = ("lm_head", "embed_out", "output", "final_logits_bias")
+_HEADS = (
+    "lm_head",
+    "embed_out",
+    "output",
+    "output_projection",
+    "cls",
+    "final_logits_bias",
+)  # where `get_output_embeddings` doesn't tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +68,10 @@ def find_stacks(model: PreTrainedModel, encoder_layers: int, layers: int) -> tup
 def _stack(model: PreTrainedModel, name: str, owner: nn.Module, layers: int) -> Stack:
     within = next((path for path, module in model.named_modules() if module is owner), "")
     lists = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == layers
-        and f"{path}.".startswith(f"{within}." * bool(within))
+        path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == layers
     ]
+    # What `get_decoder` finds is not always the module that has the layers.
+    lists = [path for path in lists if path.startswith(f"{within}.")] or lists
     if not lists:
         raise PlacementError(f"{type(model).__name__} keeps its {layers} layers in no list of that length")
     return Stack(name, min(lists, key=lambda path: path.count(".")), layers)
@@ -79,19 +84,32 @@ def find_units(model: PreTrainedModel, stacks: tuple[Stack, ...]) -> list[Unit]:
         PlacementError: a module of unknown place.
     """
     units = [Unit(f"{stack.path}.{i}", "layer", stack.name) for stack in stacks for i in range(stack.layers)]
+    inner = tuple(stack.path for stack in stacks)
+    head = model.get_output_embeddings()
     multimodal = model.config.get_text_config() is not model.config
-    for parent, name, module in _leaves(model, "", tuple(stack.path for stack in stacks)):
+    for parent, name, part in _leaves(model, "", inner):
         own = next((stack for stack in stacks if stack.parent == parent), None)
         full = f"{parent}.{name}" if parent else name
-        units.append(_unit(full, module, own, stacks, multimodal=multimodal))
+        is_head = isinstance(part, nn.Module) and head is not None and any(child is head for child in part.modules())
+        first, last = (own, own) if own else (stacks[0], stacks[-1])
+        role = "last" if is_head else _role(name, part, inside=own is not None)
+        if role is not None:
+            units.append(Unit(full, role, last.name if role == "last" else first.name))
+        elif multimodal and own is None:
+            units.append(Unit(full, "first", first.name, tower=True))
+        else:
+            raise PlacementError(
+                f"{type(model).__name__}: module {name} ({type(part).__name__}) has no known place before or after the "
+                "layers"
+            )
     roles, names = get_args(Role), [stack.name for stack in stacks]
     return sorted(units, key=lambda unit: (roles.index(unit.role), names.index(unit.stack)))
 
 
-def _leaves(module: nn.Module, path: str, lists: tuple[str, ...]) -> Iterator[tuple[str, str, nn.Module | None]]:
-    """(parent, name, module) of everything beside the stacks; a tensor of a module above a stack is its own leaf."""
-    for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        yield path, name, None
+def _leaves(module: nn.Module, path: str, lists: tuple[str, ...]) -> Iterator[tuple[str, str, nn.Module | Tensor]]:
+    """(parent, name, part) of everything beside the stacks; a tensor of a module above a stack is a part of its own."""
+    for tensor_name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        yield path, tensor_name, tensor
     for name, child in module.named_children():
         full = f"{path}.{name}" if path else name
         if any(listed.startswith(f"{full}.") for listed in lists):
@@ -100,21 +118,19 @@ def _leaves(module: nn.Module, path: str, lists: tuple[str, ...]) -> Iterator[tu
             yield path, name, child
 
 
-def _unit(
-    full: str, module: nn.Module | None, own: Stack | None, stacks: tuple[Stack, ...], *, multimodal: bool
-) -> Unit:
-    """Where a module lives: `own` is the stack beside which it stands, None for one further out."""
-    name = full.rpartition(".")[2]
-    first, last = (own, own) if own else (stacks[0], stacks[-1])
-    if module is not None and not any(True for _ in module.parameters()):
-        return Unit(full, "shared", first.name)
-    if own is None and name in _HEADS:
-        return Unit(full, "last", last.name)
-    if isinstance(module, nn.Embedding) or "embed" in name or (own and name == "project_in"):
-        return Unit(full, "first", first.name)
-    if own and ("norm" in name or name in ("ln_f", "project_out")):
-        return Unit(full, "last", last.name)
-    if multimodal and own is None:
-        return Unit(full, "first", first.name, tower=True)
-    kind = "tensor" if module is None else type(module).__name__
-    raise PlacementError(f"module {name} ({kind}) has no known place before or after the layers")
+def _role(name: str, part: nn.Module | Tensor, *, inside: bool) -> Role | None:
+    """Where a part lives, by its name and kind; `inside`: it stands directly beside a list of layers.
+
+    None: it is neither an embedding, nor a norm, nor a head, nor small enough to be copied.
+    """
+    if name in _HEADS and not inside:
+        return "last"
+    parameters = part.parameters() if isinstance(part, nn.Module) else [part][: isinstance(part, nn.Parameter)]
+    if not any(True for _ in parameters):
+        return "shared"
+    # Gemma 3n and 4 prepare inputs of all layers beside the embedding.
+    if isinstance(part, nn.Embedding) or "embed" in name or (inside and name.startswith(("project_in", "per_layer"))):
+        return "first"
+    if inside and ("norm" in name or name in ("ln_f", "project_out")):
+        return "last"
+    return None

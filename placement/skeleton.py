@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ from placement.anatomy import Stack, find_stacks, find_units
 from placement.errors import PlacementError
 from placement.footprint import Geometry, Module, Tensor
 from placement.headers import Gguf
-from placement.kv import layer_kv
+from placement.kv import LayerKv, layer_kv
 from placement.recipe import Grouped, Recipe
 from placement.source import Source
 
@@ -118,7 +119,16 @@ def _build(source: Source, dtype: str, *, vision: bool) -> PreTrainedModel:
         typed: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(config)
         with torch.device("meta"):
             model: PreTrainedModel = _auto(typed, vision=vision).from_config(typed, dtype=getattr(torch, dtype))
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        OSError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise PlacementError(f"transformers can't build {source.name}: {reason}") from None
     return model
@@ -149,9 +159,10 @@ def _gguf_config(gguf: Gguf) -> dict[str, Any]:
         )
     if kind == "llama" and "mistral" in str(metadata.get("general.name")).lower():
         kind = "mistral"
-    config: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {}))
-    table: dict[str, Any] = dict(GGUF_CONFIG_MAPPING[kind])
-    for key, name in table.items():
+    table: dict[str, Any] = GGUF_CONFIG_MAPPING
+    defaults: dict[str, Any] = GGUF_CONFIG_DEFAULTS_MAPPING
+    config = dict(defaults.get(kind, {}))
+    for key, name in table[kind].items():
         if name not in (None, -1) and f"{architecture}.{key}" in metadata:
             config[name] = metadata[f"{architecture}.{key}"]
     config.setdefault("vocab_size", gguf.tensors["token_embd.weight"].shape[0])
@@ -205,10 +216,10 @@ def _geometry(model: PreTrainedModel, facts: Mapping[str, Any]) -> Geometry:
     return Geometry(
         hidden=config.hidden_size,
         vocab=config.vocab_size,
-        heads=config.num_attention_heads,
+        heads=facts["num_attention_heads"],
         max_context=_max_context(config),
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
-        kv=layer_kv(facts),
+        kv=_kv(facts),
     )
 
 
@@ -216,13 +227,31 @@ def _facts(whole: PreTrainedConfig) -> dict[str, Any]:
     """The whole text config for `layer_kv`: its own names, transformers' standard names for them, and what some
     configs only compute. An encoder-decoder also has `encoder_layers` and `decoder_layers`, whatever its own names."""
     config = whole.get_text_config(decoder=True)
-    facts = config.to_dict() | {name: getattr(config, name, None) for name in (*config.attribute_map, *_STANDARD)}
-    if facts["is_encoder_decoder"]:
-        both = whole.to_dict() | {name: getattr(whole, name, None) for name in whole.attribute_map}
-        layers = both.get("num_hidden_layers")
-        facts["encoder_layers"] = both.get("encoder_layers") or layers
+    facts = _named(config)
+    facts["is_encoder_decoder"] = whole.is_encoder_decoder
+    if whole.is_encoder_decoder:
+        both, encoder = _named(whole), _named(whole.get_text_config(encoder=True))
+        layers = facts["num_hidden_layers"]
+        facts["encoder_layers"] = both.get("encoder_layers") or encoder.get("num_hidden_layers") or layers
         facts["decoder_layers"] = both.get("decoder_layers") or both.get("num_decoder_layers") or layers
     return facts
+
+
+def _named(config: PreTrainedConfig) -> dict[str, Any]:
+    facts = config.to_dict()
+    for name in (*config.attribute_map, *_STANDARD):
+        # A value that differs from layer to layer is refused; the one in the dict then holds for the others.
+        with suppress(RuntimeError):
+            facts[name] = getattr(config, name, None)
+    return facts
+
+
+def _kv(facts: Mapping[str, Any]) -> tuple[LayerKv, ...]:
+    """What each layer caches, those with settings of their own included."""
+    layers = list(layer_kv(facts))
+    for index, own in (facts.get("per_layer_config") or {}).items():
+        layers[int(index)] = layer_kv({**facts, **own})[int(index)]
+    return tuple(layers)
 
 
 def _max_context(config: PreTrainedConfig) -> int:
