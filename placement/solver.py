@@ -141,20 +141,33 @@ def _ideal_time(problem: Problem) -> int:
 
 
 def _best_latency(problem: Problem) -> Split:
-    """Time through all stages is a sum, so here the least sum is kept for every prefix of the layers."""
-    least = problem.question.least_blocks
-    target = _quickest(problem, least)
-    assert target is not None, "asked only where a split exists"
+    """Time through all stages is a sum, so here the least sum is kept for every prefix of the layers.
 
-    def as_quick(blocks: int) -> bool:
-        found = _quickest(problem, blocks)
-        return found is not None and found.key == target.key
+    Few splits take the least time, so the most blocks are looked for from those of the first one upwards.
+    """
+    found = _quickest(problem, problem.question.least_blocks)
+    assert found is not None, "asked only where a split exists"
+    best_key, cuts, low, step = found.key, found.cuts, _room(problem, found.cuts), 1
+    high = problem.question.workload.most_blocks
+    while low < high:
+        tried = min(low + step, high)
+        found = _quickest(problem, tried)
+        if found is not None and found.key == best_key:
+            cuts, low, step = found.cuts, _room(problem, found.cuts), 2 * step
+        else:
+            high = tried - 1
+            step = max(1, (high - low) // 2)
+    return Split(cuts, low)
 
-    room = last(lambda n: pack(problem, n, problem.ever) is not None, least, problem.question.workload.most_blocks)
-    blocks = room if as_quick(room) else last(as_quick, least, room - 1)
-    found = _quickest(problem, blocks)
-    assert found is not None, "bisection ends on a split that exists"
-    return Split(found.cuts, blocks)
+
+def _room(problem: Problem, cuts: Cuts) -> int:
+    """The blocks that every stage of a split has room for."""
+    budgets, question = problem.question.budgets, problem.question
+    return last(
+        lambda n: all(problem.need(cut, n) <= budgets[cut.device] for cut in cuts),
+        question.least_blocks,
+        question.workload.most_blocks,
+    )
 
 
 def _quickest(problem: Problem, blocks: int) -> _Quickest | None:
@@ -187,24 +200,24 @@ def _extend(
 ) -> list[tuple[int, int]]:
     """Per end, the least key of a prefix that `device` completes, and the start of its stage; it may take nothing.
 
-    The starts from which a device reaches an end are a window that only moves forward, so the least of them is kept in
-    a queue of candidates that get worse from front to back.
+    A start from which the device does not reach an end reaches no later one either. So the candidates are a queue that
+    gets worse from front to back: the front is the best as long as it reaches.
     """
     work, fence, budget = problem.work, problem.fences[device], problem.question.budgets[device]
-    slow = problem.slowness[device] * stage
-    found, queue, low = [(keys[0], 0)], deque[tuple[int, int]](), 0
+    slow, queue = problem.slowness[device] * stage, deque[tuple[int, int]]()
+
+    def reaches(start: int, end: int) -> bool:
+        return fence[start] >= end and problem.need(Cut(device, start, end), blocks) <= budget
+
+    found = [(keys[0], 0)]
     for end in range(1, problem.layers + 1):
-        key, start = keys[end], end
         if keys[end - 1] < never:
             value = keys[end - 1] - work[end - 1] * slow
             while queue and queue[-1][0] >= value:
                 queue.pop()
             queue.append((value, end - 1))
-        while low < end and (fence[low] < end or problem.need(Cut(device, low, end), blocks) > budget):
-            low += 1
-        while queue and queue[0][1] < low:
+        while queue and not reaches(queue[0][1], end):
             queue.popleft()
-        if queue and (option := queue[0][0] + work[end] * slow + 1) < key:
-            key, start = option, queue[0][1]
-        found.append((key, start))
+        option = queue[0][0] + work[end] * slow + 1 if queue else never
+        found.append((option, queue[0][1]) if option < keys[end] else (keys[end], end))
     return found
