@@ -1,12 +1,14 @@
 """Scheduler and block manager against a toy engine whose KV cache remembers what was written where.
 
 The toy's KV of a position is (salt, all ids up to it). It derives a position's KV from what its block table holds for
-the position before, so one wrong block, or one shared too early, changes the tokens or trips an assertion.
+the position before, so one wrong block, or one shared or freed too early, changes the tokens or trips an assertion.
+Ids that the host does not know are taken from what the slot's step before drew.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter, deque
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -14,11 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from deployments.engine.blocks import BlockManager
-from deployments.engine.scheduler import Scheduler, StepItem, StepPlan
+from deployments.engine.scheduler import Scheduler
+from deployments.engine.step import StepItem, StepPlan
 
 END = 0
 Kv = tuple[str, tuple[int, ...]]
-IN_PROGRESS: Kv = ("being written", ())
+LOST: Kv = ("lost with a step that failed", ())
 
 
 def next_token(ids: tuple[int, ...]) -> int:
@@ -36,34 +39,52 @@ def sequential(prompt: tuple[int, ...], max_tokens: int) -> list[int]:
 
 
 class ToyEngine:
-    """Executes steps: marks what it writes at launch, writes at completion, and checks what it reads at both."""
+    """Executes steps in launch order: marks at launch what it will write, and writes at landing."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.kv: dict[tuple[int, int], Kv] = {}
+        self.drawn: dict[int, list[int]] = {}
+        """By slot: what its latest landed step drew."""
 
-    def _place(self, item: StepItem, position: int) -> tuple[int, int]:
-        return item.block_table[position // self.block_size], position % self.block_size
+    def places(self, item: StepItem, start: int, end: int) -> list[tuple[int, int]]:
+        return [(item.block_table[p // self.block_size], p % self.block_size) for p in range(start, end)]
 
-    def check_reads(self, item: StepItem, salt: str, known: tuple[int, ...]) -> None:
-        for position in range(item.start):
-            assert self.kv[self._place(item, position)] == (salt, known[: position + 1])
+    def launch(self, item: StepItem, salt: str, known: tuple[int, ...]) -> None:
+        """What the item reads is written, or will be by steps of the same request before it."""
+        marker = being_written(item.request_id)
+        for position, place in enumerate(self.places(item, 0, item.start)):
+            assert self.kv[place] in ((salt, known[: position + 1]), marker)
+        for place in self.places(item, item.start, item.end):
+            self.kv[place] = marker
 
-    def launch(self, item: StepItem) -> None:
-        for position in range(item.start, item.start + len(item.ids)):
-            self.kv[self._place(item, position)] = IN_PROGRESS
+    def land(self, plan: StepPlan, salts: dict[str, str]) -> list[int]:
+        """Tokens of the items that sample."""
+        tokens = {item.request_id: self.run(item, salts[item.request_id], plan.slot) for item in plan.items}
+        self.drawn[plan.slot] = [tokens[item.request_id] for item in plan.items if item.samples]
+        return self.drawn[plan.slot]
 
-    def run(self, item: StepItem, salt: str) -> int:
-        """Writes the item's KV; returns the token that follows its last id."""
+    def run(self, item: StepItem, salt: str, slot: int) -> int:
         ids: tuple[int, ...] = ()
         if item.start:
-            _, ids = self.kv[self._place(item, item.start - 1)]
-        for offset, token in enumerate(item.ids):
-            place = self._place(item, item.start + offset)
-            assert self.kv[place] is IN_PROGRESS, "another step wrote here while this one was in flight"
-            ids = (*ids, token)
-            self.kv[place] = (salt, ids)
-        return next_token(ids)
+            _, ids = self.kv[self.places(item, item.start - 1, item.start)[0]]
+        lost = item.start != len(ids)
+        for place, token in zip(self.places(item, item.start, item.end), item.ids, strict=True):
+            assert self.kv[place] == being_written(item.request_id), "others wrote here while this was in flight"
+            ids = (*ids, token if token >= 0 or lost else self.drawn[slot][-1 - token])
+            self.kv[place] = LOST if lost else (salt, ids)
+        return END if lost else next_token(ids)
+
+    def lose(self, plan: StepPlan) -> None:
+        self.drawn[plan.slot] = []
+        for item in plan.items:
+            for place in self.places(item, item.start, item.end):
+                assert self.kv[place] == being_written(item.request_id)
+                self.kv[place] = LOST
+
+
+def being_written(request_id: str) -> Kv:
+    return (f"being written by {request_id}", ())
 
 
 class Requests:
@@ -72,12 +93,16 @@ class Requests:
     def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool, **limits: Any) -> None:
         self.blocks = BlockManager(num_blocks, block_size, prefix_cache=prefix_cache)
         self.scheduler = Scheduler(self.blocks, **limits)
-        self.slots, self.max_batch_tokens = limits["slots"], limits["max_batch_tokens"]
+        self.slots, self.max_batch_tokens, self.lookahead = (
+            limits[name] for name in ("slots", "max_batch_tokens", "lookahead")
+        )
         self.engine = ToyEngine(block_size)
         self.asked: dict[str, tuple[tuple[int, ...], int, str]] = {}
         self.outputs: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
-        self.in_flight: dict[int, StepPlan] = {}
+        self.in_flight: deque[StepPlan] = deque()
+        self.latest: dict[int, StepPlan] = {}
+        """By slot: the step launched last."""
 
     def live(self) -> list[str]:
         return [request_id for request_id in self.asked if request_id not in self.ended]
@@ -95,37 +120,46 @@ class Requests:
     def known(self, request_id: str) -> tuple[int, ...]:
         return (*self.asked[request_id][0], *self.outputs[request_id])
 
+    def pending(self, request_id: str) -> int:
+        return sum(item.samples for step in self.in_flight for item in step.items if item.request_id == request_id)
+
     def launch(self, slot: int) -> bool:
         plan = self.scheduler.schedule(slot)
         if plan is None:
             return False
-        self.in_flight[slot] = plan
         assert plan.slot == slot
         assert 0 < sum(len(item.ids) for item in plan.items) <= self.max_batch_tokens
-        flying = [item.request_id for step in self.in_flight.values() for item in step.items]
-        assert len(flying) == len(set(flying)), "a sequence is in two places at once"
+        assert len({item.request_id for item in plan.items}) == len(plan.items), "a sequence is twice in a step"
         for item in plan.items:
-            self.check_item(item)
+            self.check_item(item, self.latest.get(slot))
+            self.engine.launch(item, self.asked[item.request_id][2], self.known(item.request_id))
+        self.latest[slot] = plan
+        self.in_flight.append(plan)
+        assert sum(step.slot == slot for step in self.in_flight) <= 1 + self.lookahead
         return True
 
-    def check_item(self, item: StepItem) -> None:
+    def check_item(self, item: StepItem, before: StepPlan | None) -> None:
         assert item.request_id not in self.ended
-        known, end = self.known(item.request_id), item.start + len(item.ids)
-        assert item.ids == known[item.start : end]
-        assert item.samples == (end == len(known))
-        assert len(item.block_table) == -(-end // self.engine.block_size)
-        self.engine.check_reads(item, self.asked[item.request_id][2], known)
-        self.engine.launch(item)
+        known = self.known(item.request_id)
+        if item.ids[0] < 0:
+            assert before in self.in_flight, "a pending id whose step the host has read"
+            drawn = [other.request_id for other in before.items if other.samples]
+            assert (item.start, len(item.ids)) == (len(known), 1)
+            assert drawn[-1 - item.ids[0]] == item.request_id
+        else:
+            assert item.ids == known[item.start : item.end]
+        assert item.samples == (item.end == len(known) + self.pending(item.request_id))
+        assert len(item.block_table) == -(-item.end // self.engine.block_size)
+        _, max_tokens, _ = self.asked[item.request_id]
+        assert len(self.outputs[item.request_id]) + self.pending(item.request_id) < max_tokens, "runs over max_tokens"
 
-    def land(self, slot: int) -> None:
-        plan = self.in_flight.pop(slot)
-        tokens = {}
-        for item in plan.items:
-            salt = self.asked[item.request_id][2]
-            self.engine.check_reads(item, salt, self.known(item.request_id))
-            token = self.engine.run(item, salt)
-            if item.samples and item.request_id not in self.ended:
-                tokens[item.request_id] = token
+    def land(self) -> None:
+        plan = self.in_flight.popleft()
+        drawn = self.engine.land(plan, {request_id: salt for request_id, (_, _, salt) in self.asked.items()})
+        sampled = [item.request_id for item in plan.items if item.samples]
+        tokens = {
+            request_id: token for request_id, token in zip(sampled, drawn, strict=True) if request_id not in self.ended
+        }
         self.scheduler.complete(plan, tokens)
         for request_id, token in tokens.items():
             self.take_token(request_id, token)
@@ -139,8 +173,9 @@ class Requests:
             self.end(request_id, "finished")
             assert self.outputs[request_id] == sequential(prompt, max_tokens)
 
-    def lose(self, slot: int) -> None:
-        plan = self.in_flight.pop(slot)
+    def lose(self) -> None:
+        plan = self.in_flight.popleft()
+        self.engine.lose(plan)
         expected = [item.request_id for item in plan.items if item.request_id not in self.ended]
         failed = self.scheduler.fail(plan)
         assert list(failed) == expected
@@ -158,12 +193,17 @@ class Requests:
         for _ in range(20 * (tokens + 1)):
             if not self.scheduler.has_work():
                 return
-            for slot in order.sample(range(self.slots), self.slots):
-                self.launch(slot)
+            self.launch_all(order)
             assert self.in_flight, "work, and nothing can run"
-            self.land(order.choice(list(self.in_flight)))
+            self.land()
             self.scheduler.check_integrity()
         raise AssertionError(f"starved: {self.live()}")
+
+    def launch_all(self, order: random.Random) -> None:
+        """Every slot that may take a step takes one, and another if it may look ahead."""
+        for _ in range(1 + self.lookahead):
+            for slot in order.sample(range(self.slots), self.slots):
+                self.launch(slot)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -173,6 +213,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots=st.integers(1, 4),
         max_batch_tokens=st.integers(1, 12),
         max_sequences=st.integers(1, 8),
+        prefill_chunk_tokens=st.integers(1, 6),
+        lookahead=st.integers(0, 1),
         prefix_cache=st.sampled_from([True, True, True, False]),
     )
     def start(self, num_blocks: int, block_size: int, prefix_cache: bool, **limits: int) -> None:
@@ -196,20 +238,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests.launch(pick % self.requests.slots)
 
     @precondition(lambda self: self.requests.in_flight)
-    @rule(pick=st.integers(0, 3))
-    def land(self, pick: int) -> None:
-        slots = sorted(self.requests.in_flight)
-        self.requests.land(slots[pick % len(slots)])
+    @rule()
+    def land(self) -> None:
+        self.requests.land()
 
     @rule(rounds=st.integers(1, 12), seed=st.integers(0, 99))
     def go_on(self, rounds: int, seed: int) -> None:
         """Several rounds at once, so that short examples reach deep states."""
         order = random.Random(seed)
         for _ in range(rounds):
-            for slot in order.sample(range(self.requests.slots), self.requests.slots):
-                self.requests.launch(slot)
+            self.requests.launch_all(order)
             if self.requests.in_flight:
-                self.requests.land(order.choice(sorted(self.requests.in_flight)))
+                self.requests.land()
 
     @precondition(lambda self: self.requests.live())
     @rule(pick=st.integers(0, 50))
@@ -218,10 +258,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests.abort(live[pick % len(live)])
 
     @precondition(lambda self: self.requests.in_flight)
-    @rule(pick=st.integers(0, 3))
-    def lose(self, pick: int) -> None:
-        slots = sorted(self.requests.in_flight)
-        self.requests.lose(slots[pick % len(slots)])
+    @rule()
+    def lose(self) -> None:
+        self.requests.lose()
 
     @invariant()
     def accounts_agree(self) -> None:
@@ -233,6 +272,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert [request_id for request_id, _ in scheduler.held()] == live
         assert scheduler.running + scheduler.waiting == len(live)
         assert scheduler.running <= scheduler._max_sequences
+        named = Counter(item.request_id for step in self.requests.in_flight for item in step.items)
+        for request_id, steps in named.items():
+            assert scheduler.sequence(request_id).in_flight == steps
+            assert self.requests.blocks.held(request_id) > 0, "blocks of a step in flight were freed"
 
     def teardown(self) -> None:
         if not hasattr(self, "requests"):
