@@ -17,8 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deployments.engine.kernels.config import BUCKETS, GemmConfig, Kind, Table, bucket_of, dump_table
+from deployments.engine.kernels.config import BUCKETS, HEURISTIC, Entry, GemmConfig, Kind, Table, bucket_of
+from deployments.engine.kernels.tune import CANDIDATES, graph_time, over, write_table
 from deployments.engine.kernels.weights import Nested, Weight4, Weight8, dequantise4, dequantise8, tile4, tile8
 
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {
@@ -46,63 +46,6 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-
-VARIANTS: dict[tuple[Kind, int], tuple[GemmConfig, ...]] = {
-    ("4bit", 16): (
-        GemmConfig(8, 4, 3, 2),
-        GemmConfig(8, 4, 2, 2),
-        GemmConfig(8, 2, 4, 2),
-        GemmConfig(8, 2, 3, 3, 80),
-        GemmConfig(8, 1, 6, 2),
-        GemmConfig(4, 4, 3, 3),
-        GemmConfig(4, 2, 5, 3),
-        GemmConfig(16, 4, 3, 1),
-        GemmConfig(16, 2, 4, 1),
-        GemmConfig(16, 2, 3, 2, 64),
-    ),
-    ("4bit", 32): (
-        GemmConfig(8, 4, 2, 2, 128),
-        GemmConfig(8, 2, 4, 2, 128),
-        GemmConfig(8, 1, 6, 2, 128),
-        GemmConfig(16, 2, 4, 1),
-        GemmConfig(4, 2, 3, 3),
-    ),
-    ("4bit", 64): (
-        GemmConfig(8, 2, 3, 2, 128),
-        GemmConfig(8, 1, 5, 2, 128),
-        GemmConfig(8, 2, 5, 1),
-        GemmConfig(8, 4, 3, 1),
-        GemmConfig(16, 2, 3, 1),
-        GemmConfig(16, 1, 5, 1),
-    ),
-    ("4bit", 128): (GemmConfig(8, 2, 3, 1), GemmConfig(8, 1, 5, 1), GemmConfig(16, 1, 4, 1)),
-    ("8bit", 16): (
-        GemmConfig(8, 2, 3, 2),
-        GemmConfig(8, 2, 4, 2),
-        GemmConfig(8, 2, 4, 3, 80),
-        GemmConfig(8, 4, 3, 2),
-        GemmConfig(8, 1, 8, 2),
-        GemmConfig(4, 4, 3, 3),
-        GemmConfig(4, 2, 5, 4),
-        GemmConfig(16, 2, 4, 1),
-        GemmConfig(16, 1, 6, 1),
-    ),
-    ("8bit", 32): (
-        GemmConfig(8, 2, 4, 2),
-        GemmConfig(8, 1, 7, 2),
-        GemmConfig(16, 2, 4, 1),
-        GemmConfig(4, 2, 4, 3),
-    ),
-    ("8bit", 64): (
-        GemmConfig(8, 2, 3, 2, 128),
-        GemmConfig(8, 1, 5, 2, 128),
-        GemmConfig(8, 2, 6, 1),
-        GemmConfig(16, 2, 3, 1),
-        GemmConfig(16, 1, 5, 1),
-    ),
-    ("8bit", 128): (GemmConfig(8, 2, 3, 1), GemmConfig(8, 1, 5, 1), GemmConfig(16, 1, 4, 1)),
-}
-"""What is compared for each bucket of rows."""
 
 
 @dataclass(frozen=True)
@@ -159,36 +102,9 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (graph_time([lambda: target.copy_(source)] * 4) * 1e-6)
 
 
-def graph_time(calls: list[Callable[[], Any]], repeats: int = 7) -> float:
-    """Microseconds per call, the median over replays of a CUDA graph of all of them."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
 def rotate(make: Callable[[], Any], nbytes: int) -> list[Any]:
     """Enough copies of something of `nbytes` that none is still in the cache when it is used again."""
     return [make() for _ in range(max(2, min(64, math.ceil(ROTATED_BYTES / nbytes))))]
-
-
-def calls_over(weights: list[Any], call: Callable[[Any], Any], least: int = 12) -> list[Callable[[], Any]]:
-    """At least `least` calls, each on the next weight."""
-    count = max(least, len(weights))
-    return [partial(call, weights[i % len(weights)]) for i in range(count)]
 
 
 def floor_us(weight_bytes: int, rows: int, n: int, k: int, bandwidth: float) -> float:
@@ -257,30 +173,57 @@ def time_variants(
             for bucket in buckets:
                 x = torch.randn(bucket, k, device="cuda", dtype=torch.bfloat16)
                 floor = floor_us(first.bytes, bucket, n, k, bandwidth)
-                for config in VARIANTS[kind, bucket]:
+                for config in CANDIDATES[kind, bucket]:
                     if (kind, bucket, config) in bad:
                         continue
-                    calls = calls_over(
-                        weights, lambda w, x=x, c=config, b=bucket: small_product(x, w, None, c, bucket=b)
-                    )
+                    calls = over(weights, lambda w, x=x, c=config, b=bucket: small_product(x, w, None, c, bucket=b))
                     points.append(Point(model, linear, kind, "variant", bucket, graph_time(calls), floor, config))
             del weights
     return points
 
 
 def best_table(points: list[Point]) -> Table:
-    """Per kind and bucket the configuration whose times over the floor have the least geometric mean."""
-    from deployments.engine.kernels.config import HEURISTIC
+    """The fastest configuration of each shape and bucket; for other shapes, the one whose times over the floor have the
+    least geometric mean. The crossover is the heuristic's until `with_crossovers`."""
+    table = HEURISTIC
+    kinds: tuple[Kind, Kind] = ("4bit", "8bit")
+    for kind in kinds:
+        mine = [p for p in points if p.kind == kind and p.config is not None]
+        shapes = {(p.model, p.linear): SHAPES[p.model][p.linear] for p in mine}
+        default = dict(table.default[kind].configs)
+        own: dict[tuple[int, int], dict[int, GemmConfig]] = {shape: dict(default) for shape in shapes.values()}
+        for bucket in sorted({p.rows for p in mine}):
+            scores: dict[GemmConfig, list[float]] = {}
+            for p in mine:
+                if p.rows == bucket and p.config is not None:
+                    scores.setdefault(p.config, []).append(math.log(p.microseconds / p.floor))
+            default[bucket] = min(scores, key=lambda c, scores=scores: statistics.mean(scores[c]))  # type: ignore[misc]
+            for name, shape in shapes.items():
+                times = {p.config: p.microseconds for p in mine if (p.model, p.linear) == name and p.rows == bucket}
+                own[shape][bucket] = min(times, key=times.__getitem__)  # type: ignore[index]
+        table = replace(table, default={**table.default, kind: Entry(default, table.default[kind].crossover)})
+        for (n, k), configs in own.items():
+            table = table.with_shape(kind, n, k, configs, table.default[kind].crossover)
+    return table
 
-    scores: dict[tuple[str, int], dict[GemmConfig, list[float]]] = {}
-    for point in points:
-        if point.config is not None:
-            per = scores.setdefault((point.kind, point.rows), {})
-            per.setdefault(point.config, []).append(math.log(point.microseconds / point.floor))
-    configs = dict(HEURISTIC.configs)
-    for (kind, bucket), per in scores.items():
-        configs[kind, bucket] = min(per, key=lambda c, per=per: statistics.mean(per[c]))  # type: ignore[index]
-    return Table(configs, dict(HEURISTIC.crossover))
+
+def with_crossovers(table: Table, points: list[Point]) -> Table:
+    """The table with each timed shape's crossover: the most rows for which the kernel beat dequantising."""
+    kinds: tuple[Kind, Kind] = ("4bit", "8bit")
+    for kind in kinds:
+        found = []
+        for model, linear in dict.fromkeys((p.model, p.linear) for p in points if p.kind == kind):
+            mine = [p for p in points if (p.model, p.linear, p.kind) == (model, linear, kind)]
+            small = {p.rows: p.microseconds for p in mine if p.contender == "kernel"}
+            whole = {p.rows: p.microseconds for p in mine if p.contender == "dequantise"}
+            both = sorted(small.keys() & whole.keys())
+            found.append(max((rows for rows in both if small[rows] <= whole[rows]), default=BUCKETS[0]))
+            n, k = SHAPES[model][linear]
+            table = table.with_shape(kind, n, k, table.entry(kind, n, k).configs, found[-1])
+        if found:
+            entry = replace(table.default[kind], crossover=min(found))
+            table = replace(table, default={**table.default, kind: entry})
+    return table
 
 
 def print_variants(points: list[Point]) -> None:
@@ -305,7 +248,7 @@ def time_contenders(model: str, table: Table, rows_list: tuple[int, ...], bandwi
         for rows in rows_list:
             x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
             floor = floor_us(2 * n * k, rows, n, k, bandwidth)
-            took = graph_time(calls_over(dense, lambda w, x=x: torch.nn.functional.linear(x, w)))
+            took = graph_time(over(dense, lambda w, x=x: torch.nn.functional.linear(x, w)))
             points.append(Point(model, linear, "bf16", "cublas", rows, took, floor))
         del dense
         kinds: tuple[Kind, Kind] = ("4bit", "8bit")
@@ -330,23 +273,23 @@ def _time_quantised(
         def add(
             name: str,
             call: Callable[[Any], Any],
-            over: list[Any],
+            items: list[Any],
             config: GemmConfig | None = None,
             *,
             rows: int = rows,
             floor: float = floor,
             expected: Tensor = expected,
         ) -> None:
-            error = relative_error(call(over[0]), expected) if over is weights else 0.0
+            error = relative_error(call(items[0]), expected) if items is weights else 0.0
             if error > BOUND:
                 print(f"  WRONG {name} {kind} {linear} rows {rows}: error {error:.1e}")
-            took = graph_time(calls_over(over, call))
+            took = graph_time(over(items, call))
             points.append(Point(model, linear, kind, name, rows, took, floor, config))
 
         weights[0] = first
         if rows <= 4 * BUCKETS[-1]:
             bucket = bucket_of(rows)
-            config = table.config(kind, bucket)
+            config = table.entry(kind, n, k).configs[bucket]
             add("kernel", lambda w, x=x, c=config, b=bucket: small_product(x, w, None, c, bucket=b), weights, config)
         if rows >= 32:
             add("dequantise", lambda w, x=x: dequantised_product(x, w, None), weights)
@@ -435,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
     points: list[Point] = []
     wrong: dict[tuple[Kind, int, GemmConfig], str] = {}
     if not args.skip_variants:
-        pairs = [(kind, bucket, c) for (kind, bucket), cs in VARIANTS.items() if bucket in buckets for c in cs]
+        pairs = [(kind, bucket, c) for (kind, bucket), cs in CANDIDATES.items() if bucket in buckets for c in cs]
         compile_ahead(pairs, args.processes)
         print(f"compiled after {time.monotonic() - began:.0f} s")
         wrong = check_variants(pairs)
@@ -446,11 +389,12 @@ def main(argv: list[str] | None = None) -> int:
         rows_list = tuple(int(r) for r in args.rows.split(","))
         timed = [p for m in args.models.split(",") for p in time_contenders(m, table, rows_list, bandwidth)]
         print_contenders(timed)
+        table = with_crossovers(table, timed)
         points += timed
         if args.plot:
             plot(timed, args.plot)
     if args.table:
-        args.table.write_text(json.dumps(dump_table(table), indent=1) + "\n", encoding="utf-8")
+        write_table(table, args.table)
     if args.json:
         args.json.write_text(json.dumps({"bandwidth": bandwidth, "points": [asdict(p) for p in points]}, indent=1))
     print(f"took {time.monotonic() - began:.0f} s")

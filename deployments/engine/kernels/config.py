@@ -1,15 +1,19 @@
 """How a product is cut on a GPU: measured tables shipped as data, a heuristic elsewhere.
 
-A table is `tables/<gpu name in lower case, blanks as _>.json`: {"4bit": {"16": {...}, "32": {...}}, "8bit": {...},
-"crossover": {"4bit": 128, "8bit": 128}}. Keys are rows of x, rounded up to a bucket. A folder given to `use_folder`
-(tuning's own results) comes before the shipped ones.
+A table is `tables/<gpu name in lower case, blanks as _>.json`:
+
+    {"4bit": {"default": {"configs": {"16": {...}, ...}, "crossover": 128}, "28672x4096": {...}}, "8bit": {...}}
+
+The keys of `configs` are rows of x, rounded up to a bucket; `crossover` is the number of rows up to which the kernels
+are used, and above which the weight is dequantised for cuBLAS. `default` serves every shape that has no entry.
+A folder given to `use_folder` (tuning's own results) comes before the shipped tables.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -55,16 +59,33 @@ class GemmConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """One kind of weight, one shape or all others."""
+
+    configs: dict[int, GemmConfig]
+    """By bucket of rows."""
+    crossover: int
+    """Most rows for which the kernels are used."""
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """The configurations of one GPU."""
 
-    configs: dict[tuple[Kind, int], GemmConfig]
-    crossover: dict[Kind, int]
-    """Rows of x up to which the kernels are used; above, the weight is dequantised for cuBLAS."""
+    default: dict[Kind, Entry]
+    shapes: dict[tuple[Kind, int, int], Entry] = field(default_factory=dict)
 
-    def config(self, kind: Kind, bucket: int) -> GemmConfig:
-        """The configuration for up to `bucket` rows."""
-        return self.configs[kind, bucket]
+    def entry(self, kind: Kind, n: int, k: int) -> Entry:
+        """For a weight [n, k]."""
+        return self.shapes.get((kind, n, k), self.default[kind])
+
+    def knows(self, kind: Kind, n: int, k: int) -> bool:
+        """Whether the shape has an entry of its own."""
+        return (kind, n, k) in self.shapes
+
+    def with_shape(self, kind: Kind, n: int, k: int, configs: dict[int, GemmConfig], crossover: int) -> Table:
+        """This table with one more shape."""
+        return replace(self, shapes={**self.shapes, (kind, n, k): Entry(configs, crossover)})
 
 
 def bucket_of(rows: int) -> int:
@@ -73,18 +94,28 @@ def bucket_of(rows: int) -> int:
 
 
 HEURISTIC = Table(
-    configs={
-        ("4bit", 16): GemmConfig(8, 4, 3, 2),
-        ("4bit", 32): GemmConfig(8, 2, 4, 2, 128),
-        ("4bit", 64): GemmConfig(8, 2, 4, 1),
-        ("4bit", 128): GemmConfig(8, 2, 3, 1),
-        ("8bit", 16): GemmConfig(8, 2, 4, 2),
-        ("8bit", 32): GemmConfig(8, 2, 4, 2),
-        ("8bit", 64): GemmConfig(8, 2, 4, 1),
-        ("8bit", 128): GemmConfig(8, 2, 3, 1),
-    },
-    crossover={"4bit": 128, "8bit": 128},
+    {
+        "4bit": Entry(
+            {
+                16: GemmConfig(8, 4, 3, 2),
+                32: GemmConfig(8, 2, 4, 2, 128),
+                64: GemmConfig(8, 2, 4, 1),
+                128: GemmConfig(8, 2, 3, 1),
+            },
+            crossover=128,
+        ),
+        "8bit": Entry(
+            {
+                16: GemmConfig(8, 2, 4, 2),
+                32: GemmConfig(8, 2, 4, 2),
+                64: GemmConfig(8, 2, 4, 1),
+                128: GemmConfig(8, 2, 3, 1),
+            },
+            crossover=128,
+        ),
+    }
 )
+"""For GPUs with 228 KiB of shared memory per multiprocessor; correct, if not the best, on those with 100 KiB."""
 
 
 def use_folder(folder: Path) -> None:
@@ -110,19 +141,29 @@ def table_for(gpu: str) -> Table:
 
 
 def parse_table(data: dict[str, Any]) -> Table:
-    """A table from its JSON; buckets that it lacks come from the heuristic."""
-    configs = dict(HEURISTIC.configs)
+    """A table from its JSON; a kind that has no default gets the heuristic's."""
+    default, shapes = dict(HEURISTIC.default), {}
     kinds: tuple[Kind, Kind] = ("4bit", "8bit")
     for kind in kinds:
-        for rows, fields in data.get(kind, {}).items():
-            configs[kind, int(rows)] = GemmConfig(**fields)
-    crossover = {kind: int(data.get("crossover", {}).get(kind, HEURISTIC.crossover[kind])) for kind in kinds}
-    return Table(configs, crossover)
+        for shape, fields in data.get(kind, {}).items():
+            configs = {int(rows): GemmConfig(**config) for rows, config in fields["configs"].items()}
+            entry = Entry(configs, int(fields["crossover"]))
+            if shape == "default":
+                default[kind] = entry
+            else:
+                n, k = map(int, shape.split("x"))
+                shapes[kind, n, k] = entry
+    return Table(default, shapes)
 
 
 def dump_table(table: Table) -> dict[str, Any]:
     """The JSON of a table."""
-    data: dict[str, Any] = {"crossover": dict(table.crossover)}
-    for (kind, bucket), config in sorted(table.configs.items()):
-        data.setdefault(kind, {})[str(bucket)] = asdict(config)
+    data: dict[str, Any] = {kind: {"default": _dump_entry(entry)} for kind, entry in table.default.items()}
+    for (kind, n, k), entry in table.shapes.items():
+        data[kind][f"{n}x{k}"] = _dump_entry(entry)
     return data
+
+
+def _dump_entry(entry: Entry) -> dict[str, Any]:
+    configs = {str(bucket): asdict(config) for bucket, config in entry.configs.items()}
+    return {"configs": configs, "crossover": entry.crossover}

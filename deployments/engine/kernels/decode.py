@@ -5,6 +5,8 @@ at its own bank, so 32 lanes never wait for each other: 32 KiB. Triton has no su
 `PTX` false the same values come from plain Triton, which its interpreter runs too.
 """
 
+# mypy: ignore-errors
+# Triton compiles these functions: their arguments are its own types.
 from __future__ import annotations
 
 import triton

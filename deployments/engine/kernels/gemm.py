@@ -4,6 +4,8 @@
 of work are divided as `schedule.py` says. Scales are float32 and multiply float32 sums.
 """
 
+# mypy: ignore-errors
+# Triton compiles these functions: their arguments are its own types.
 from __future__ import annotations
 
 import triton

@@ -32,14 +32,14 @@ def product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, *, batch_
     any number of them. It reads the weight once per 16 rows.
     """
     kind: Kind = "4bit" if isinstance(weight, Weight4) else "8bit"
-    table = table_of(x.device)
+    entry = table_of(x.device).entry(kind, weight.n, weight.k)
     rows = x.shape[0]
     small = weight.tiled and x.dtype in (torch.bfloat16, torch.float16)
     if small and batch_invariant:
-        return small_product(x, weight, bias, table.config(kind, BUCKETS[0]), bucket=BUCKETS[0])
-    if small and rows <= table.crossover[kind]:
+        return small_product(x, weight, bias, entry.configs[BUCKETS[0]], bucket=BUCKETS[0])
+    if small and rows <= entry.crossover:
         bucket = bucket_of(rows)
-        return small_product(x, weight, bias, table.config(kind, bucket), bucket=bucket)
+        return small_product(x, weight, bias, entry.configs[bucket], bucket=bucket)
     return dequantised_product(x, weight, bias)
 
 
@@ -49,7 +49,6 @@ def multiprocessors(device: torch.device) -> int:
     return 5 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@cache
 def table_of(device: torch.device) -> Table:
     """The device's configurations."""
     return table_for("interpreter" if INTERPRETED else torch.cuda.get_device_name(device))

@@ -1,0 +1,142 @@
+"""Linears of one input computed as one product: q, k and v; gate and up.
+
+The weights are concatenated along their rows; each of the old places holds a `Part`. Model code stays as it is: the
+first part that is called computes all of them, the others hand out their columns of the same result.
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8, save4, save8
+from deployments.engine.kernels.weights import Weight4, Weight8, untile4, untile8
+
+log = logging.getLogger(__name__)
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Siblings that read the same input in the models of transformers, in the order in which they are called."""
+
+
+class Fused(nn.Module):
+    """Several linears of one input as one."""
+
+    def __init__(self, whole: QuantLinear4 | QuantLinear8, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.whole, self.sizes = whole, sizes
+        self._input: Tensor | None = None
+        self._parts: tuple[Tensor, ...] = ()
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """The result of linear `index`. Kept from its first until its last linear is asked for the same tensor."""
+        if self._input is not x:
+            self._input, self._parts = x, self.whole(x).split(self.sizes, dim=-1)
+        out = self._parts[index]
+        if index == len(self.sizes) - 1:
+            self._input, self._parts = None, ()
+        return out
+
+
+class Part(nn.Module):
+    """One of the fused linears, at its old place in the model."""
+
+    def __init__(self, fused: Fused, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.in_features, self.out_features = fused.whole.in_features, fused.sizes[index]
+        if index == 0:
+            self.fused = fused  # a submodule here alone: moved, saved and counted once
+        else:
+            object.__setattr__(self, "fused", fused)
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed bytes of all parts, for model code that asks for the weight's dtype or device."""
+        return self.fused.whole.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., k] -> [..., n of this part]: a view of the whole result."""
+        return self.fused.part(self.index, x)
+
+    def state_dict(self, *_: Any, **kwargs: Any) -> Any:
+        """bitsandbytes' names for this part alone."""
+        destination = kwargs.get("destination")
+        destination = {} if destination is None else destination
+        self._save(destination, kwargs.get("prefix", ""))
+        return destination
+
+    def _save(self, destination: dict[str, Any], prefix: str) -> None:
+        sizes, whole = self.fused.sizes, self.fused.whole
+        start = sum(sizes[: self.index])
+        rows = slice(start, start + sizes[self.index])
+        if whole.bias is not None:
+            destination[prefix + "bias"] = whole.bias.detach()[rows]
+        if isinstance(whole, QuantLinear4):
+            save4(untile4(_rows4(whole.quantised, rows)), whole.quant_type, whole.compute_dtype, destination, prefix)
+        else:
+            save8(untile8(_rows8(whole.quantised, rows)), destination, prefix)
+
+
+def fuse_linears(model: nn.Module) -> int:
+    """Fuse the siblings of `GROUPS` wherever they can be. Returns the number of groups fused."""
+    count = 0
+    for name, parent in list(model.named_modules()):
+        for group in GROUPS:
+            members = [getattr(parent, member, None) for member in group]
+            if not all(isinstance(member, QuantLinear4 | QuantLinear8) for member in members):
+                continue
+            if (reason := _why_not(members)) is not None:
+                log.info("%s: %s stay apart: %s", name, ", ".join(group), reason)
+                continue
+            fused = _fuse(members)
+            for index, member in enumerate(group):
+                setattr(parent, member, Part(fused, index).train(parent.training))
+            count += 1
+    return count
+
+
+def _why_not(members: list[Any]) -> str | None:
+    first = members[0]
+    for a, b in pairwise(members):
+        if type(a) is not type(b) or a.in_features != b.in_features or (a.bias is None) != (b.bias is None):
+            return "they differ in kind, columns or bias"
+    if not all(member.quantised.tiled for member in members):
+        return "their shapes don't suit tiles"
+    if isinstance(first, QuantLinear4):
+        if any(member.nested_absmax is not None for member in members):
+            return "double quantisation has an offset per linear"
+        if any(m.blocksize != first.blocksize or m.quant_type != first.quant_type for m in members):
+            return "they differ in blocksize or code"
+    return None
+
+
+def _fuse(members: list[Any]) -> Fused:
+    sizes = tuple(member.out_features for member in members)
+    first = members[0]
+    n, k = sum(sizes), first.in_features
+    packed = torch.cat([member.packed for member in members])
+    absmax = torch.cat([member.absmax for member in members], dim=-1)
+    bias = None if first.bias is None else torch.cat([member.bias.detach() for member in members])
+    whole: QuantLinear4 | QuantLinear8
+    if isinstance(first, QuantLinear4):
+        weight = Weight4(n, k, first.blocksize, packed, absmax, first.code)
+        whole = QuantLinear4(weight, bias, quant_type=first.quant_type, compute_dtype=first.compute_dtype)
+    else:
+        whole = QuantLinear8(Weight8(n, k, packed, absmax), bias)
+    whole.batch_invariant = first.batch_invariant
+    return Fused(whole, sizes)
+
+
+def _rows4(weight: Weight4, rows: slice) -> Weight4:
+    packed = weight.packed[rows.start // 16 : rows.stop // 16]
+    absmax = weight.absmax[:, rows]
+    return Weight4(rows.stop - rows.start, weight.k, weight.blocksize, packed, absmax, weight.code)
+
+
+def _rows8(weight: Weight8, rows: slice) -> Weight8:
+    packed = weight.packed[rows.start // 16 : rows.stop // 16]
+    return Weight8(rows.stop - rows.start, weight.k, packed, weight.absmax[rows])
