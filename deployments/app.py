@@ -62,7 +62,7 @@ def _pool(settings: Settings, model: ModelSettings, pool: PoolSettings, ledger: 
         num_replicas=pool.replicas,
         # The ledger decides who waits; Serve must never queue before it.
         max_ongoing_requests=2 * pool.max_sequences + 16,
-        ray_actor_options={"num_cpus": pool.cpus or ACTOR_CPUS, "num_gpus": _gpus(pool)},
+        ray_actor_options=_actor_options(pool),
         request_router_config=router_config(),
         logging_config={"enable_access_log": False},
         health_check_period_s=2,
@@ -72,11 +72,21 @@ def _pool(settings: Settings, model: ModelSettings, pool: PoolSettings, ledger: 
     return deployment.bind(model, pool, _replicas_on_cpu(settings), ledger)
 
 
+def _actor_options(pool: PoolSettings) -> dict[str, Any]:
+    """What one replica asks of Ray."""
+    options: dict[str, Any] = {"num_cpus": pool.cpus or ACTOR_CPUS, "num_gpus": _gpus(pool)}
+    if pool.accelerator_type:
+        options["accelerator_type"] = pool.accelerator_type
+    if pool.resources:
+        options["resources"] = dict(pool.resources)
+    return options
+
+
 def _gpus(pool: PoolSettings) -> int:
     """GPUs that one replica asks Ray for: all its stages, or none where the pool runs on virtual CPU devices."""
-    if pool.device == "auto":
+    if pool.device == "auto" and not pool.accelerator_type:
         return pool.stage_count if ray.cluster_resources().get("GPU", 0) > 0 else 0
-    return pool.stage_count if pool.device == "cuda" else 0
+    return 0 if pool.device == "cpu" else pool.stage_count
 
 
 def _replicas_on_cpu(settings: Settings) -> int:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["plan"]:
         from placement.__main__ import main as plan
 
-        return plan(arguments[1:])
+        return plan(arguments[1:], prog="headroom plan")
     options = _arguments().parse_args(arguments)
     try:
         if options.command == "serve":
@@ -69,7 +69,9 @@ def serve(file: ConfigFile, show_logs: bool = False, dashboard: bool = False) ->
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs start with it ignored
         signal.signal(number, _interrupt)
     home = state_folder()
+    check_own_resources(file.config.application.args)
     ready = preflight.check(file, home, os.environ, _say)
+    check_accelerators(ready.survey)
     _print_plans(ready.survey)
     ray = LocalRay(home, cpus=probe.cpu_cores(), show_logs=show_logs, dashboard=dashboard)
     try:
@@ -84,6 +86,36 @@ def serve(file: ConfigFile, show_logs: bool = False, dashboard: bool = False) ->
         ready.port_claim.close()
         _say(f"stopped; logs of this run are in {home / 'logs'}")
     return 0
+
+
+def check_own_resources(settings: Settings) -> None:
+    """No pool asks for custom resources, which a Ray of our own doesn't have.
+
+    Raises:
+        ConfigError: one does; it would wait for ever.
+    """
+    for pool in (pool for model in settings.models for pool in model.pools):
+        if pool.resources:
+            raise ConfigError(
+                f"pool {pool.name} asks for {', '.join(pool.resources)}, which only a Ray cluster can have that was "
+                "started with it; remove `resources`, or deploy to that cluster with `serve run`"
+            )
+
+
+def check_accelerators(survey: Survey) -> None:
+    """This machine has the kind of GPU that each pool asks for, as far as it is known.
+
+    Raises:
+        ConfigError: it doesn't; the pool would wait for ever.
+    """
+    for planned in survey.pools:
+        asked = planned.pool.accelerator_type
+        there = {s.gpu.accelerator_type if s.gpu.device_type == "cuda" else "no GPU" for s in planned.plan.stages}
+        if asked and (wrong := there - {asked, None}):
+            raise ConfigError(
+                f"pool {planned.pool.name} asks for accelerator_type {asked}, and this machine has "
+                f"{', '.join(sorted(map(str, wrong)))}; change it or remove it"
+            )
 
 
 def _start(ray: LocalRay, file: ConfigFile) -> None:

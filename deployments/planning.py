@@ -52,6 +52,7 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             max_sequences=pool.max_sequences,
             max_context=pool.max_context,
             max_memory=pool.max_memory if on_gpu else None,
+            goal=pool.goal,
         )
     except PlacementError as error:
         raise ConfigError(f"pool {pool.name}: {error}") from error

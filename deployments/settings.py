@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deployments.errors import ConfigError
 from placement.errors import PlacementError
 from placement.hardware import parse_bytes
+from placement.solver import Goal
 
 Quantization = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
 
@@ -36,6 +37,12 @@ class PoolSettings(_Strict):
     max_memory: dict[int, str | int] = {}
     """Cap per device, "600MB" or bytes; bounds everything but the CUDA context. A virtual CPU device without an
     entry gets `cpu_device_memory`."""
+    goal: Goal = "throughput"
+    """What the plan is the best at: throughput, capacity or latency."""
+    accelerator_type: Annotated[str, Field(min_length=1)] | None = None
+    """The kind of GPU that a replica's node must have, by Ray's name: H100, L4, ..."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Custom Ray resources that a replica asks for, to land on nodes that were started with them."""
     cpu_device_memory: str | int = "1GB"
     block_size: Annotated[int, Field(ge=1, le=256)] = 16
     """Tokens per KV block."""
@@ -67,6 +74,14 @@ class PoolSettings(_Strict):
             raise ValueError(f"max_memory names device {max(self.max_memory)}, but stages is {self.stages}")
         if self.stages is None and sorted(self.max_memory) != list(range(len(self.max_memory))):
             raise ValueError("max_memory must name devices 0, 1, ... without gaps, or give `stages`")
+        return self
+
+    @model_validator(mode="after")
+    def _accelerators_are_gpus(self) -> PoolSettings:
+        if self.accelerator_type and self.device == "cpu":
+            raise ValueError(f"accelerator_type is {self.accelerator_type}, but device is cpu; drop one of the two")
+        if taken := {"CPU", "GPU", "memory", "object_store_memory"} & self.resources.keys():
+            raise ValueError(f"resources are Ray's custom ones, not {', '.join(sorted(taken))}; use stages or cpus")
         return self
 
     @property
