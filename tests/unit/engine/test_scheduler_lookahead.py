@@ -232,6 +232,42 @@ def test_nobody_is_admitted_while_an_older_one_waits_for_a_block() -> None:
     assert shape(plan(scheduler, 0)) == [("old", 8, 1)]
 
 
+def test_nobody_takes_the_block_that_an_older_one_waits_for() -> None:
+    scheduler = make(num_blocks=5, slots=2)
+    for index, (name, length) in enumerate({"old": 4, "other": 4, "taker": 4, "young": 1}.items()):
+        scheduler.add(name, prompt(length, 1000 * index), max_tokens=8)
+    for step in [plan(scheduler, 0), plan(scheduler, 1)]:
+        done(scheduler, step)
+    step = plan(scheduler, 1)
+    assert shape(step) == [("taker", 4, 1), ("young", 1, 1)]
+    assert scheduler.schedule(0) is None, "old needs a second block, and so does other"
+    done(scheduler, step)
+    for position in range(5, 8):
+        step = plan(scheduler, 1)
+        assert shape(step) == [("taker", position, 1)], "young is held back"
+        done(scheduler, step)
+    scheduler.abort("other")
+    assert scheduler._blocks.free_blocks == 1
+    assert scheduler.schedule(1) is None, "taker needs a third block"
+    assert shape(plan(scheduler, 0)) == [("old", 4, 1)]
+
+
+def test_a_prompt_in_chunks_is_held_back_as_well() -> None:
+    scheduler = ahead(num_blocks=5, max_batch_tokens=8, prefill_chunk_tokens=1)
+    scheduler.add("old", prompt(4), max_tokens=8)
+    scheduler.add("young", prompt(12, 1000), max_tokens=8)
+    steps = [plan(scheduler), plan(scheduler)]
+    for position in range(5, 8):
+        done(scheduler, steps.pop(0))
+        steps.append(plan(scheduler))
+        assert shape(steps[-1]) == [("old", position, 1), ("young", position, 1)]
+    done(scheduler, steps.pop(0))
+    assert scheduler.schedule(0) is None, "old needs a third block"
+    done(scheduler, steps.pop(0))
+    assert shape(plan(scheduler)) == [("old", 8, 1)]
+    assert scheduler.sequence("young").preemptions == 1
+
+
 def test_after_a_failed_step_nothing_of_its_requests_is_cached() -> None:
     scheduler = ahead(max_batch_tokens=4)
     scheduler.add("a", prompt(12), max_tokens=9)
