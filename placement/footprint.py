@@ -210,7 +210,7 @@ def footprint(
     if source.gguf is not None:
         check_gguf(source.name, modules, source.gguf)
     else:
-        modules = reconcile(source.name, modules, source.headers, prequantized=recipe.prequantized)
+        modules = reconcile(source.name, modules, source.headers, recipe)
     doubled = isinstance(recipe, FourBit) and recipe.double_quant
     return Footprint(
         source.name, recipe.name, doubled, dtype, modules, skeleton.geometry, recipe.prequantized, skeleton.left_out

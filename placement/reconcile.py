@@ -11,31 +11,41 @@ from dataclasses import replace
 from placement.errors import PlacementError
 from placement.footprint import Module, Tensor
 from placement.headers import Gguf, Headers, TensorHeader, same_values
+from placement.recipe import Grouped, Recipe
 
-_FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _BITSANDBYTES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _OFFSET_BYTES = 4
 _GROUPED = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
-def reconcile(name: str, modules: tuple[Module, ...], headers: Headers, *, prequantized: bool) -> tuple[Module, ...]:
+def reconcile(name: str, modules: tuple[Module, ...], headers: Headers, recipe: Recipe) -> tuple[Module, ...]:
     """`modules` with what the safetensors headers know better.
 
     Args:
         name: the model's, for errors.
-        prequantized: the checkpoint is quantised already, so what a linear's weight takes is what is stored of it.
+        recipe: where it is the checkpoint's own, a linear's weight takes what is stored of it; and where that is
+            bitsandbytes', transformers leaves the other weights in the dtype in which they are stored.
 
     Raises:
         PlacementError: a shape in the checkpoint contradicts the config.
     """
     untied = _untied(modules, headers)
+    modules = tuple(
+        replace(module, tensors=tuple(replace(t, storage=untied.get(t.name, t.storage)) for t in module.tensors))
+        for module in modules
+    )
+    # A tied tensor is stored under one of its names.
+    plain = {
+        t.storage: header
+        for module in modules
+        for t in module.tensors
+        if (header := _find(headers, t.name)) is not None
+    }
     return tuple(
         replace(
             module,
-            tensors=tuple(
-                _reconciled(name, replace(t, storage=untied.get(t.name, t.storage)), headers, prequantized=prequantized)
-                for t in module.tensors
-            ),
+            tensors=tuple(_reconciled(name, t, headers, plain.get(t.storage), recipe) for t in module.tensors),
         )
         for module in modules
     )
@@ -62,14 +72,14 @@ def _untied(modules: tuple[Module, ...], headers: Headers) -> dict[str, str]:
     return untied
 
 
-def _reconciled(model: str, tensor: Tensor, headers: Headers, *, prequantized: bool) -> Tensor:
-    plain = _find(headers, tensor.name)
-    if prequantized and tensor.name.endswith(".weight"):
+def _reconciled(model: str, tensor: Tensor, headers: Headers, plain: TensorHeader | None, recipe: Recipe) -> Tensor:
+    if recipe.prequantized and tensor.name.endswith(".weight"):
         stored = _quantised_bytes(headers, tensor.name.removesuffix(".weight"))
         if stored is not None:
             return replace(tensor, linear=True, bytes=stored)
-        if plain is not None and plain.dtype in _FLOATS:
-            tensor = replace(tensor, linear=False, bytes=tensor.elements * tensor.itemsize)
+        if plain is not None and plain.dtype in _FLOAT_BYTES:
+            itemsize = tensor.itemsize if isinstance(recipe, Grouped) else _FLOAT_BYTES[plain.dtype]
+            tensor = replace(tensor, linear=False, itemsize=itemsize, bytes=tensor.elements * itemsize)
     if plain is not None and plain.shape not in (tensor.shape, tensor.shape[::-1]):
         raise PlacementError(
             f"{model}: {tensor.name} is {list(plain.shape)} in {plain.file.name}, and {list(tensor.shape)} by "
