@@ -30,6 +30,7 @@ def shortfall(problem: Problem) -> DoesNotFit:
         need[cut.device] = roomier.need(cut, question.least_blocks)
     knobs = (
         *_caps(question),
+        *_scaled_caps(problem),
         f"give each device {extra // _ROUND:,} MB more (max_memory, or devices with more memory)",
         *_narrower(question),
         *_devices(question),
@@ -66,6 +67,27 @@ def _caps(question: Question) -> Iterator[str]:
     if raises:
         more, device = min(raises)
         yield f"max_memory: {more:,} MB more for device {device}"
+
+
+def _scaled_caps(problem: Problem) -> Iterator[str]:
+    """All caps raised in one ratio, to a thousandth and whole megabytes: the least that fit."""
+    question, context = problem.question, [reserve.context for reserve in problem.reserves]
+    usable = [gpu.usable_bytes for gpu in question.devices]
+    caps = {i: budget - context[i] for i, budget in enumerate(question.budgets) if budget < usable[i]}
+    if len(caps) < 2:
+        return
+
+    def scaled(thousandths: int) -> dict[int, int]:
+        return {i: -(-cap * thousandths // (1000 * _ROUND)) for i, cap in caps.items()}
+
+    def raised(thousandths: int) -> Question:
+        budgets = {i: megabytes * _ROUND + context[i] for i, megabytes in scaled(thousandths).items()}
+        return replace(question, budgets=tuple(budgets.get(i, budget) for i, budget in enumerate(question.budgets)))
+
+    most = min((usable[i] - context[i] - _ROUND) * 1000 // cap for i, cap in caps.items())
+    if most > 1000 and _fits(raised(most)):
+        least = most - last(lambda less: _fits(raised(most - less)), 0, most - 1000)
+        yield f"max_memory: {','.join(f'{i}={size}MB' for i, size in scaled(least).items())}, in the same ratio"
 
 
 def _narrower(question: Question) -> Iterator[str]:

@@ -1,0 +1,54 @@
+"""A refusal under caps names the smallest caps of the same ratio: the least that fit, and they do."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from placement.errors import DoesNotFit
+from placement.hardware import Gpu
+from placement.plan import solve
+from tests.unit.placement.toy import toy_footprint
+
+MB = 10**6
+MODEL = toy_footprint([10 * MB] * 8, embedding=50 * MB)
+WISHES: dict[str, Any] = {"block_size": 4, "max_batch_tokens": 8, "max_sequences": 4, "max_context": 32}
+
+
+def knob(*gpus: Gpu, caps: dict[int, str | int]) -> dict[int, int] | None:
+    """The caps in megabytes that the refusal names."""
+    with pytest.raises(DoesNotFit) as refused:
+        solve(MODEL, gpus, **WISHES, max_memory=caps)
+    named = [text for text in refused.value.knobs if text.endswith("in the same ratio")]
+    if not named:
+        return None
+    return {int(device): int(size) for device, size in re.findall(r"(\d+)=(\d+)MB", named[0])}
+
+
+def fits(caps: dict[int, int]) -> bool:
+    try:
+        solve(MODEL, [Gpu("big", 10**11)] * 2, **WISHES, max_memory={i: cap * MB for i, cap in caps.items()})
+    except DoesNotFit:
+        return False
+    return True
+
+
+def test_the_least_caps_of_a_ratio() -> None:
+    caps = knob(Gpu("big", 10**11), Gpu("big", 10**11), caps={0: "60MB", 1: "100MB"})
+    assert caps is not None
+    assert abs(5 * caps[0] - 3 * caps[1]) <= 5
+    assert fits(caps)
+    assert not fits({0: caps[0] - 1, 1: caps[1] - 1})
+
+
+def test_no_caps_above_what_a_device_has() -> None:
+    # The context of 640 MiB on top of 70 MB is all that the smaller device has; 130 MB and a little more are needed.
+    small = Gpu("small", 640 * 2**20 + 70 * MB)
+    assert knob(small, small, caps={0: "30MB", 1: "30MB"}) is None
+
+
+def test_one_cap_has_no_ratio() -> None:
+    gpu = Gpu("gpu", 640 * 2**20 + 70 * MB)
+    assert knob(gpu, gpu, caps={1: "30MB"}) is None
