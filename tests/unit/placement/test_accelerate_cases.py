@@ -281,8 +281,8 @@ def test_what_fits_nowhere_is_refused_where_theirs_takes_the_disk() -> None:
 
 
 def test_t0pp(tmp_path: Path) -> None:
-    """T5 of 11 billion weights in 16 bits (`wo` in 32) on two GPUs and a CPU of 10 GB each: ours leaves a block less for
-    the CPU."""
+    """T5 of 11 billion weights in 16 bits (`wo` in 32) on two GPUs and a CPU of 10 GB each: ours leaves the CPU
+    a block less."""
     config = T5Config(
         d_model=4096,
         d_kv=64,
