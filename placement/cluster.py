@@ -236,13 +236,17 @@ class _Search:
 
     def _pack(self, offers: Offers, goals: list[Goal], limit: int) -> tuple[Packing, list[Group]]:
         """The best packing, and the groups that it speaks of by index."""
-        groups = list(dict.fromkeys(group for of_models in offers.values() for each in of_models for group in each))
+        found = dict.fromkeys(group for of_models in offers.values() for each in of_models for group in each)
+        groups = sorted(found, key=self._place_in_order)
         index = {group: i for i, group in enumerate(groups)}
         model = {wish.name: m for m, wish in enumerate(self.wishes)}
         items = [Item(m := model[g.wish.name], g.counts, g.speed.sequences, _worth(g, goals[m])) for g in groups]
         allowed = {node: [index[g] for each in of_models for g in each] for node, of_models in offers.items()}
         demands = [Demand(wish.concurrency, wish.share) for wish in self.wishes]
         return pack(self._nodes, items, demands, allowed, limit=limit), groups
+
+    def _place_in_order(self, group: Group) -> tuple[int, int, Counts]:
+        return self.wishes.index(group.wish), group.wish.quantization.index(group.quantization), group.counts
 
     @property
     def _nodes(self) -> list[Counts]:

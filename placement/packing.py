@@ -22,7 +22,7 @@ Counts = tuple[int, ...]
 State = tuple[int, ...]
 """Per model the sequences it can hold, never above those wished for; then per model the worth of its groups."""
 Groups = tuple[int, ...]
-"""The groups of one node, as indices of items."""
+"""The groups of one node, as indices of items, in rising order."""
 
 _SCALE = 10**6
 _T = TypeVar("_T")
@@ -88,7 +88,7 @@ def pack(
     states = reduce(packer.add, sets, none)
     state = max(states, key=packer.rank)
     waiting = iter(states[state])
-    groups = {counts: [next(waiting) for _ in range(alike[counts])] for counts in order}
+    groups = {counts: [tuple(sorted(next(waiting))) for _ in range(alike[counts])] for counts in order}
     return Packing(tuple(groups[counts].pop(0) for counts in nodes), state, packer.exact)
 
 
