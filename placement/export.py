@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from placement.errors import PlacementError
 from placement.hardware import DeviceType, format_bytes
-from placement.plan import Plan, Stage
+from placement.plan import Plan
 from placement.reserve import CONTEXT
 
 SCHEMA: Literal["headroom.plan/1"] = "headroom.plan/1"
@@ -131,11 +131,11 @@ def table(plan: Plan) -> str:
 
 
 def explain(plan: Plan) -> str:
-    """Every reserve of every stage with its reason, one per line."""
+    """Every byte of every stage with its reason, one line per part."""
     lines = []
     for stage in plan.stages:
         lines.append(f"device {stage.device} ({stage.gpu.name}), layers {stage.layers[0]} to {stage.layers[1] - 1}:")
-        lines.append(f"  weights {stage.weight_bytes:,} bytes: {_contents(stage)}")
+        lines += [f"  {term.name} {term.bytes:,} bytes: {term.why}" for term in stage.weights]
         lines.append(
             f"  KV cache {plan.kv_bytes(stage):,} bytes: {plan.num_blocks:,} blocks and 1 scratch block "
             f"of {stage.kv_block_bytes:,}"
@@ -143,13 +143,6 @@ def explain(plan: Plan) -> str:
         lines += [f"  {term.name} {term.bytes:,} bytes: {term.why}" for term in stage.reserve]
         lines.append(f"  free {plan.unused_bytes(stage):,} of {stage.budget_bytes:,} bytes")
     return "\n".join(lines)
-
-
-def _contents(stage: Stage) -> str:
-    others = [name for name in stage.modules if not name.rpartition(".")[2].isdigit()]
-    layers = f"{stage.layers[1] - stage.layers[0]} layers"
-    copies = [f"a copy of {name}" for name in stage.copies]
-    return ", ".join((layers, *others, *copies))
 
 
 def title(plan: Plan) -> str:

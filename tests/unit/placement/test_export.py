@@ -11,10 +11,11 @@ import pytest
 
 from placement import export
 from placement.errors import PlacementError
-from placement.hardware import Gpu
-from placement.plan import Plan, Stage
+from placement.hardware import Gpu, virtual_cpu_devices
+from placement.plan import Plan, Stage, solve
 from placement.reserve import Term
 from placement.schema import plan_schema
+from tests.unit.placement.toy import toy_footprint
 
 STAGES = (
     Stage(0, Gpu("a", 2000), (0, 2), ("embed", "layers.0", "layers.1", "rotary"), (), 700,
@@ -127,7 +128,31 @@ def test_table() -> None:
     ]
 
 
-def test_explanation_says_every_term() -> None:
-    text = export.explain(PLAN)
-    for part in ("context 100 bytes: c", "workspace 5,000,000 bytes: w", "a copy of rotary", "1 layers, norm, head"):
-        assert part in text
+def test_explanation_says_what_every_byte_is_for() -> None:
+    weights = (Term("embedding", 300, "embed"), Term("layers", 400, "2 layers"))
+    text = export.explain(replace(PLAN, stages=(replace(STAGES[0], weights=weights), STAGES[1])))
+    assert text.splitlines()[:7] == [
+        "device 0 (a), layers 0 to 1:",
+        "  embedding 300 bytes: embed",
+        "  layers 400 bytes: 2 layers",
+        "  KV cache 210 bytes: 20 blocks and 1 scratch block of 10",
+        "  context 100 bytes: c",
+        "  activations 50 bytes: a",
+        "  free 940 of 2,000 bytes",
+    ]
+    assert "  workspace 5,000,000 bytes: w" in text
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_stages_weights_add_up(devices: int, tied: bool) -> None:
+    weighed = toy_footprint([10_000] * 4, embedding=30_000, head=500, tied=tied)
+    gpus = virtual_cpu_devices(("250kB",) * devices)
+    plan = solve(weighed, gpus, block_size=4, max_batch_tokens=8, max_sequences=4, max_context=32)
+    assert len(plan.stages) == devices
+    for stage in plan.stages:
+        assert sum(term.bytes for term in stage.weights) == stage.weight_bytes
+    first = {term.name: term.bytes for term in plan.stages[0].weights}
+    assert (first["embedding"], first["layers"]) == (30_000, 40_000 // devices)
+    head = {(False, 1): 501, (False, 2): 501, (True, 1): 1, (True, 2): 30_001}[tied, devices]
+    assert next(term.bytes for term in plan.stages[-1].weights if term.name == "head") == head
