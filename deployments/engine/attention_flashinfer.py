@@ -1,0 +1,231 @@
+"""The FlashInfer backend: paged attention on CUDA, planned on the host once per step and kind of layer.
+
+Blocks newly taken may hold NaN that another request left, and need no clearing: FlashInfer masks by length. Behind a
+sequence's last token its kernels load values as zeros, and keys as they come but with their scores set to minus
+infinity before anything is made of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deployments.engine.attention import AttentionBackend, Scoring, StepLayout
+from deployments.engine.attention_staging import HostStep, StagingPool
+from deployments.engine.attention_tables import Shape, Tables, pack
+from deployments.engine.flashinfer_kernels import Call, Kind, Planned, Progress, Room, Workspace
+
+log = logging.getLogger(__name__)
+
+
+class Kernels(Protocol):
+    """What the backend asks of the kernels on a device; see `FlashInferKernels`."""
+
+    @property
+    def model(self) -> Hashable:
+        """Devices of one model can share plans."""
+
+    def room(self, kind: Kind, *, sequences: int, rows: int) -> Room:
+        """Memory for steps of up to so many sequences and rows."""
+
+    def compile(self, kinds: Iterable[Kind], progress: Progress) -> None:
+        """Make ready to run `kinds`."""
+
+    def plan(self, kind: Kind, host: Tables, block_size: int, space: Workspace, pinned: Tensor) -> Planned:
+        """Distribute a step over the device, through `pinned`."""
+
+    def append(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, tables: Tables) -> None:
+        """Write rows to the blocks."""
+
+    def run(self, call: Call, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend over the blocks."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest steps that a replica takes: buffers are made for them once, because graphs keep their places."""
+
+    max_sequences: int
+    max_rows: int
+    """Padding included."""
+    max_blocks_per_sequence: int
+
+    @property
+    def table_size(self) -> int:
+        """Integers of the largest step's tables. Each padding row is a sequence of one block."""
+        pages = self.max_sequences * self.max_blocks_per_sequence + self.max_rows
+        return Shape(self.max_rows, self.max_rows, pages).size
+
+
+class FlashInferAttention(AttentionBackend):
+    """Paged attention by FlashInfer's kernels on one device.
+
+    Which kinds of layers there are it learns from the first step that runs them. From then on `prepare` plans them all,
+    so that a captured graph may be replayed.
+
+    Args:
+        block_size: tokens per KV block.
+        num_blocks: blocks of sequences, and so the id of the scratch block behind them.
+        limits: of the largest step.
+        device: where the blocks are.
+        kernels: of this device.
+        pool: shared by all stages' backends.
+    """
+
+    name = "flashinfer"
+    capturable = True
+
+    def __init__(
+        self,
+        block_size: int,
+        num_blocks: int,
+        limits: Limits,
+        device: torch.device,
+        kernels: Kernels,
+        pool: StagingPool,
+    ) -> None:
+        super().__init__()
+        self._block_size = block_size
+        self._scratch = num_blocks
+        self._limits = limits
+        self._device = device
+        self._kernels = kernels
+        self._pool = pool
+        self._buffer = torch.zeros(limits.table_size, dtype=torch.int32, device=device)
+        self._tables: Tables | None = None
+        self._step: HostStep | None = None
+        self._warm: set[Kind] = set()
+        self._floats: dict[int, Tensor] = {}
+        """By size: layers follow each other, so kinds share them."""
+        self._spaces: dict[Kind, Workspace] = {}
+        self._planned: dict[Kind, Planned] = {}
+        self._decoded: dict[tuple[Kind, int], tuple[int, ...]] = {}
+        """By number of decodes: the `Planned.info` that a graph may have kept."""
+
+    @property
+    def bytes(self) -> int:
+        """Device memory held beside the blocks."""
+        spaces = [self._buffer, *self._floats.values(), *(space.ints for space in self._spaces.values())]
+        return sum(tensor.nbytes for tensor in spaces)
+
+    def warm(self, kinds: Iterable[Kind], progress: Progress) -> None:
+        """Load the kernels of `kinds`, compiling what the cache does not have; `progress` hears of each.
+
+        Raises:
+            ConfigError: a kernel does not compile.
+        """
+        new = [kind for kind in dict.fromkeys(kinds) if kind not in self._warm]
+        if new:
+            self._kernels.compile(new, progress)
+            self._warm.update(new)
+
+    @torch.inference_mode()
+    def prepare(self, layout: StepLayout) -> None:
+        """Upload the step's tables and plan all kinds of layers; what another stage's backend did is taken over.
+
+        Raises:
+            ValueError: the step is larger than the limits.
+        """
+        step = self._host_step(layout)
+        shape = step.tables.shape
+        self._buffer[: shape.size].copy_(step.staging.tables[: shape.size], non_blocking=True)
+        self._tables = Tables.view(self._buffer, shape)
+        self._step = step
+        self._planned = {kind: self._plan(kind, step) for kind in self._spaces}
+        self._note_copies(step)
+
+    @torch.inference_mode()
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, how: Scoring) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        tables, step = self._tables, self._step
+        if tables is None or step is None:
+            raise RuntimeError("no step was prepared for")
+        _, heads, rows, head_dim = query.shape
+        if rows != tables.shape.rows:
+            raise ValueError(f"attention got {rows} rows in a step that was prepared for {tables.shape.rows}")
+        kind = Kind(heads, keys.shape[2], head_dim, query.dtype, keys.dtype, how.window, how.softcap)
+        planned = self._planned.get(kind) or self._learn(kind, step)
+        self._kernels.append(_rows(key), _rows(value), keys, values, tables)
+        call = Call(kind, planned, tables, self._spaces[kind], how.scale)
+        return self._kernels.run(call, _rows(query), keys, values)[None]
+
+    def _host_step(self, layout: StepLayout) -> HostStep:
+        key = (FlashInferAttention, layout.padding)
+        if key not in layout.shared:
+            staging = self._pool.take()
+            shape = pack(layout.padded(self._scratch), self._block_size, staging.tables.numpy())
+            if shape.rows > self._limits.max_rows:
+                raise ValueError(f"a step has {shape.rows} rows, and attention was made for {self._limits.max_rows}")
+            step = layout.shared[key] = HostStep(staging, Tables.view(staging.tables, shape))
+            staging.step = weakref.ref(step)
+        found: HostStep = layout.shared[key]
+        return found
+
+    def _plan(self, kind: Kind, step: HostStep) -> Planned:
+        """Plan for this model of device, or copy what a stage on another device of the model has planned."""
+        key = (kind, self._kernels.model)
+        space = self._spaces[kind]
+        pinned = self._pool.plan(step.staging, key, space.ints.nbytes)
+        planned = step.plans.get(key)
+        if planned is None:
+            planned = step.plans[key] = self._kernels.plan(kind, step.tables, self._block_size, space, pinned)
+        else:
+            shape = step.tables.shape
+            used = self._kernels.room(kind, sequences=shape.sequences, rows=shape.rows).ints
+            space.ints[:used].copy_(pinned[:used], non_blocking=True)
+        if step.tables.shape.decodes:
+            self._check_graphs(kind, step.tables.shape.rows, tuple(planned.info))
+        return planned
+
+    def _check_graphs(self, kind: Kind, rows: int, info: tuple[int, ...]) -> None:
+        """A graph keeps the plan's sizes and places that it was captured with; they must be those of every plan."""
+        before = self._decoded.setdefault((kind, rows), info)
+        if info != before:
+            raise RuntimeError(
+                f"FlashInfer plans {rows} decodes as {list(info)}, where it planned {list(before)} before: "
+                "a CUDA graph of them would read the wrong memory"
+            )
+
+    def _learn(self, kind: Kind, step: HostStep) -> Planned:
+        """A kind that was not there when the step was prepared."""
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{kind} first appears in a CUDA graph's capture; run a step without a graph before")
+        self.warm([kind], log.info)
+        self._spaces[kind] = self._workspace(kind)
+        self._planned[kind] = self._plan(kind, step)
+        self._note_copies(step)
+        return self._planned[kind]
+
+    def _workspace(self, kind: Kind) -> Workspace:
+        room = self._kernels.room(kind, sequences=self._limits.max_rows, rows=self._limits.max_rows)
+        if room.floats not in self._floats:
+            self._floats[room.floats] = torch.zeros(room.floats, dtype=torch.uint8, device=self._device)
+        ints = torch.zeros(room.ints, dtype=torch.uint8, device=self._device)
+        return Workspace(self._floats[room.floats], ints)
+
+    def _note_copies(self, step: HostStep) -> None:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self._device))
+            step.staging.copied.append(event)
+
+
+def flashinfer_backends(
+    block_size: int, num_blocks: int, limits: Limits, devices: Iterable[tuple[torch.device, Kernels]]
+) -> tuple[FlashInferAttention, ...]:
+    """A backend for each stage's device, in order; they share pinned memory and plans."""
+    stages = list(devices)
+    pool = StagingPool(limits.table_size, pinned=stages[0][0].type == "cuda")
+    return tuple(FlashInferAttention(block_size, num_blocks, limits, *stage, pool) for stage in stages)
+
+
+def _rows(heads_first: Tensor) -> Tensor:
+    """[1, heads, T, head_dim] as [T, heads, head_dim], a head's elements next to each other."""
+    rows = heads_first[0].transpose(0, 1)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,0 +1,111 @@
+"""A step's block tables as paged kernels read them: flat int32 arrays, packed into one buffer so that one copy uploads
+them. Where each array starts follows from the number of sequences and rows alone, so that a captured graph finds the
+tables of every later step of its size in the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deployments.engine.attention import RowSpan
+
+_ALIGN = 4
+"""Every array starts at a multiple of so many integers: 16 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What one step's tables hold."""
+
+    sequences: int
+    rows: int
+    pages: int
+    """Entries of all block tables together."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every sequence has one row."""
+        return self.sequences == self.rows
+
+    @property
+    def size(self) -> int:
+        """Integers of the packed tables."""
+        return self._starts()[-1] + self.pages
+
+    def _starts(self) -> list[int]:
+        """Where query_starts, page_starts, last_page_tokens, lengths, row_sequences, positions and pages start."""
+        sizes = (*(2 * [self.sequences + 1]), *(2 * [self.sequences]), *(2 * [self.rows]))
+        return list(accumulate((-(-size // _ALIGN) * _ALIGN for size in sizes), initial=0))
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Views of a buffer of packed tables, on the host or on a device; int32."""
+
+    shape: Shape
+    query_starts: Tensor
+    """[sequences + 1]: first row of each sequence, and the number of rows."""
+    page_starts: Tensor
+    """[sequences + 1]: first entry of each sequence in `pages`, and the number of entries."""
+    last_page_tokens: Tensor
+    """[sequences]: tokens in each sequence's last page, those of the step included."""
+    lengths: Tensor
+    """[sequences]: tokens of each sequence, those of the step included."""
+    row_sequences: Tensor
+    """[rows]: each row's sequence."""
+    positions: Tensor
+    """[rows]: each row's position in its sequence."""
+    pages: Tensor
+    """[pages, or to the buffer's end]: the sequences' blocks."""
+
+    @classmethod
+    def view(cls, buffer: Tensor, shape: Shape) -> Tables:
+        """The tables in a buffer filled by `pack`, or by a copy of it. `pages` runs to the buffer's end, so that a
+        captured graph holds for any number of them."""
+        starts = shape._starts()
+        sizes = [shape.sequences + 1, shape.sequences + 1, shape.sequences, shape.sequences, shape.rows, shape.rows]
+        parts = [buffer[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        return cls(shape, *parts, pages=buffer[starts[-1] :])
+
+
+def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32]) -> Shape:
+    """Write the tables of the spans' rows, in order, to the front of `out`.
+
+    Raises:
+        ValueError: `out` is too small.
+    """
+    starts = np.array([span.start for span in spans], np.int32)
+    counts = np.array([span.count for span in spans], np.int32)
+    lengths = starts + counts
+    needs = -(-lengths // block_size)
+    shape = Shape(len(spans), int(counts.sum()), int(needs.sum()))
+    if shape.size > len(out):
+        raise ValueError(
+            f"the block tables of {shape.sequences} sequences with {shape.rows} rows and {shape.pages} blocks are "
+            f"{shape.size} integers, and the attention backend was made for {len(out)}"
+        )
+    pages = [_as_array(span.block_table)[:need] for span, need in zip(spans, needs.tolist(), strict=True)]
+    rows = np.cumsum(counts)
+    at = shape._starts()
+    out[at[0]] = out[at[1]] = 0
+    out[at[0] + 1 : at[0] + 1 + len(spans)] = rows
+    out[at[1] + 1 : at[1] + 1 + len(spans)] = np.cumsum(needs)
+    out[at[2] : at[2] + len(spans)] = lengths - (needs - 1) * block_size
+    out[at[3] : at[3] + len(spans)] = lengths
+    out[at[4] : at[4] + shape.rows] = np.repeat(np.arange(len(spans), dtype=np.int32), counts)
+    out[at[5] : at[5] + shape.rows] = np.arange(shape.rows) + np.repeat(lengths - rows, counts)
+    np.concatenate(pages, out=out[at[6] : shape.size])
+    return shape
+
+
+@lru_cache(maxsize=1024)
+def _as_array(table: tuple[int, ...]) -> NDArray[np.int32]:
+    """A block table stays the same for a block's worth of decodes, and hashing it takes a fraction of converting it."""
+    return np.array(table, np.int32)

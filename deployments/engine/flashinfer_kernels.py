@@ -1,0 +1,378 @@
+"""FlashInfer's paged attention kernels: what they fit, what memory they need, how they are planned and run.
+
+The only file that knows FlashInfer's functions, those of version 0.6.14. They are called below FlashInfer's wrapper
+classes: a wrapper is bound to one batch size and to one pinned buffer, keeps 16 MB for itself and uploads its own
+tables, so that with wrappers neither could a step's uploads be one copy nor its plan serve the stages on other GPUs.
+
+A decode of few query heads per KV head runs on CUDA cores. With `TENSOR_CORE_GROUP` or more it runs as a prefill of one
+row per sequence, on tensor cores, where the group's heads fill a tile. A step with chunks is one prefill of all rows.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deployments.engine.attention_tables import Shape, Tables
+from deployments.errors import ConfigError
+from deployments.home import state_folder
+
+VERSION = "0.6.14"
+TENSOR_CORE_GROUP = 4
+"""Query heads per KV head from which a decode runs on tensor cores. (On CUDA cores only 1, 2, 3, 4 and 8 exist.)"""
+
+_HEAD_DIMS = (64, 128, 256)
+_FP8 = torch.float8_e4m3fn
+_THREADS = 1024
+"""Most threads of a CUDA block."""
+_NHD, _NO_ROTARY, _EVERY_KEY, _CAUSAL = 0, 0, 0, 1
+"""FlashInfer's codes: of the blocks' layout, of positions encoded in the kernel, and of masks."""
+_CTAS_PER_SM = 2
+"""What FlashInfer's scheduler counts on for a prefill."""
+_MOST_CTAS_PER_SM = 16
+"""Bound on the occupancy of FlashInfer's decode kernel: 2,048 threads of an SM, 128 in a block."""
+
+Method = Literal["decode", "prefill"]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Attention calls that one kernel and one plan serve."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    """Of queries and output."""
+    kv_dtype: torch.dtype
+    window: int | None
+    softcap: float | None
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def window_left(self) -> int:
+        """Keys seen before a row's own; -1: all."""
+        return -1 if self.window is None else self.window - 1
+
+    def method(self, *, decodes: bool) -> Method:
+        """The kernel that a step takes."""
+        return "decode" if decodes and self.group < TENSOR_CORE_GROUP else "prefill"
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of the buffers that a kind's plans and runs need, for steps of up to so many sequences and rows."""
+
+    floats: int
+    """On the device: what parts of a sequence give, before they are merged."""
+    ints: int
+    """On the device and pinned: the plan."""
+
+    @classmethod
+    def of(cls, kind: Kind, sms: int, *, sequences: int, rows: int) -> Room:
+        """Upper bounds of what FlashInfer's scheduler (`PrefillPlan`, `DecodePlan`) takes from its workspaces.
+
+        Args:
+            sms: the device's multiprocessors.
+        """
+        split = _split_limit(kind, sms)
+        tile, decode_tile = (64 if kind.head_dim >= 256 else 128), _decode_tile(kind)
+        parts = split * max(tile, 2 * decode_tile)
+        ctas = max(2 * split, rows * kind.group // 16 + 1 + sequences)
+        if kind.group < TENSOR_CORE_GROUP:
+            decode_ctas = _MOST_CTAS_PER_SM * sms // kind.kv_heads
+            parts, ctas = max(parts, decode_ctas), max(ctas, decode_ctas)
+        # Per CTA three indices and a flag, per row and sequence an offset.
+        ints = 13 * ctas + 4 * (rows + sequences) + 512
+        return cls(parts * kind.heads * (kind.head_dim + 1) * 4 + 512, -(-ints // 16) * 16)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Buffers of one kind on one device. Steps follow each other on one stream, so they share them."""
+
+    floats: Tensor
+    ints: Tensor
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How a kind's kernel runs one step."""
+
+    method: Method
+    mask: int
+    info: Sequence[int]
+    """FlashInfer's: sizes, and offsets into the workspace."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer's attention runs with, beside its tensors."""
+
+    kind: Kind
+    planned: Planned
+    tables: Tables
+    """On the device."""
+    space: Workspace
+    scale: float
+
+
+class FlashInferKernels:
+    """The kernels on one device.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        _import()
+        properties = torch.cuda.get_device_properties(device)
+        self._sms: int = properties.multi_processor_count
+        self._dependent_launch = properties.major >= 9
+        self.model: Hashable = (properties.name, self._sms)
+        """Devices of one model can share plans."""
+
+    def room(self, kind: Kind, *, sequences: int, rows: int) -> Room:
+        """See `Room.of`."""
+        return Room.of(kind, self._sms, sequences=sequences, rows=rows)
+
+    def compile(self, kinds: Iterable[Kind], progress: Progress) -> None:
+        """Load the kernels of `kinds`, compiled where the cache has none; `progress` hears of each.
+
+        Raises:
+            ConfigError: a kernel does not compile.
+        """
+        jobs: dict[str, Callable[[], object]] = {}
+        for kind in kinds:
+            jobs |= _builds(kind)
+        progress(f"FlashInfer: loading {len(jobs)} kernels; one that is new takes about a minute to compile, once")
+        began = time.monotonic()
+        with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+            names = {pool.submit(build): name for name, build in jobs.items()}
+            for done, future in enumerate(as_completed(names), start=1):
+                if (error := future.exception()) is not None:
+                    raise ConfigError(_reason(names[future], error)) from error
+                seconds = time.monotonic() - began
+                progress(f"FlashInfer: kernel {done} of {len(jobs)} ready after {seconds:.0f} s ({names[future]})")
+
+    def plan(self, kind: Kind, host: Tables, block_size: int, space: Workspace, pinned: Tensor) -> Planned:
+        """Distribute a step over the device: work on the host, and a copy of `pinned` to `space` on the current
+        stream. `pinned` may be written again only after that copy.
+
+        All steps of as many decodes get the same `info`, so that a captured graph stays true.
+
+        Args:
+            host: the step's tables, in host memory.
+            pinned: uint8, of the size of `space.ints`.
+        """
+        decodes = host.shape.decodes
+        buffers = (space.floats, space.ints, pinned)
+        if kind.method(decodes=decodes) == "decode":
+            return Planned("decode", _EVERY_KEY, self._plan_decode(kind, host, block_size, buffers))
+        mask = _EVERY_KEY if decodes else _CAUSAL
+        return Planned("prefill", mask, self._plan_prefill(kind, host, block_size, buffers))
+
+    def _plan_decode(self, kind: Kind, host: Tables, block_size: int, buffers: tuple[Tensor, ...]) -> Sequence[int]:
+        info: Sequence[int] = _decode_module(kind).plan(
+            *buffers,
+            host.page_starts,
+            host.shape.sequences,
+            kind.heads,
+            kind.kv_heads,
+            block_size,
+            True,  # captured
+            kind.window_left,
+            kind.softcap or 0.0,
+            kind.head_dim,
+            kind.head_dim,
+            torch.empty(0, dtype=kind.dtype),
+            torch.empty(0, dtype=kind.kv_dtype),
+        )
+        return info
+
+    def _plan_prefill(self, kind: Kind, host: Tables, block_size: int, buffers: tuple[Tensor, ...]) -> Sequence[int]:
+        shape = host.shape
+        info: Sequence[int] = _prefill_module(kind).plan(
+            *buffers,
+            host.query_starts,
+            host.page_starts,
+            host.lengths,
+            shape.rows,
+            shape.sequences,
+            kind.heads,
+            kind.kv_heads,
+            block_size,
+            shape.decodes and not fills(kind, self._sms, shape),
+            kind.head_dim,
+            kind.head_dim,
+            not shape.decodes,
+            kind.window_left,
+            -1,  # parts of a size that fits the device
+            False,  # sequences may be split
+            0,
+        )
+        return info
+
+    def append(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, tables: Tables) -> None:
+        """Write rows [T, kv_heads, head_dim] to the blocks, in one kernel."""
+        from flashinfer.page import append_paged_kv_cache
+
+        append_paged_kv_cache(
+            key,
+            value,
+            tables.row_sequences,
+            tables.positions,
+            (keys, values),
+            tables.pages,
+            tables.page_starts,
+            tables.last_page_tokens,
+        )
+
+    def run(self, call: Call, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend with queries [T, heads, head_dim] over the blocks; [T, heads, head_dim]. Can be captured."""
+        kind, planned, tables, space = call.kind, call.planned, call.tables, call.space
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        pages = (tables.page_starts, tables.pages, tables.last_page_tokens)
+        workspace = (space.floats, space.ints, planned.info)
+        softcap = kind.softcap or 0.0
+        rope_scale, rope_theta = 1.0, 1e4  # read by kernels that encode positions, which these do not
+        if planned.method == "decode":
+            _decode_module(kind).run(
+                *(*workspace, query, keys, values, *pages, out, None),
+                *(_NHD, kind.window_left, self._dependent_launch, None, softcap, call.scale, rope_scale, rope_theta),
+            )
+        else:
+            _prefill_module(kind).paged_run(
+                *(*workspace, query, keys, values, tables.query_starts, *pages, out, None),
+                *(planned.mask, _NHD, kind.window_left, self._dependent_launch),
+                *(None, None, None, None, None, None),  # masks, slopes and items of other variants
+                *(softcap, call.scale, None, None, None, rope_scale, rope_theta),
+                *(0, space.floats.nbytes),
+            )
+        return out
+
+
+def fills(kind: Kind, sms: int, shape: Shape) -> bool:
+    """Whether decodes fill the device without any sequence split.
+
+    FlashInfer then splits none, but in its mode for graphs it would still write parts and merge them. Its other mode
+    does neither, and as nothing is ever split at this size its plan is the same for all steps of it.
+    """
+    return shape.sequences * -(-kind.group // _decode_tile(kind)) >= _split_limit(kind, sms)
+
+
+def _split_limit(kind: Kind, sms: int) -> int:
+    """Tiles of queries below which FlashInfer's scheduler splits sequences."""
+    return max(1, _CTAS_PER_SM * sms // kind.kv_heads)
+
+
+def _decode_tile(kind: Kind) -> int:
+    """Query heads of one KV head that a tensor-core decode takes at once (FlashInfer's `FA2DetermineCtaTileQ`)."""
+    if kind.group > 64 and kind.head_dim < 256:
+        return 128
+    return 64 if kind.group > 16 else 16
+
+
+def why_not(kind: Kind) -> str | None:
+    """Why FlashInfer has no kernels for layers of this kind, as the end of a sentence; None: it has."""
+    dtype, kv_dtype = _name(kind.dtype), _name(kind.kv_dtype)
+    if kind.dtype not in (torch.float16, torch.bfloat16):
+        return f"its kernels compute in 16 bits, not {dtype}"
+    if kind.kv_dtype not in (kind.dtype, _FP8):
+        return f"beside {dtype} its kernels read KV in {dtype} or {_name(_FP8)}, not {kv_dtype}"
+    if kind.head_dim not in _HEAD_DIMS:
+        return f"it has kernels for head sizes {', '.join(map(str, _HEAD_DIMS))}, not {kind.head_dim}"
+    if kind.kv_dtype == _FP8 and kind.head_dim == 64:
+        return f"its prefill kernel does not read {kv_dtype} with head size 64"
+    if kind.heads % kind.kv_heads:
+        return f"{kind.heads} query heads do not share {kind.kv_heads} KV heads evenly"
+    if kind.kv_heads * kind.head_dim // 8 > _THREADS:
+        return f"{kind.kv_heads} KV heads of size {kind.head_dim} are more than one block of threads writes"
+    return None
+
+
+def why_not_here() -> str | None:
+    """Why FlashInfer can't run on this machine, as the end of a sentence; None: it can. Does not import it."""
+    try:
+        found = version("flashinfer-python")
+    except PackageNotFoundError:
+        return f"flashinfer-python=={VERSION} is not installed"
+    if found != VERSION:
+        return f"flashinfer-python {found} is installed, and {VERSION} is what Headroom calls"
+    homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))] or ["/usr/local/cuda"]
+    compilers = [Path(home, "bin", "nvcc") for home in homes]
+    if not (shutil.which("nvcc") or any(path.exists() for path in compilers) or find_spec("flashinfer_jit_cache")):
+        return "its kernels are compiled on first use, and no nvcc is on PATH or in CUDA_HOME"
+    old = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < (8, 0)]
+    return f"GPU {old[0]} is older than Ampere" if old else None
+
+
+def _import() -> None:
+    """Import FlashInfer, its cache of compiled kernels in Headroom's state folder."""
+    os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(state_folder()))
+    os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "warning")
+    import flashinfer  # noqa: F401 - for its cache folder, which it reads once, here
+
+
+def _builds(kind: Kind) -> dict[str, Callable[[], object]]:
+    """What loads the modules that `kind` needs, by a name to show."""
+    from flashinfer.page import get_page_module
+
+    extras = [name for name, there in (("window", kind.window), ("soft cap", kind.softcap)) if there is not None]
+    kv = [] if kind.kv_dtype == kind.dtype else [f"KV {_name(kind.kv_dtype)}"]
+    suffix = ", ".join([f"head size {kind.head_dim}", _name(kind.dtype), *kv, *extras])
+    builds: dict[str, Callable[[], object]] = {
+        "append": get_page_module,
+        f"prefill, {suffix}": lambda: _prefill_module(kind),
+    }
+    if kind.group < TENSOR_CORE_GROUP:
+        builds[f"decode, {suffix}"] = lambda: _decode_module(kind)
+    return builds
+
+
+def _prefill_module(kind: Kind) -> Any:
+    from flashinfer.prefill import get_batch_prefill_module
+
+    return get_batch_prefill_module("fa2", *_variant(kind), False)
+
+
+def _decode_module(kind: Kind) -> Any:
+    from flashinfer.decode import get_batch_decode_module
+
+    return get_batch_decode_module(*_variant(kind))
+
+
+def _variant(kind: Kind) -> tuple[Any, ...]:
+    """What FlashInfer compiles a module for; it keeps loaded modules by these."""
+    dtypes = (kind.dtype, kind.kv_dtype, kind.dtype, torch.int32)
+    flags = (kind.window is not None, kind.softcap is not None)
+    return (*dtypes, kind.head_dim, kind.head_dim, _NO_ROTARY, *flags)
+
+
+def _reason(name: str, error: BaseException) -> str:
+    lines = " ".join(str(error).split())
+    return (
+        f"FlashInfer's kernel ({name}) does not compile here: {lines[-600:]}; "
+        "it needs nvcc and ninja of a CUDA release that fits PyTorch's; without flashinfer-python, attention runs on "
+        "PyTorch's own operators"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

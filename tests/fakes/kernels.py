@@ -1,0 +1,86 @@
+"""FlashInfer's kernels as its documentation describes them, in plain PyTorch on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+import torch
+from torch import Tensor
+
+from deployments.engine.attention_tables import Tables
+from deployments.engine.flashinfer_kernels import Call, Kind, Planned, Progress, Room, Workspace
+
+
+class FakeKernels:
+    """Reads nothing but the uploaded tables and the plan in the workspace, so a lost or late upload shows."""
+
+    def __init__(self, model: Hashable = "fake GPU") -> None:
+        self.model = model
+        self.compiled: list[Kind] = []
+        self.plans: list[tuple[Kind, str]] = []
+        self.moody = False
+        """Plans equal steps differently."""
+
+    def room(self, kind: Kind, *, sequences: int, rows: int) -> Room:
+        assert kind in self.compiled
+        return Room(floats=kind.heads * rows * 4, ints=4 * (1 + sequences))
+
+    def compile(self, kinds: Iterable[Kind], progress: Progress) -> None:
+        for kind in kinds:
+            self.compiled.append(kind)
+            progress(f"compiled {kind.head_dim}")
+
+    def plan(self, kind: Kind, host: Tables, block_size: int, space: Workspace, pinned: Tensor) -> Planned:
+        """The plan is the lengths of the sequences, behind the tokens per block."""
+        assert pinned.shape == space.ints.shape
+        plan = torch.cat([torch.tensor([block_size], dtype=torch.int32), host.lengths])
+        pinned[: plan.nbytes] = plan.view(torch.uint8)
+        space.ints[: plan.nbytes].copy_(pinned[: plan.nbytes])
+        method = kind.method(decodes=host.shape.decodes)
+        self.plans.append((kind, method))
+        return Planned(method, 0 if host.shape.decodes else 1, [host.shape.rows, len(self.plans) * self.moody])
+
+    def append(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, tables: Tables) -> None:
+        block_size = keys.shape[1]
+        places = tables.page_starts[tables.row_sequences] + tables.positions // block_size
+        slots = tables.pages[places] * block_size + tables.positions % block_size
+        for blocks, rows in ((keys, key), (values, value)):
+            assert blocks.dtype == rows.dtype
+            flat = blocks.view(torch.uint8) if blocks.itemsize == 1 else blocks
+            flat.flatten(0, 1)[slots] = rows.contiguous().view(flat.dtype)
+
+    def run(self, call: Call, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        kind, tables = call.kind, call.tables
+        block_size, *lengths = call.space.ints.view(torch.int32)[: tables.shape.sequences + 1].tolist()
+        assert query.shape[1:] == (kind.heads, kind.head_dim)
+        assert block_size == keys.shape[1]
+        outs = []
+        for i, length in enumerate(lengths):
+            rows = query[tables.query_starts[i] : tables.query_starts[i + 1]]
+            pages = tables.pages[tables.page_starts[i] : tables.page_starts[i + 1]]
+            last = tables.last_page_tokens[i].item()
+            assert length == (len(pages) - 1) * block_size + last
+            assert len(rows) == 1 or call.planned.mask == 1
+            outs.append(_attend(call, rows, *(_gather(blocks, pages, length, kind.group) for blocks in (keys, values))))
+        return torch.cat(outs)
+
+
+def _gather(blocks: Tensor, pages: Tensor, length: int, group: int) -> Tensor:
+    """float64 [heads, length, head_dim]."""
+    tokens = blocks[pages.long()].flatten(0, 1)[:length].double()
+    return tokens.transpose(0, 1).repeat_interleave(group, dim=0)
+
+
+def _attend(call: Call, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """[rows, heads, head_dim], the rows at the end of the sequence."""
+    rows, length = len(query), keys.shape[1]
+    scores = (query.double().transpose(0, 1) @ keys.transpose(1, 2)) * call.scale
+    if call.kind.softcap is not None:
+        scores = call.kind.softcap * torch.tanh(scores / call.kind.softcap)
+    row = torch.arange(length - rows, length)[:, None]
+    key = torch.arange(length)[None]
+    visible = key <= row
+    if call.kind.window_left >= 0:
+        visible &= key >= row - call.kind.window_left
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    return (weights @ values).transpose(0, 1).to(query.dtype)

@@ -1,0 +1,244 @@
+"""The FlashInfer backend with kernels in plain PyTorch: tables, padding, plans, what stages share, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from deployments.engine.attention import RowSpan, StepLayout
+from deployments.engine.attention_flashinfer import FlashInferAttention, Limits, flashinfer_backends
+from deployments.engine.attention_staging import StagingPool
+from deployments.engine.attention_tables import Shape
+from deployments.engine.flashinfer_kernels import Kind
+from tests.contract.attention_cases import (
+    CASES,
+    Bounds,
+    Case,
+    Layer,
+    World,
+    cases,
+    decodes,
+    left_over,
+    prefills,
+    shared_prefix,
+)
+from tests.fakes.kernels import FakeKernels
+
+CPU = torch.device("cpu")
+KIND = Kind(4, 2, 64, torch.float32, torch.float32, None, None)
+
+
+def limits(bounds: Bounds) -> Limits:
+    return Limits(bounds.max_sequences, bounds.max_rows, bounds.max_blocks_per_sequence)
+
+
+def make(bounds: Bounds) -> FlashInferAttention:
+    (backend,) = flashinfer_backends(bounds.block_size, bounds.num_blocks, limits(bounds), [(CPU, FakeKernels())])
+    return backend
+
+
+def kernels_of(world: World) -> FakeKernels:
+    assert isinstance(world.backend, FlashInferAttention)
+    kernels = world.backend._kernels
+    assert isinstance(kernels, FakeKernels)
+    return kernels
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_plain_attention(case: str) -> None:
+    CASES[case].check(make, CPU, torch.float32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases())
+def test_equals_plain_attention_over_any_steps(case: Case) -> None:
+    case.check(make, CPU, torch.float32)
+
+
+def test_left_over_blocks_and_shared_ones() -> None:
+    left_over(make, CPU, torch.float32, Layer())
+    shared_prefix(make, CPU, torch.float32)
+
+
+def test_one_plan_per_step_and_kind() -> None:
+    """Two layers of each of two kinds; what differs in scale alone is of one kind."""
+    layers = (Layer(), Layer(scale=0.3), Layer(window=9), Layer(window=9))
+    case = replace(CASES["decodes and chunks"], layers=layers)
+    kernels = kernels_of(case.check(make, CPU, torch.float32))
+    assert len(kernels.compiled) == 2
+    assert len(kernels.plans) == 2 * len(case.steps)
+    assert {kind.window for kind, _ in kernels.plans} == {None, 9}
+
+
+def test_few_heads_per_kv_head_decode_on_cuda_cores() -> None:
+    methods = {}
+    for group in (1, 3, 4, 8):
+        world = Case((9, 7), (prefills((9, 7), 1), decodes((9, 7))), (Layer(1, group),)).check(make, CPU, torch.float32)
+        methods[group] = [method for _, method in kernels_of(world).plans]
+    assert methods == {
+        1: ["prefill", "decode"],
+        3: ["prefill", "decode"],
+        4: ["prefill", "prefill"],
+        8: ["prefill", "prefill"],
+    }
+
+
+def two_stages(models: tuple[str, str] = ("fake GPU", "fake GPU")) -> tuple[list[World], list[FakeKernels]]:
+    """Two stages of one layer each, over the same sequences."""
+    case = CASES["decodes and chunks"]
+    kernels = [FakeKernels(model) for model in models]
+    rows = max(sum(count for *_, count in spans) for spans in case.steps)
+    bounds = Limits(len(case.lengths), rows, -(-max(case.lengths) // case.block_size))
+    one = case.world(make, CPU, torch.float32)
+    blocks = (one.bounds.block_size, one.bounds.num_blocks)
+    backends = iter(flashinfer_backends(*blocks, bounds, [(CPU, each) for each in kernels]))
+    return [case.world(lambda _: next(backends), CPU, torch.float32) for _ in models], kernels
+
+
+def check_both(worlds: list[World]) -> None:
+    for spans in CASES["decodes and chunks"].steps:
+        layout = worlds[0].layout(spans)
+        for world in worlds:
+            world.backend.prepare(layout)
+            with world.backend.step(), torch.inference_mode():
+                world.compare(0, spans, world.attend(0, world.inputs(0, spans)))
+
+
+def test_stages_share_tables_and_plans() -> None:
+    worlds, kernels = two_stages()
+    check_both(worlds)
+    steps = len(CASES["decodes and chunks"].steps)
+    assert [len(each.plans) for each in kernels] == [steps, 0], "the second stage copies"
+
+
+def test_gpus_of_unlike_models_plan_for_themselves() -> None:
+    worlds, kernels = two_stages(("big GPU", "small GPU"))
+    check_both(worlds)
+    steps = len(CASES["decodes and chunks"].steps)
+    assert [len(each.plans) for each in kernels] == [steps, steps]
+
+
+def test_a_stage_with_other_padding_makes_its_own_tables() -> None:
+    worlds, _ = two_stages()
+    spans = [(i, 0, 1) for i in range(3)]
+    layout = worlds[0].layout(spans)
+    for world, padding in zip(worlds, (0, 2), strict=True):
+        world.backend.prepare(StepLayout(layout.spans, layout.block_size, padding, layout.shared))
+        with world.backend.step(), torch.inference_mode():
+            out = world.attend(0, world.inputs(0, spans, padding))
+        world.compare(0, spans, out[:3])
+
+
+def test_warm_tells_and_compiles_once() -> None:
+    world = CASES["one token"].world(make, CPU, torch.float32)
+    told: list[str] = []
+    assert isinstance(world.backend, FlashInferAttention)
+    world.backend.warm([KIND, KIND], told.append)
+    world.backend.warm([KIND], told.append)
+    world.check([(0, 0, 1)])
+    assert told == ["compiled 64"]
+    assert kernels_of(world).compiled == [KIND]
+
+
+def test_bytes_count_all_that_is_held() -> None:
+    bounds = Limits(2, 5, 3)
+    (backend,) = flashinfer_backends(4, 6, bounds, [(CPU, FakeKernels())])
+    tables = 4 * bounds.table_size
+    assert backend.bytes == tables
+    run_one_row(backend)
+    assert backend.bytes == tables + 4 * 5 * 4 + 4 * (1 + 5)
+
+
+def run_one_row(backend: FlashInferAttention, rows: int = 1, **layout: Any) -> None:
+    blocks = torch.zeros(7, 4, 2, 64)
+    query, key = torch.ones(1, 4, rows, 64), torch.ones(1, 2, rows, 64)
+    backend.prepare(StepLayout((RowSpan(0, 1, (0,)),), 4, **layout))
+    with backend.step(), torch.inference_mode():
+        torch.ops.headroom.paged_attention(query, key, key, blocks, blocks.clone(), 1.0, None, None)
+
+
+def one_backend(bounds: Limits, kernels: FakeKernels | None = None) -> FlashInferAttention:
+    return flashinfer_backends(4, 6, bounds, [(CPU, kernels or FakeKernels())])[0]
+
+
+def test_the_largest_step_fits_and_a_larger_one_is_refused() -> None:
+    """3 sequences of 9 tokens, and 2 rows of padding."""
+    bounds = Limits(3, 5, 3)
+    spans = tuple(RowSpan(8, 1, (0, 1, 2)) for _ in range(3))
+    one_backend(bounds).prepare(StepLayout(spans, 4, padding=2))
+    with pytest.raises(ValueError, match=r"6 rows.*made for"):
+        one_backend(bounds).prepare(StepLayout(spans, 4, padding=3))
+    with pytest.raises(ValueError, match="a step has 6 rows, and attention was made for 5"):
+        one_backend(Limits(9, 5, 9)).prepare(StepLayout((RowSpan(0, 6, (0, 1)),), 4))
+    with pytest.raises(ValueError, match="the block tables of 4 sequences with 4 rows and 40 blocks"):
+        one_backend(bounds).prepare(StepLayout((RowSpan(39, 1, tuple(range(10))),) * 4, 4))
+
+
+def test_rows_are_those_prepared_for() -> None:
+    with pytest.raises(ValueError, match="attention got 2 rows in a step that was prepared for 1"):
+        run_one_row(one_backend(Limits(2, 5, 3)), rows=2)
+
+
+def test_a_plan_that_a_graph_would_misread_is_refused() -> None:
+    kernels = FakeKernels()
+    kernels.moody = True
+    backend = one_backend(Limits(2, 5, 3), kernels)
+    run_one_row(backend)
+    with pytest.raises(RuntimeError, match=r"plans 1 decodes as \[1, 2\], where it planned \[1, 1\] before"):
+        run_one_row(backend)
+
+
+def test_unprepared_is_a_mistake() -> None:
+    backend = one_backend(Limits(2, 5, 3))
+    rows, blocks = torch.zeros(1, 1, 1, 64), torch.zeros(2, 4, 1, 64)
+    with pytest.raises(RuntimeError, match="no step was prepared"), backend.step():
+        torch.ops.headroom.paged_attention(rows, rows, rows, blocks, blocks.clone(), 1.0, None, None)
+
+
+class Copying:
+    """A CUDA event."""
+
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_staging_is_used_again_once_its_step_and_its_copies_are_over() -> None:
+    pool = StagingPool(Limits(2, 5, 3).table_size, pinned=False)
+    backend = FlashInferAttention(4, 6, Limits(2, 5, 3), CPU, FakeKernels(), pool)
+    run_one_row(backend)
+    run_one_row(backend)
+    assert len(pool) == 2, "the backend still holds the step before when it prepares the next"
+    for _ in range(5):
+        run_one_row(backend)
+    assert len(pool) == 2
+    copying = Copying()
+    for staging in pool._all:
+        staging.copied.append(copying)  # type: ignore[arg-type]
+    run_one_row(backend)
+    assert len(pool) == 3, "the host does not wait for copies"
+    copying.done = True
+    for _ in range(5):
+        run_one_row(backend)
+    assert len(pool) == 3
+
+
+def test_a_layout_kept_keeps_its_staging() -> None:
+    """The next stage may prepare for it much later."""
+    pool = StagingPool(Limits(2, 5, 3).table_size, pinned=False)
+    backend = FlashInferAttention(4, 6, Limits(2, 5, 3), CPU, FakeKernels(), pool)
+    kept = [StepLayout((RowSpan(0, 1, (i,)),), 4) for i in range(4)]
+    for layout in kept:
+        backend.prepare(layout)
+    assert len(pool) == 4
+    pages = [next(iter(layout.shared.values())).tables.pages[0].item() for layout in kept]
+    assert pages == [0, 1, 2, 3]
+
+
+def test_table_size_is_that_of_the_largest_step() -> None:
+    assert Limits(3, 5, 4).table_size == Shape(5, 5, 3 * 4 + 5).size

@@ -1,0 +1,77 @@
+"""Block tables packed for paged kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deployments.engine.attention import RowSpan
+from deployments.engine.attention_tables import Shape, Tables, pack
+
+
+def packed(spans: list[RowSpan], block_size: int, size: int = 4096) -> tuple[Shape, Tables]:
+    buffer = torch.full((size,), -1, dtype=torch.int32)
+    shape = pack(spans, block_size, buffer.numpy())
+    return shape, Tables.view(buffer, shape)
+
+
+def test_a_mixed_step() -> None:
+    shape, tables = packed([RowSpan(2, 3, (7, 5)), RowSpan(6, 1, (1, 0)), RowSpan(0, 4, (9, 8))], 4)
+    assert shape == Shape(sequences=3, rows=8, pages=5)
+    assert not shape.decodes
+    assert tables.query_starts.tolist() == [0, 3, 4, 8]
+    assert tables.page_starts.tolist() == [0, 2, 4, 5]
+    assert tables.last_page_tokens.tolist() == [1, 3, 4]
+    assert tables.lengths.tolist() == [5, 7, 4]
+    assert tables.row_sequences.tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert tables.positions.tolist() == [2, 3, 4, 6, 0, 1, 2, 3]
+    assert tables.pages[:5].tolist() == [7, 5, 1, 0, 9], "blocks behind the step's last token are left out"
+
+
+def test_decodes() -> None:
+    shape, tables = packed([RowSpan(0, 1, (3,)), RowSpan(4, 1, (2, 6))], 4)
+    assert shape.decodes
+    assert tables.query_starts.tolist() == [0, 1, 2]
+    assert tables.last_page_tokens.tolist() == [1, 1]
+
+
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 60))
+def test_where_tables_start_depends_on_sequences_and_rows_alone(sequences: int, few: int, many: int) -> None:
+    """A captured graph keeps the addresses."""
+    buffer = torch.zeros(4096, dtype=torch.int32)
+    views = [Tables.view(buffer, Shape(sequences, sequences, pages)) for pages in (few, many)]
+    names = ("query_starts", "page_starts", "last_page_tokens", "lengths", "row_sequences", "positions", "pages")
+    places = [[getattr(view, name).data_ptr() for name in names] for view in views]
+    assert places[0] == places[1]
+    assert all(place % 16 == buffer.data_ptr() % 16 for place in places[0])
+    assert len(views[0].pages) == len(views[1].pages), "a view to the buffer's end"
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=1, max_size=12),
+    st.sampled_from((1, 4, 16)),
+)
+def test_every_row_is_where_its_table_says(parts: list[tuple[int, int]], block_size: int) -> None:
+    spans = [RowSpan(start, count, tuple(range(100 * i, 100 * i + 50))) for i, (start, count) in enumerate(parts)]
+    shape, tables = packed(spans, block_size)
+    row = 0
+    for i, span in enumerate(spans):
+        for position in range(span.start, span.start + span.count):
+            assert (tables.row_sequences[row], tables.positions[row]) == (i, position)
+            page = tables.pages[tables.page_starts[i] + position // block_size]
+            assert page == span.block_table[position // block_size]
+            row += 1
+        end = (tables.page_starts[i + 1] - tables.page_starts[i] - 1) * block_size + tables.last_page_tokens[i]
+        assert end == span.start + span.count == tables.lengths[i]
+    assert row == shape.rows == tables.query_starts[-1]
+
+
+def test_a_buffer_too_small_says_by_how_much() -> None:
+    spans = [RowSpan(9, 1, (0, 1, 2))] * 3
+    need = pack(spans, 4, np.zeros(1000, np.int32)).size
+    pack(spans, 4, np.zeros(need, np.int32))
+    with pytest.raises(ValueError, match=rf"3 sequences with 3 rows and 9 blocks are {need} integers, .* {need - 1}"):
+        pack(spans, 4, np.zeros(need - 1, np.int32))
