@@ -33,6 +33,9 @@ from deployments.engine.upload import upload
 from deployments.protocol import TokenLogprob
 from placement.reserve import SAMPLE_ROWS
 
+SCRATCH_BYTES = 36
+"""Of scratch at most, per score of a group's padded rows: float32 scores (4), int32 keys (4), int64 weights, bins and
+masked weights (8 each), masks (4). Rows that are only greedy need none."""
 _KEPT = 32
 """Batches whose parameters stay on the device: a few for each slot."""
 

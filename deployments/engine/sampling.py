@@ -81,7 +81,7 @@ def pick_rows(logits: Tensor, rows: Tensor, members: tuple[int, ...]) -> Tensor:
     in_a_row = members == tuple(range(first, first + count))
     scores = logits.new_empty(count, padded(vocab_size), dtype=torch.float32)
     scores[:, :vocab_size] = logits[first : first + count] if in_a_row else logits.index_select(0, rows)
-    scores[:, vocab_size:] = -torch.inf
+    scores[:, vocab_size:].fill_(-torch.inf)
     return scores
 
 

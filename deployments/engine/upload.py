@@ -23,6 +23,8 @@ def upload(values: T, device: torch.device) -> T:
     only after the copy.
     """
     tensors = list(_tensors(values))
+    if not tensors:
+        return values
     staging = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for part, tensor in zip(_parts(staging, tensors), tensors, strict=True):
         part.copy_(tensor)

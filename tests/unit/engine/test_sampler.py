@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from deployments.engine.draw import Draw
-from deployments.engine.sampler import Sampler
-from deployments.engine.sampling import SampledToken
-from deployments.engine.sampling_batch import MAX_VOCAB, Row, SamplingBatch
+from deployments.engine.sampler import SCRATCH_BYTES, Sampler
+from deployments.engine.sampling import SampledToken, weight_table
+from deployments.engine.sampling_batch import MAX_VOCAB, Row, SamplingBatch, padded
 from tests.unit.engine.drawing import BLOCK, Request, draw_requests, make_draw, note, request, tokens
+from tests.unit.engine.memory import PeakBytes
 
 CPU = torch.device("cpu")
 
@@ -203,6 +204,35 @@ class TestKept:
         logits = torch.zeros(1, 10)
         first = [made.draw(logits, Draw((row,), (0,), (0,), ((),))).read() for row in rows]
         assert [made.draw(logits, Draw((row,), (0,), (0,), ((),))).read() for row in rows] == first
+
+
+class TestScratch:
+    @pytest.mark.parametrize(
+        "params",
+        [
+            {"temperature": 0.0, "repetition_penalty": 1.1, "frequency_penalty": 0.2},
+            {"top_k": 20, "top_p": 0.95, "min_p": 0.1, "repetition_penalty": 1.1},
+            {"top_p": 0.9, "logprobs": 20},
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_is_within_what_is_stated(self, params: dict[str, Any], dtype: torch.dtype) -> None:
+        """Groups of two rows here, and histories as long as are read at once."""
+        vocab_size, rows = 30_000, 6
+        requests = [request([1] * 9000, [2] * 1000, **params) for _ in range(rows)]
+        made = sampler(vocab_size, blocks=rows * 2500)
+        draw = make_draw(requests, [one.row(vocab_size) for one in requests])
+        logits = torch.randn(rows, vocab_size, generator=torch.manual_seed(11)).to(dtype)
+        made.draw(logits, draw)
+        with PeakBytes() as used:
+            made.draw(logits, draw)
+        assert 4 * 2 * vocab_size < used.peak <= SCRATCH_BYTES * 2 * padded(vocab_size)
+
+    def test_plain_greedy_rows_need_none(self) -> None:
+        logits = torch.randn(6, 30_000, generator=torch.manual_seed(11))
+        with PeakBytes() as used:
+            drawn(logits, *[request(temperature=0.0)] * 6)
+        assert used.peak < 2 * weight_table().nbytes
 
 
 class TestRefusals:
