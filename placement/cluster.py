@@ -76,7 +76,7 @@ class Layout:
     aim: Aim
     """What it is the best for, under its contexts and quantisations."""
     pools: tuple[Pool, ...]
-    """By model in the order wished, then by quantisation and size."""
+    """By model in the order wished, then by quantisation, kinds of GPU and size."""
     idle: tuple[Host, ...]
     """Per node the GPUs that nothing runs on."""
     exact: bool
@@ -246,7 +246,8 @@ class _Search:
         return pack(self._nodes, items, demands, allowed, limit=limit), groups
 
     def _place_in_order(self, group: Group) -> tuple[int, int, Counts]:
-        return self.wishes.index(group.wish), group.wish.quantization.index(group.quantization), group.counts
+        backwards = tuple(-count for count in group.counts)
+        return self.wishes.index(group.wish), group.wish.quantization.index(group.quantization), backwards
 
     @property
     def _nodes(self) -> list[Counts]:

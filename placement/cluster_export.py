@@ -47,13 +47,12 @@ def serve_args(inventory: Inventory, layout: Layout, *, pin_nodes: bool = False)
 
 def node_resources(inventory: Inventory, layout: Layout, *, pin_nodes: bool = False) -> dict[str, dict[str, int]]:
     """Per node the custom resources that its Ray must be started with (`ray start --resources`); often none."""
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, int]] = {node.name: {} for node in inventory.nodes}
     for pool, name in zip(layout.pools, pool_names(layout), strict=True):
         for resource in _pins(inventory, pool, name, pin_nodes=pin_nodes).get("resources", ()):
             for host in pool.hosts:
-                node = found.setdefault(host.node, {})
-                node[resource] = node.get(resource, 0) + 1
-    return found
+                found[host.node][resource] = found[host.node].get(resource, 0) + 1
+    return {node: resources for node, resources in found.items() if resources}
 
 
 def serve_config(inventory: Inventory, layout: Layout, *, pin_nodes: bool = False) -> str:
