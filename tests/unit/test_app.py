@@ -77,6 +77,10 @@ def test_names_with_slashes_become_names_that_serve_allows() -> None:
         ({"models": [{"name": "m"}]}, r"models\.0\.source is missing"),
         ({"models": [model(pool_count=3)]}, r"unknown key models\.0\.pool_count"),
         ({"models": [model("m", {"stages": 0})]}, r"models\.0\.pools\.0\.stages"),
+        ({"models": [model("m", {"accelerator_type": "L4"})]}, "accelerator_type is L4, but device is cpu"),
+        ({"models": [model("m", {"resources": {"GPU": 1}})]}, "resources are Ray's custom ones, not GPU"),
+        ({"models": [model("m", {"resources": {"x": 0}})]}, r"resources\.x"),
+        ({"models": [model("m", {"goal": "speed"})]}, r"pools\.0\.goal"),
         ({"models": []}, "models"),
         ({"models": [model("same"), model("same")]}, r"names and aliases must differ: \['same'\]"),
     ],
@@ -96,6 +100,20 @@ def test_gpus_asked_of_ray(
     monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": float(cluster_gpus)})
     _, _, pools = parts(build(model("m", {"device": device, "stages": stages})))
     assert pools["m"]["default"].ray_actor_options.get("num_gpus", 0) == asked
+
+
+def test_a_pool_asks_for_its_kind_of_gpu_and_its_resources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    pools = (
+        {"name": "a", "device": "auto", "stages": 2, "accelerator_type": "L4"},
+        {"name": "b", "resources": {"x": 1}},
+    )
+    _, _, deployments = parts(build(model("m", *pools)))
+    a, b = (deployments["m"][name].ray_actor_options for name in "ab")
+    assert (a["num_gpus"], a["accelerator_type"]) == (2, "L4"), "a kind of GPU is a GPU, on whatever node it is"
+    assert "resources" not in a or not a["resources"]
+    assert b["resources"] == {"x": 1}
+    assert "accelerator_type" not in b
 
 
 def test_the_ingress_class_is_the_one_served() -> None:

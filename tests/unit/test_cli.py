@@ -11,8 +11,10 @@ import pytest
 from deployments import __version__, cli, preflight, store
 from deployments.config_file import read_config
 from deployments.errors import ConfigError
-from deployments.settings import Settings
-from deployments.survey import Survey
+from deployments.settings import PoolSettings, Settings
+from deployments.survey import PlannedPool, Survey
+from placement.hardware import Gpu
+from placement.plan import Plan, Stage
 
 CONFIG = """\
 applications:
@@ -133,3 +135,37 @@ def test_curl_line_takes_the_first_api_key_from_the_environment(tmp_path: Path) 
 def test_default_config_is_the_repositorys() -> None:
     root = Path(__file__).parents[2]
     assert read_config(root / "serve_config.yaml").config.http_options.host == "127.0.0.1"
+
+
+def test_plan_is_the_placement_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "/no/such/model", "--gpus", "L4"]) == 2
+    assert capsys.readouterr().err.startswith("headroom plan: /no/such/model does not exist")
+    assert cli.main(["plan", "cluster", "L4"]) == 2
+    assert capsys.readouterr().err.startswith("headroom plan cluster: say which models")
+
+
+def test_custom_resources_are_a_clusters(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(CONFIG.replace("source: demo", "source: demo, pools: [{resources: {fast: 1}}]"), encoding="utf-8")
+    assert cli.main(["serve", str(config)]) == 2
+    assert "pool default asks for fast, which only a Ray cluster can have" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "missed"),
+    [
+        (Gpu.of("L4"), "L4", None),
+        (Gpu.of("L4"), None, None),
+        (Gpu("unknown", 10**10), "L4", None),
+        (Gpu.of("T4"), "L4", "asks for accelerator_type L4, and this machine has T4"),
+        (Gpu("cpu0", 10**10, device_type="cpu"), "L4", "this machine has no GPU"),
+    ],
+)
+def test_the_kind_of_gpu_must_be_there(there: Gpu, asked: str | None, missed: str | None) -> None:
+    stage = Stage(0, there, (0, 1), (), (), 0, (), 1, 1)
+    plan = Plan("m", "nf4", False, "bfloat16", "bfloat16", 16, 1, 16, (stage,))
+    survey = Survey((PlannedPool("m", PoolSettings(accelerator_type=asked), plan),), 1, {})
+    if missed is None:
+        cli.check_accelerators(survey)
+        return
+    with pytest.raises(ConfigError, match=missed):
+        cli.check_accelerators(survey)

@@ -79,6 +79,14 @@ def test_gpus_are_taken_where_they_are(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
+def test_the_goal_reaches_the_solver(folder: Path) -> None:
+    stages = {
+        goal: len(plan_pool("tiny", folder, pool(stages=2, goal=goal))[0].stages) for goal in ("throughput", "latency")
+    }
+    assert stages == {"throughput": 2, "latency": 1}
+
+
+@pytest.mark.usefixtures("two_gpus")
 def test_one_stage_takes_one_gpu(folder: Path) -> None:
     assert [stage.device for stage in plan_pool("tiny", folder, pool())[0].stages] == [0]
 

@@ -11,6 +11,7 @@ import pytest
 
 from placement.__main__ import main
 from placement.export import from_json
+from placement.svg import svg
 from tests.unit.placement.tiny_models import save
 
 
@@ -33,6 +34,50 @@ def test_table_and_explanation(model: Path, capsys: pytest.CaptureFixture[str]) 
     assert "hidden states" in out
 
 
+def test_named_gpus_come_with_an_estimate(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(model), "--gpus", "L4"]) == 0
+    out = capsys.readouterr().out
+    assert "0: L4" in out
+    assert "estimated tokens/s: " in out.splitlines()[-1]
+    assert main([str(model), "--cpu", "1GB"]) == 0
+    assert "estimated" not in capsys.readouterr().out
+
+
+def test_the_picture_is_written(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "plan.svg"
+    assert main([str(model), "--cpu", "400MB", "--context", "64", "--json", "--svg", str(picture)]) == 0
+    assert picture.read_text() == svg(from_json(capsys.readouterr().out))
+
+
+def test_demands_and_pins_reach_the_solver(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = [str(model), "--cpu", "40MB,40MB", "--context", "64", "--json"]
+    assert main([*base, "--pin", "model.layers.0=0", "--pin", "model.layers.1=1"]) == 0
+    assert [stage.layers for stage in from_json(capsys.readouterr().out).stages] == [(0, 1), (1, 4)]
+    assert main([*base, "--kv-dtype", "fp8", "--block-size", "8", "--goal", "latency"]) == 0
+    plan = from_json(capsys.readouterr().out)
+    assert (plan.kv_dtype, plan.block_size, len(plan.stages)) == ("float8_e4m3fn", 8, 1)
+    assert main([*base, "--max-sequences", "2", "--min-concurrency", "3"]) == 2
+    assert "max_sequences" in capsys.readouterr().err
+
+
+def test_a_context_that_is_asked_for_must_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # With one sequence at a time there is room for some of its 512 tokens, so less may be asked for.
+    base = [str(model), "--cpu", _tight(model, capsys), "--max-sequences", "1", "--max-batch-tokens", "16", "--json"]
+    assert main([*base, "--context", "512"]) == 2
+    assert "does not fit" in capsys.readouterr().err
+    assert main([*base, "--context", "512", "--min-context", "16"]) == 0
+    assert 16 <= from_json(capsys.readouterr().out).max_context < 512
+
+
+def _tight(model: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """A size with room for 256 tokens and not for 512."""
+    assert main([str(model), "--cpu", "1GB", "--max-sequences", "1", "--max-batch-tokens", "16", "--json"]) == 0
+    plan = from_json(capsys.readouterr().out)
+    (stage,) = plan.stages
+    block = stage.kv_block_bytes
+    return f"{stage.weight_bytes + stage.reserve_bytes + (plan.num_blocks // 2 + 1) * block}B"
+
+
 def test_an_inventory_file_and_caps(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inventory = tmp_path / "gpus.yaml"
     inventory.write_text("gpus: [{name: L4, memory: 24GB, count: 2}]")
@@ -52,6 +97,13 @@ def test_an_inventory_file_and_caps(model: Path, tmp_path: Path, capsys: pytest.
         (["--cpu", "1GB", "--max-memory", "1GB"], "0=600MB"),
         (["--cpu", "1GB", "--context", "100000"], "made for 512"),
         (["--inventory", "/no/such/file"], "can't be read"),
+        (["--gpus", "2xH900"], "neither a size such as 24GiB nor one of"),
+        (["--cpu", "1GB", "--max-memory", "0=1GB,0=2GB"], "given twice"),
+        (["--cpu", "1GB", "--pin", "lm_head"], "write module=device"),
+        (["--cpu", "1GB", "--pin", "lm_head=0", "--pin", "lm_head=0"], "pinned twice"),
+        (["--cpu", "1GB", "--pin", "lm_haed=0"], "lm_head"),
+        (["--cpu", "1GB", "--kv-dtype", "fp9"], "fp9"),
+        (["--cpu", "1GB", "--svg", "/no/such/folder/plan.svg"], "can't be written"),
     ],
 )
 def test_errors_are_one_line(
@@ -68,18 +120,22 @@ def test_errors_are_one_line(
     assert captured.err.count("\n") == 1
 
 
+def test_a_name_that_is_nowhere(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("no-such-org/no-such-model", str(tmp_path / "none"), str(tmp_path / "none.gguf")):
+        assert main([name, "--cpu", "1GB"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--cpu", "1GB"]) == 2
     assert "config.json does not exist" in capsys.readouterr().err
-    for text, message in (("{", "can't be read"), ("[]", "JSON object"), ('{"model_type": "nonesuch"}', "can't build")):
+    wrong = (("{", "can't be read"), ("[]", "JSON object"), ('{"model_type": "nonesuch"}', "no model_type nonesuch"))
+    for text, message in wrong:
         (tmp_path / "config.json").write_text(text)
         assert main([str(tmp_path), "--cpu", "1GB"]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    assert main([str(tmp_path), "--cpu", "1GB"]) == 2
-    assert "already quantised (gptq)" in capsys.readouterr().err
 
 
 def test_import_needs_neither_torch_nor_ray() -> None:
