@@ -76,7 +76,7 @@ class Part(nn.Module):
         if whole.bias is not None:
             destination[prefix + "bias"] = whole.bias.detach()[rows]
         if isinstance(whole, QuantLinear4):
-            save4(untile4(_rows4(whole.quantised, rows)), whole.quant_type, whole.compute_dtype, destination, prefix)
+            save4(untile4(_rows4(whole.quantised, rows)), whole.saved, destination, prefix)
         else:
             save8(untile8(_rows8(whole.quantised, rows)), destination, prefix)
 
@@ -109,8 +109,8 @@ def _why_not(members: list[Any]) -> str | None:
     if isinstance(first, QuantLinear4):
         if any(member.nested_absmax is not None for member in members):
             return "double quantisation has an offset per linear"
-        if any(m.blocksize != first.blocksize or m.quant_type != first.quant_type for m in members):
-            return "they differ in blocksize or code"
+        if any(m.blocksize != first.blocksize or m.saved != first.saved for m in members):
+            return "they differ in blocksize, code or dtype"
     return None
 
 
@@ -124,7 +124,7 @@ def _fuse(members: list[Any]) -> Fused:
     whole: QuantLinear4 | QuantLinear8
     if isinstance(first, QuantLinear4):
         weight = Weight4(n, k, first.blocksize, packed, absmax, first.code)
-        whole = QuantLinear4(weight, bias, quant_type=first.quant_type, compute_dtype=first.compute_dtype)
+        whole = QuantLinear4(weight, bias, first.compute_dtype, first.saved)
     else:
         whole = QuantLinear8(Weight8(n, k, packed, absmax), bias)
     whole.batch_invariant = first.batch_invariant

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
 
@@ -21,6 +22,18 @@ from deployments.engine.kernels.workspace import prepare
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Saved4:
+    """What a checkpoint says of a 4-bit weight beside its tensors."""
+
+    quant_type: str
+    """nf4 or fp4."""
+    dtype: torch.dtype
+    """Of the weight before it was quantised."""
+    storage: torch.dtype = torch.uint8
+    """As which the packed bytes are stored."""
+
+
 class QuantLinear4(nn.Module):
     """x [..., k] -> [..., n] with a weight in NF4 or FP4."""
 
@@ -31,10 +44,10 @@ class QuantLinear4(nn.Module):
     nested_code: Tensor | None
     offset: Tensor | None
 
-    def __init__(self, weight: Weight4, bias: Tensor | None, *, quant_type: str, compute_dtype: torch.dtype) -> None:
+    def __init__(self, weight: Weight4, bias: Tensor | None, compute_dtype: torch.dtype, saved: Saved4) -> None:
         super().__init__()
         self.in_features, self.out_features, self.blocksize = weight.k, weight.n, weight.blocksize
-        self.quant_type, self.compute_dtype = quant_type, compute_dtype
+        self.compute_dtype, self.saved = compute_dtype, saved
         self.batch_invariant = False
         nested = weight.nested
         for name, tensor in {
@@ -60,8 +73,8 @@ class QuantLinear4(nn.Module):
         packed = linear.weight.data.view(torch.uint8).reshape(-1, 1)
         weight = Weight4(n, k, state.blocksize, packed, state.absmax, state.code, nested)
         weight = tile4(weight) if _suits(n, k, state.blocksize) else weight
-        dtype = linear.compute_dtype or state.dtype
-        return cls(weight, linear.bias, quant_type=state.quant_type, compute_dtype=dtype)
+        saved = Saved4(state.quant_type, state.dtype, linear.weight.dtype)
+        return cls(weight, linear.bias, linear.compute_dtype or state.dtype, saved)
 
     @property
     def quantised(self) -> Weight4:
@@ -97,11 +110,11 @@ class QuantLinear4(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = untile4(self.quantised) if self.quantised.tiled else self.quantised
-        save4(weight, self.quant_type, self.compute_dtype, destination, prefix)
+        save4(weight, self.saved, destination, prefix)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
-        return f"{self.in_features}, {self.out_features}, {self.quant_type}, tiled={self.quantised.tiled}"
+        return f"{self.in_features}, {self.out_features}, {self.saved.quant_type}, tiled={self.quantised.tiled}"
 
 
 class QuantLinear8(nn.Module):
@@ -157,7 +170,7 @@ class QuantLinear8(nn.Module):
         return f"{self.in_features}, {self.out_features}, int8, tiled={self.quantised.tiled}"
 
 
-def save4(weight: Weight4, quant_type: str, dtype: torch.dtype, destination: dict[str, Any], prefix: str) -> None:
+def save4(weight: Weight4, saved: Saved4, destination: dict[str, Any], prefix: str) -> None:
     """Add an untiled weight to a state dict under bitsandbytes' names."""
     make: Any = bitsandbytes.functional.QuantState
     nested = weight.nested
@@ -167,12 +180,12 @@ def save4(weight: Weight4, quant_type: str, dtype: torch.dtype, destination: dic
         shape=torch.Size((weight.n, weight.k)),
         code=weight.code,
         blocksize=weight.blocksize,
-        quant_type=quant_type,
-        dtype=dtype,
+        quant_type=saved.quant_type,
+        dtype=saved.dtype,
         offset=None if nested is None else nested.offset.reshape(()),
         state2=inner,
     )
-    destination[prefix + "weight"] = weight.packed
+    destination[prefix + "weight"] = weight.packed.view(-1).view(saved.storage).view(-1, 1)
     for name, tensor in state.as_dict(packed=True).items():
         destination[f"{prefix}weight.{name}"] = tensor.detach()
 

@@ -1,0 +1,75 @@
+"""Run by test_kernels.py under TRITON_INTERPRET=1: the Triton kernels on the CPU against float64.
+
+In float16: the interpreter keeps bfloat16 as raw integers in dot products.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from deployments.engine.kernels import launch
+from deployments.engine.kernels.config import GemmConfig
+from deployments.engine.kernels.weights import Nested, Weight4, Weight8, dequantise4, dequantise8, tile4, tile8
+
+BOUND = 1e-3
+
+
+def weight4(draw: random.Random, n: int, k: int, blocksize: int) -> Weight4:
+    packed = torch.randint(0, 256, ((n * k + 1) // 2, 1), dtype=torch.uint8)
+    blocks = -(-n * k // blocksize)
+    if draw.random() < 0.5:
+        nested = Nested(torch.rand(-(-blocks // 256)), torch.rand(256), torch.rand(1))
+        return Weight4(
+            n, k, blocksize, packed, torch.randint(0, 256, (blocks,), dtype=torch.uint8), torch.randn(16), nested
+        )
+    return Weight4(n, k, blocksize, packed, torch.rand(blocks), torch.randn(16))
+
+
+def close(out: Tensor, expected: Tensor, what: str) -> None:
+    error = float((out.double() - expected).norm() / expected.norm())
+    assert error <= BOUND, f"{what}: {error}"
+
+
+def product(draw: random.Random, seed: int) -> None:
+    torch.manual_seed(seed)
+    blocksize = draw.choice((64, 128, 256))
+    n, k, rows = 16 * draw.randint(1, 9), blocksize * draw.randint(1, 4), draw.randint(1, 20)
+    config = GemmConfig(draw.choice((1, 2, 4)), draw.choice((1, 2, 4)), 2, draw.randint(1, 3))
+    native: Weight4 | Weight8
+    if draw.random() < 0.6:
+        native = weight4(draw, n, k, blocksize)
+        tiled: Weight4 | Weight8 = tile4(native)
+        dense = dequantise4(native, torch.float64)
+    else:
+        native = Weight8(n, k, torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n))
+        tiled = tile8(native)
+        dense = dequantise8(native, torch.float64)
+    bias = torch.randn(n, dtype=torch.float16) if draw.random() < 0.5 else None
+    x = torch.randn(rows, k, dtype=torch.float16)
+    expected = x.double() @ dense.t() + (0 if bias is None else bias.double())
+    out = launch.small_product(x, tiled, bias, config, bucket=16)
+    close(out, expected, f"{type(native).__name__} {n}x{k} rows {rows} {config}")
+    assert torch.equal(out, launch.small_product(x, tiled, bias, config, bucket=16)), "not repeatable"
+    assert not launch.prepare(x.device).arrivals.any(), "counters are left over"
+    for weight in (native, tiled):
+        rest = torch.full((n, k), torch.nan)
+        launch.dequantise_rows(weight, 0, rest)
+        close(rest, dense, "dequantised")
+    x[0, k // 2] = torch.nan
+    out = launch.small_product(x, tiled, bias, config, bucket=16)
+    assert out[0].isnan().all(), "NaN is lost"
+    assert not out[1:].isnan().any(), "NaN spreads"
+
+
+def main() -> None:
+    draw = random.Random(7)
+    for seed in range(14):
+        product(draw, seed)
+    print("all agree")
+
+
+if __name__ == "__main__":
+    main()
