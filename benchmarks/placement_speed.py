@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter
 from typing import Any, get_args
@@ -81,11 +81,11 @@ def timed(run: Callable[[], object], repeats: int) -> float:
     return median(times)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print one line per goal and order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="plans per line; the median is printed (default 7)")
-    repeats = parser.parse_args().repeats
+    repeats = parser.parse_args(argv).repeats
     weighed, devices = model(), gpus()
     print(f"Python {platform.python_version()}, {platform.machine()}; median of {repeats}")
     print(f"{LAYERS} layers, {format_bytes(weighed.bytes)} of weights over {len(devices)} unequal GPUs")

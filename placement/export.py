@@ -142,7 +142,17 @@ def explain(plan: Plan) -> str:
         )
         lines += [f"  {term.name} {term.bytes:,} bytes: {term.why}" for term in stage.reserve]
         lines.append(f"  free {plan.unused_bytes(stage):,} of {stage.budget_bytes:,} bytes")
-    return "\n".join(lines)
+    return "\n".join((*lines, _longest(plan)))
+
+
+def _longest(plan: Plan) -> str:
+    holds = f"a sequence of {plan.max_context:,} tokens holds {plan.sequence_bytes:,} bytes of KV cache and state"
+    if plan.window_aware_bytes == plan.sequence_bytes:
+        return holds
+    return (
+        f"{holds}; a cache that frees blocks behind sliding windows would hold {plan.window_aware_bytes:,}, "
+        "but the engine's does not"
+    )
 
 
 def title(plan: Plan) -> str:

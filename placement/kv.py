@@ -29,7 +29,6 @@ KV_DTYPE_BYTES = DTYPE_BYTES | {"float8_e4m3fn": 1}
 
 _KV_ALIASES = {"fp8": "float8_e4m3fn"}
 _RECURRENT_BYTES = 4
-_FLASHINFER_HEADS = frozenset((64, 128, 256))
 
 _KINDS = {
     "full_attention": "attention",
@@ -53,6 +52,8 @@ class LayerKv:
 
     kv_heads: int = 0
     head_dim: int = 0
+    """As the model has it. Neither attention backend pads: FlashInfer has kernels for some sizes alone, and a model
+    with any other runs on the torch backend, which stores every size as it is. So the backend changes no byte."""
     window: int | None = None
     """Tokens that a sliding-window layer looks back on. It lowers no byte of a plan: the engine stores all tokens of
     every layer; see `sequence_bytes` for what a cache that frees blocks behind the window would hold."""
@@ -106,16 +107,6 @@ def kv_dtype_name(dtype: str) -> str:
 def kv_dtype_bytes(dtype: str) -> int:
     """Bytes of one element of the KV cache."""
     return KV_DTYPE_BYTES[kv_dtype_name(dtype)]
-
-
-def fits_flashinfer(layers: Iterable[LayerKv]) -> bool:
-    """Whether FlashInfer's kernels take the heads of every layer that attends: plain keys and values, of size 64, 128
-    or 256.
-
-    A model with any other size runs on the torch backend. Neither pads, both store a head at its own size, so the
-    backend changes no byte of the cache.
-    """
-    return all(kv.head_dim in _FLASHINFER_HEADS and not kv.latent for kv in layers if kv.kv_heads)
 
 
 def why_not_served(layers: Sequence[LayerKv]) -> str | None:

@@ -73,7 +73,7 @@ def _scaled_caps(problem: Problem) -> Iterator[str]:
     """All caps raised in one ratio, to a thousandth and whole megabytes: the least that fit."""
     question, context = problem.question, [reserve.context for reserve in problem.reserves]
     usable = [gpu.usable_bytes for gpu in question.devices]
-    caps = {i: budget - context[i] for i, budget in enumerate(question.budgets) if budget < usable[i]}
+    caps = {i: budget - context[i] for i, budget in enumerate(question.budgets) if context[i] < budget < usable[i]}
     if len(caps) < 2:
         return
 
@@ -101,9 +101,8 @@ def _narrower(question: Question) -> Iterator[str]:
             yield f"quantization: {quantization}" + (" with double_quant: true" if double else "")
             break
     workload = question.workload
-    on_gpus = all(gpu.device_type == "cuda" for gpu in question.devices)
     narrow = replace(question, workload=replace(workload, kv_dtype=_FP8))
-    if on_gpus and kv_dtype_bytes(workload.kv_dtype) > 1 and _fits(narrow):
+    if kv_dtype_bytes(workload.kv_dtype) > 1 and _fits(narrow):
         yield f"kv_dtype: fp8 instead of {workload.kv_dtype}"
 
 

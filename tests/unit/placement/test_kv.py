@@ -14,7 +14,6 @@ from placement.footprint import footprint
 from placement.kv import (
     LayerKv,
     dtype_bytes,
-    fits_flashinfer,
     kv_dtype_bytes,
     kv_dtype_name,
     layer_kv,
@@ -152,12 +151,6 @@ def test_caches_without_a_formula_are_refused_by_name() -> None:
 def test_what_the_engine_can_not_hold_yet(layers: tuple[LayerKv, ...], reason: str | None) -> None:
     found = why_not_served(layers)
     assert found is None if reason is None else reason in str(found)
-
-
-def test_flashinfer_takes_three_head_sizes() -> None:
-    assert fits_flashinfer((LayerKv(8, 64), LayerKv(8, 128), LayerKv(8, 256), LayerKv()))
-    assert not fits_flashinfer((LayerKv(8, 128), LayerKv(8, 96)))
-    assert not fits_flashinfer((LayerKv(1, 256, latent=True),))
 
 
 def test_dtype_bytes() -> None:

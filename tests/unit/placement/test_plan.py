@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from placement.errors import DoesNotFit, PlacementError
+from placement.export import explain
 from placement.hardware import Gpu, Inventory, Node, virtual_cpu_devices
 from placement.kv import LayerKv
 from placement.plan import STATE, Plan, answer, solve
@@ -169,6 +170,7 @@ def test_a_plan_says_what_one_sequence_holds() -> None:
     plan = solve(model, virtual_cpu_devices(("1MB",)), **WISHES)
     # 32 tokens * 2 layers * 4 bytes + 12 bytes of state; with a window of 8: (32 + 8) * 4 + 12.
     assert (plan.sequence_bytes, plan.window_aware_bytes) == (268, 172)
+    assert "holds 268 bytes of KV cache and state; a cache that frees blocks behind sliding windows" in explain(plan)
     assert plan.stages[0].kv_block_bytes == 2 * 4 * 4, "the window lowers no byte of the plan"
     state = next(term for term in plan.stages[0].reserve if term.name == STATE)
     assert state.bytes == 4 * 12
@@ -237,7 +239,13 @@ def test_raising_one_cap_is_a_knob() -> None:
         solve(big, [gpu, gpu], **WISHES, max_memory=raised(more - 1))
 
 
-def test_fp8_for_the_cache_is_a_knob_on_gpus() -> None:
+def test_a_device_that_is_shut_has_a_refusal_too() -> None:
+    gpu = Gpu("toy", CUDA_CONTEXT_BYTES + 200 * 10**6)
+    with pytest.raises(DoesNotFit, match="MB more for device 0"):
+        solve(MODEL, [gpu, gpu], **WISHES, max_memory={0: 0, 1: 0})
+
+
+def test_fp8_for_the_cache_is_a_knob() -> None:
     cached = toy_footprint([10] * 2, kv=(LayerKv(1, 500_000),) * 2)  # 2 MB a token and layer in 16 bits
     size = CUDA_CONTEXT_BYTES + 130 * 10**6
     wishes = WISHES | {"max_batch_tokens": 1, "max_sequences": 1, "max_context": 16, "min_context": 16}
