@@ -83,10 +83,9 @@ def random_weight(kind: Kind, n: int, k: int, *, tiled: bool = True, nested: boo
     return tile4(weight4) if tiled else weight4
 
 
-def reference(x: Tensor, weight: Any) -> Tensor:
-    """float64."""
-    dense = dequantise4(weight, torch.float64) if isinstance(weight, Weight4) else dequantise8(weight, torch.float64)
-    return x.double() @ dense.t()
+def exact(weight: Any) -> Tensor:
+    """float64 [n, k]."""
+    return dequantise4(weight, torch.float64) if isinstance(weight, Weight4) else dequantise8(weight, torch.float64)
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
@@ -126,7 +125,7 @@ def check_variants(pairs: list[tuple[Kind, int, GemmConfig]]) -> dict[tuple[Kind
                 torch.full((rows, n), math.nan, device="cuda", dtype=torch.bfloat16)  # poison what `empty` returns
                 out = small_product(x, weight, None, config, bucket=bucket)
                 again = small_product(x, weight, None, config, bucket=bucket)
-                error = relative_error(out, reference(x, weight))
+                error = relative_error(out, x.double() @ exact(weight).t())
             except Exception as failure:  # noqa: BLE001 - the other variants are still worth their time
                 wrong[kind, bucket, config] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
                 continue
@@ -263,12 +262,13 @@ def _time_quantised(
     from deployments.engine.kernels.launch import dequantised_product, small_product
 
     first = random_weight(kind, n, k)
+    wide = exact(first)
     weights = rotate(lambda: random_weight(kind, n, k), first.bytes)
     points = []
     for rows in rows_list:
         x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
         floor = floor_us(first.bytes, rows, n, k, bandwidth)
-        expected = reference(x, first)
+        expected = x.double() @ wide.t()
 
         def add(
             name: str,

@@ -107,12 +107,12 @@ def tune(model: nn.Module, folder: Path) -> Table:
             weight = module.quantised
             kind: Kind = "4bit" if isinstance(weight, Weight4) else "8bit"
             groups.setdefault((kind, weight.n, weight.k), []).append(weight)
-    for (kind, n, k), weights in groups.items():
-        if table.knows(kind, n, k):
-            continue
-        table = table.with_shape(kind, n, k, *tune_shape(kind, weights))
-    write_table(table, folder / file_name(gpu))
-    use_folder(folder)
+    unknown = [shape for shape in groups if not table.knows(*shape)]
+    for shape in unknown:
+        table = table.with_shape(*shape, *tune_shape(shape[0], groups[shape]))
+    if unknown:
+        write_table(table, folder / file_name(gpu))
+        use_folder(folder)
     return table
 
 

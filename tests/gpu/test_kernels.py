@@ -1,0 +1,246 @@
+"""The kernels on a CUDA device against float64 products of the dequantised weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deployments.engine.kernels import config
+from deployments.engine.kernels.weights import (
+    Nested,
+    Weight4,
+    Weight8,
+    dequantise4,
+    dequantise8,
+    tile4,
+    tile8,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+BOUND = {torch.bfloat16: 3e-3, torch.float16: 1e-3}
+ROWS = (1, 2, 3, 16, 17, 40, 64, 65, 128, 129, 300, 1024)
+
+
+def weight4(n: int, k: int, *, blocksize: int = 64, nested: bool = False, scale: float = 1.0) -> Weight4:
+    packed = torch.randint(0, 256, ((n * k + 1) // 2, 1), dtype=torch.uint8, device="cuda")
+    blocks = -(-n * k // blocksize)
+    code = torch.randn(16, device="cuda")
+    if nested:
+        absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda")
+        outer = torch.rand(-(-blocks // 256), device="cuda") * scale
+        inner = Nested(outer, torch.randn(256, device="cuda"), torch.rand(1, device="cuda") * scale)
+        return Weight4(n, k, blocksize, packed, absmax, code, inner)
+    return Weight4(n, k, blocksize, packed, torch.rand(blocks, device="cuda") * scale, code)
+
+
+def weight8(n: int, k: int, scale: float = 1.0) -> Weight8:
+    codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda")
+    return Weight8(n, k, codes, torch.rand(n, device="cuda") * scale)
+
+
+def dense(weight: Weight4 | Weight8) -> Tensor:
+    return dequantise4(weight, torch.float64) if isinstance(weight, Weight4) else dequantise8(weight, torch.float64)
+
+
+def product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None = None, *, invariant: bool = False) -> Tensor:
+    from deployments.engine.kernels.launch import product as compute
+
+    return compute(x, weight, bias, batch_invariant=invariant)
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def variants(n: int, k: int) -> list[Weight4 | Weight8]:
+    """Every format that the shape allows, tiled and not."""
+    native: list[Weight4 | Weight8] = [weight4(n, k), weight4(n, k, nested=True), weight8(n, k)]
+    if k % 256 == 0:
+        native += [weight4(n, k, blocksize=128), weight4(n, k, blocksize=256, nested=True)]
+    if n % 16 == 0 and k % 64 == 0:
+        return native + [tile4(w) if isinstance(w, Weight4) else tile8(w) for w in native]
+    return native
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (592, 704), (2048, 1024), (100, 192), (33, 77), (4096, 4096)])
+def test_products(n: int, k: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(n + k)
+    for weight in variants(n, k):
+        wide = dense(weight)
+        for rows in ROWS:
+            x = torch.randn(rows, k, device="cuda", dtype=dtype)
+            bias = torch.randn(n, device="cuda", dtype=dtype) if rows % 2 else None
+            expected = x.double() @ wide.t() + (0 if bias is None else bias.double())
+            torch.full((rows, n), torch.nan, device="cuda", dtype=dtype)  # poison what `empty` returns next
+            out = product(x, weight, bias)
+            assert out.dtype == dtype
+            assert error(out, expected) < BOUND[dtype], (type(weight).__name__, weight.tiled, rows)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e20])
+def test_extreme_scales(scale: float) -> None:
+    for weight in (tile4(weight4(256, 512, scale=scale)), tile8(weight8(256, 512, scale=scale))):
+        x = torch.randn(5, 512, device="cuda", dtype=torch.bfloat16)
+        assert error(product(x, weight), x.double() @ dense(weight).t()) < 3e-3
+
+
+def test_rows_of_x_may_be_strided() -> None:
+    weight = tile4(weight4(256, 512))
+    x = torch.randn(7, 1024, device="cuda", dtype=torch.bfloat16)[:, 512:]
+    assert error(product(x, weight), x.double() @ dense(weight).t()) < 3e-3
+
+
+def test_nan_and_infinity_stay_in_their_rows() -> None:
+    for weight in (tile4(weight4(256, 512)), tile8(weight8(256, 512))):
+        x = torch.randn(20, 512, device="cuda", dtype=torch.bfloat16)
+        clean = product(x, weight)
+        x[3, 100], x[17, 5] = torch.nan, torch.inf
+        out = product(x, weight)
+        assert out[3].isnan().all()
+        assert not out[17].isfinite().any()
+        others = [row for row in range(20) if row not in (3, 17)]
+        assert torch.equal(out[others], clean[others])
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    for weight in (tile4(weight4(4096, 4096)), tile8(weight8(4096, 4096))):
+        for rows in (1, 16, 33, 100):
+            x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+            first = product(x, weight)
+            assert all(torch.equal(product(x, weight), first) for _ in range(50))
+
+
+def test_batch_invariant_rows() -> None:
+    for weight in (tile4(weight4(4096, 1024)), tile8(weight8(4096, 1024))):
+        x = torch.randn(300, 1024, device="cuda", dtype=torch.bfloat16)
+        whole = product(x, weight, invariant=True)
+        for rows in (1, 2, 15, 16, 17, 64, 129):
+            assert torch.equal(product(x[:rows], weight, invariant=True), whole[:rows]), rows
+            assert torch.equal(product(x[300 - rows :], weight, invariant=True), whole[300 - rows :]), rows
+
+
+def test_empty_input() -> None:
+    x = torch.empty(0, 512, device="cuda", dtype=torch.bfloat16)
+    assert product(x, tile4(weight4(256, 512))).shape == (0, 256)
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_every_candidate_of_this_gpu_or_a_reason(kind: config.Kind) -> None:
+    """A configuration may be too large for a GPU; one that runs must be right, full panels or not."""
+    from deployments.engine.kernels.launch import small_product
+    from deployments.engine.kernels.tune import CANDIDATES
+
+    ran = 0
+    for bucket in config.BUCKETS:
+        for choice in CANDIDATES[kind, bucket]:
+            for n, k, rows in ((1024, 1024, bucket), (592, 704, bucket - 5)):
+                weight = tile4(weight4(n, k)) if kind == "4bit" else tile8(weight8(n, k))
+                x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+                try:
+                    out = small_product(x, weight, None, choice, bucket=bucket)
+                except Exception as failure:  # Triton raises several kinds
+                    if not any(word in str(failure).lower() for word in ("resource", "invalid", "workspace")):
+                        raise
+                    continue
+                assert error(out, x.double() @ dense(weight).t()) < 3e-3, (bucket, choice)
+                ran += 1
+    assert ran >= 8
+
+
+def test_under_cuda_graphs_and_compile() -> None:
+    from deployments.engine.kernels.modules import QuantLinear8
+
+    module = QuantLinear8(tile8(weight8(512, 1024)), None)
+    x = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
+    expected = module(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = module(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, module(x))
+    assert not torch.equal(out, expected)
+    compiled = torch.compile(lambda y: module(y) * 2, fullgraph=True)
+    assert torch.equal(compiled(x), module(x) * 2)
+
+
+def test_growing_the_workspace_under_capture_is_refused() -> None:
+    from deployments.engine.kernels import workspace
+
+    have = workspace.prepare(torch.device("cuda")).buffer.numel()
+    if have >= workspace.BUFFER_BYTES:
+        pytest.skip("the buffer has its largest size already")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="a CUDA graph is being captured"), torch.cuda.graph(graph):
+        workspace.prepare(torch.device("cuda"), have + 1)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(512, 1024), nn.Linear(512, 1024), nn.Linear(1024, 512)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "nf4 nested", "int8"])
+def test_in_place_of_bitsandbytes(quantization: str) -> None:
+    bnb: Any = pytest.importorskip("bitsandbytes")
+    from deployments.engine.kernels.fuse import fuse_linears
+    from deployments.engine.kernels.modules import replace_linears
+
+    torch.manual_seed(0)
+    model = Mlp().bfloat16()
+    for name, linear in list(model.named_children()):
+        assert isinstance(linear, nn.Linear)
+        new: Any
+        if quantization == "int8":
+            new = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, True, False, threshold=0.0)
+        else:
+            kind, _, nested = quantization.partition(" ")
+            new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, True, torch.bfloat16, bool(nested), kind)
+        new.load_state_dict(linear.state_dict())
+        setattr(model, name, new.bfloat16() if quantization != "int8" else new)
+    model = model.cuda()
+    model.requires_grad_(False)
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(9, 512, device="cuda", dtype=torch.bfloat16)
+    theirs = model(x).double()
+    assert replace_linears(model) == 3
+    ours = model(x).double()
+    bound = 3e-2 if quantization == "int8" else 1e-2  # LLM.int8() quantises activations too
+    assert error(ours, theirs) < bound
+    assert fuse_linears(model) == (0 if "nested" in quantization else 1)
+    assert error(model(x), ours) < 1e-2
+    after = model.state_dict()
+    assert after.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(after[name], tensor), name
+
+
+def test_tuning_is_kept_and_read(tmp_path: Path) -> None:
+    from deployments.engine.kernels.launch import table_of
+    from deployments.engine.kernels.modules import QuantLinear8
+    from deployments.engine.kernels.tune import tune
+
+    model = nn.Sequential(QuantLinear8(tile8(weight8(1024, 1024)), None))
+    try:
+        table = tune(model, tmp_path)
+        path = tmp_path / config.file_name(torch.cuda.get_device_name())
+        assert config.parse_table(json.loads(path.read_text(encoding="utf-8"))) == table
+        assert table_of(torch.device("cuda")).knows("8bit", 1024, 1024)
+        written = path.stat().st_mtime_ns
+        assert tune(model, tmp_path) == table
+        assert path.stat().st_mtime_ns == written
+    finally:
+        config._tuned.clear()
+        config.table_for.cache_clear()
