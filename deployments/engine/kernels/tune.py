@@ -60,7 +60,7 @@ CANDIDATES: dict[tuple[Kind, int], tuple[GemmConfig, ...]] = {
         GemmConfig(16, 2, 3, 1),
         GemmConfig(16, 1, 5, 1),
     ),
-    ("4bit", 128): (GemmConfig(8, 2, 3, 1), GemmConfig(8, 1, 5, 1), GemmConfig(16, 1, 4, 1)),
+    ("4bit", 128): (GemmConfig(8, 2, 3, 1), GemmConfig(8, 1, 5, 1)),
     ("8bit", 16): (
         GemmConfig(8, 2, 3, 2),
         GemmConfig(8, 2, 4, 2),
@@ -85,7 +85,7 @@ CANDIDATES: dict[tuple[Kind, int], tuple[GemmConfig, ...]] = {
         GemmConfig(16, 2, 3, 1),
         GemmConfig(16, 1, 5, 1),
     ),
-    ("8bit", 128): (GemmConfig(8, 2, 3, 1), GemmConfig(8, 1, 5, 1), GemmConfig(16, 1, 4, 1)),
+    ("8bit", 128): (GemmConfig(8, 2, 3, 1), GemmConfig(8, 1, 5, 1)),
 }
 """What is tried for each bucket of rows. Of the 4-bit ones, each needs over 48 KiB of dynamic shared memory beside the
 table of pairs: Triton raises the driver's limit of 48 KiB in all only for such."""
