@@ -233,6 +233,6 @@ class Sampler:
         """Marks where the device is when everything so far has reached the host."""
         if self._device.type != "cuda":
             return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
