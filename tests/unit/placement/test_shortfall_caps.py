@@ -52,3 +52,10 @@ def test_no_caps_above_what_a_device_has() -> None:
 def test_one_cap_has_no_ratio() -> None:
     gpu = Gpu("gpu", 640 * 2**20 + 70 * MB)
     assert knob(gpu, gpu, caps={1: "30MB"}) is None
+
+
+def test_a_cap_of_nothing_has_no_ratio() -> None:
+    gpu = Gpu("gpu", 10**11)
+    assert knob(gpu, gpu, caps={0: 0, 1: "30MB"}) is None
+    # Device 1: the embedding's 50 and two layers, 70; fragmentation takes a 64th of 753 with the context: 11.8.
+    assert knob(gpu, gpu, gpu, caps={0: 0, 1: "30MB", 2: "30MB"}) == {1: 82, 2: 82}
