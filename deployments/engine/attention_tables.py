@@ -72,7 +72,8 @@ class Tables:
         starts = shape._starts()
         sizes = [shape.sequences + 1, shape.sequences + 1, shape.sequences, shape.sequences, shape.rows, shape.rows]
         parts = [buffer[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-        return cls(shape, *parts, pages=buffer[starts[-1] :])
+        parts.append(buffer[starts[-1] :])
+        return cls(shape, *parts)
 
 
 def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32]) -> Shape:

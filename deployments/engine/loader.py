@@ -19,10 +19,12 @@ from typing import Any, Literal
 import torch
 from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from deployments.engine.attention import IMPLEMENTATION, PagedKv, RowSpan, UnsupportedAttention
-from deployments.engine.attention_torch import TorchAttention
+from deployments.engine.attention import IMPLEMENTATION, AttentionBackend, PagedKv, RowSpan, UnsupportedAttention
+from deployments.engine.attention_choice import choose
+from deployments.engine.flashinfer_kernels import Kind
+from deployments.engine.messages import EngineLimits
 from deployments.engine.stages import Stage, StepRows, find_decoder, find_layers, run_stages
 from deployments.errors import ConfigError
 from deployments.once import make_once
@@ -37,6 +39,8 @@ PROBE_TOKENS = 41
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Bound on RMS(paged - plain) / RMS(plain) of the logits. Rounding stays an order below; a missing mask or bias
 does not."""
+_FP8_TOLERANCE = 0.15
+"""The same with KV in fp8, whose rounding of 1/16 at most is above that of all compute dtypes."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,23 @@ class LoadedModel:
     vocab_size: int
     """Width of the logits."""
     attention: str
-    """The attention backend in use."""
+    """The attention backend in use, and where it is not the fast one why."""
 
 
 def load(
-    model_dir: Path, plan: Plan, *, device_type: Literal["cpu", "cuda"], cache_dir: Path | None = None
+    model_dir: Path,
+    plan: Plan,
+    *,
+    device_type: Literal["cpu", "cuda"],
+    cache_dir: Path | None = None,
+    limits: EngineLimits | None = None,
 ) -> LoadedModel:
     """Load the checkpoint in `model_dir` as `plan` says.
 
     Args:
         cache_dir: where a checkpoint that was quantised on the CPU is kept for the next start; None keeps none. A GPU
             quantises faster than a disk reads, so nothing is kept for one.
+        limits: the largest steps, which FlashInfer's buffers are made for; None: no FlashInfer.
 
     Raises:
         ConfigError: the loaded bytes differ from the plan, or the model does not run on paged attention.
@@ -81,9 +91,12 @@ def load(
     config._attn_implementation = model.config._attn_implementation = IMPLEMENTATION
     # GPT-2 and others have names of their own for some of the standard ones.
     shapes = layer_kv(config.to_dict() | {name: getattr(config, name) for name in config.attribute_map})
-    stages = tuple(_stage(model, plan, i, devices[i], shapes, copies) for i in range(len(plan.stages)))
+    attention = choose(plan, _attention_kinds(config, shapes, plan), devices, limits)
+    stages = tuple(
+        _stage(model, plan, i, devices[i], shapes, copies, backend) for i, backend in enumerate(attention.backends)
+    )
     _probe(type(model).__name__, stages, plan, ids, expected)
-    return LoadedModel(stages, int(expected.shape[-1]), "torch")
+    return LoadedModel(stages, int(expected.shape[-1]), attention.shown)
 
 
 def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
@@ -231,6 +244,7 @@ def _stage(
     device: torch.device,
     shapes: tuple[LayerKv, ...],
     copies: dict[str, nn.Module],
+    attention: AttentionBackend,
 ) -> Stage:
     planned = plan.stages[index]
     decoder_name, decoder = find_decoder(model)
@@ -254,8 +268,15 @@ def _stage(
     have, want = sum(cache.bytes for cache in kv), plan.kv_bytes(planned)
     if have != want:
         raise ConfigError(f"stage {index} of {plan.model} needs {have:,} bytes of KV cache, but its plan says {want:,}")
-    attention = TorchAttention(plan.num_blocks, device)
     return Stage(model, planned.layers, absent=absent, own=own, device=device, kv=kv, attention=attention)
+
+
+def _attention_kinds(config: PreTrainedConfig, shapes: tuple[LayerKv, ...], plan: Plan) -> tuple[Kind, ...]:
+    """How each layer attends, as far as a config tells; the first step shows what is really asked."""
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    dtype, kv_dtype = getattr(torch, plan.dtype), getattr(torch, plan.kv_dtype)
+    heads = config.num_attention_heads
+    return tuple(Kind(heads, s.kv_heads, s.head_dim, dtype, kv_dtype, s.window, softcap) for s in shapes)
 
 
 def _has_tensors(module: nn.Module) -> bool:
@@ -304,10 +325,11 @@ def _probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], exp
             f"({sorted(calls)} calls in {len(cuts) - 1} steps); choose a model of another architecture"
         )
     error_ratio = float((torch.cat(rows) - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
-    bound = _TOLERANCE[getattr(torch, plan.dtype)]
+    bound = _FP8_TOLERANCE if plan.kv_dtype == "float8_e4m3fn" else _TOLERANCE[getattr(torch, plan.dtype)]
     if not error_ratio <= bound:
         raise ConfigError(
             f"{name} can't be served: its logits on paged attention differ from the plain forward's by "
             f"{error_ratio:.2g} (relative RMS), over the bound of {bound:g}"
         )
-    log.info("%s on paged attention (torch): relative RMS error of the logits %.1e", name, error_ratio)
+    backend = stages[0].attention.name
+    log.info("%s on paged attention (%s): relative RMS error of the logits %.1e", name, backend, error_ratio)

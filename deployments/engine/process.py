@@ -63,8 +63,9 @@ def run(connection: Connection) -> None:
     spec: EngineSpec = connection.recv()
     began = time.monotonic()
     plan, device_type = plan_pool(spec.name, spec.model_dir, spec.pool)
-    model = load(spec.model_dir, plan, device_type=device_type, cache_dir=spec.cache_dir)
-    engine = Engine(model, plan, _limits(spec, plan))
+    limits = _limits(spec, plan)
+    model = load(spec.model_dir, plan, device_type=device_type, cache_dir=spec.cache_dir, limits=limits)
+    engine = Engine(model, plan, limits)
     connection.send(Started(plan, model.attention, time.monotonic() - began))
     while True:
         chunks = _take_commands(connection, engine)

@@ -114,6 +114,13 @@ def test_wrong_logits_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch)
         load(folder.parent / "mistral", plan, device_type="cpu")
 
 
+def test_fp8_blocks_pass_the_probe_and_hold_a_quarter_of_float32(folder: Path) -> None:
+    plan, small = plan_of(folder), plan_of(folder, kv_dtype="fp8")
+    assert small.stages[0].kv_block_bytes * 4 == plan.stages[0].kv_block_bytes
+    (stage,) = load(folder, small, device_type="cpu").stages
+    assert {cache.keys.dtype for cache in stage.kv} == {torch.float8_e4m3fn}
+
+
 # Float32
 
 
