@@ -151,7 +151,9 @@ def test_the_best_order_puts_the_embedding_where_it_fits() -> None:
     for goal in get_args(Goal):
         assert best(toy_problem(model, (21, 120), order="best"), goal) == ((Cut(1, 0, 1), Cut(0, 1, 2)), 1)
     # Where the given order is as good as any, it stays.
-    assert cuts_of(toy_problem(model, (500, 500, 500), order="best")) == (Cut(0, 0, 1), Cut(1, 1, 2))
+    three = toy_problem(toy_footprint([10] * 3), (500, 400, 450), order="best")
+    assert cuts_of(three) == (Cut(0, 0, 1), Cut(1, 1, 2), Cut(2, 2, 3))
+    assert cuts_of(toy_problem(model, (120, 121), order="best"), "latency") == (Cut(0, 0, 1), Cut(1, 1, 2))
 
 
 def test_the_last_resort_stays_last_in_any_order() -> None:
