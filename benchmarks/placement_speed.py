@@ -13,6 +13,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any, get_args
 
+from benchmarks import placement_cluster
 from placement.footprint import Footprint, Geometry, Module, Role, Tensor
 from placement.hardware import Gpu, format_bytes
 from placement.kv import LayerKv
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = solve(weighed, devices, order="best", **CONDITIONS)
     ms = timed(lambda: solve(weighed, devices, order="best", **CONDITIONS), 1)
     print(f"plan  goal=throughput  order=best   {ms:7.1f} ms  {plan.capacity_tokens:,} KV tokens")
+    placement_cluster.report(repeats)
 
 
 if __name__ == "__main__":

@@ -78,10 +78,12 @@ class Problem:
         work = [layer.work for layer in footprint.layers]
         for layer, module in footprint.beside:
             work[layer] += module.work
-        reserves = tuple(
-            reserve(footprint, workload, device_type=gpu.device_type, budget_bytes=budget)
-            for gpu, budget in zip(question.devices, question.budgets, strict=True)
-        )
+        devices = tuple(zip(question.devices, question.budgets, strict=True))
+        of_kind = {
+            (gpu, budget): reserve(footprint, workload, device_type=gpu.device_type, budget_bytes=budget)
+            for gpu, budget in dict.fromkeys(devices)
+        }
+        reserves = tuple(of_kind[device] for device in devices)
         fences = tuple(_fence(question, device) for device in range(len(question.devices)))
         slowness = _slowness(question)
         return cls(
