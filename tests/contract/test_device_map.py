@@ -12,12 +12,14 @@ import pytest
 import torch
 from accelerate.utils import check_device_map
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, modeling_utils
+from transformers.quantizers.auto import AutoHfQuantizer
 
-from placement import Footprint, Gpu, PlacementError, device_map, footprint, solve
+from placement import DoesNotFit, Footprint, Gpu, PlacementError, device_map, footprint, solve
 from placement.plan import Plan
 from placement.sequential import sequential_max_memory
 from tests.unit.placement.tiny_models import CONFIGS, save
 
+BLOOM = Path(__file__).resolve().parent.parent / "configs" / "bloom-3b"
 QUANTIZATIONS = ("nf4", "int8", "bf16")
 UNTIED = ("llama", "mistral", "gpt_neox", "phi3", "mixtral")
 TIED = ("llama_tied", "gpt2", "gemma2", "falcon", "opt")
@@ -131,6 +133,20 @@ def test_a_device_map_covers_every_parameter_with_no_entry_too_many(
     assert all(model.get_submodule(module) is not None for module in devices)
     drawn = transformers_map(monkeypatch, models / name, "int8", device_map=devices)
     assert drawn == devices
+
+
+@pytest.mark.parametrize(("quantization", "caps"), [("nf4", {0: "600MB", 1: "1GB"}), ("int8", {0: "1GB", 1: "2GB"})])
+def test_transformers_own_example_fits_neither_here_nor_there(quantization: str, caps: dict[int, str]) -> None:
+    """BLOOM-3B on the caps of transformers' documentation; docs/placement.md says why."""
+    gpus = [Gpu("gpu", 24 * 2**30)] * 2
+    weighed = footprint(BLOOM, quantization=quantization)
+    with pytest.raises(DoesNotFit):
+        solve(weighed, gpus, block_size=16, max_batch_tokens=128, max_sequences=1, max_memory=caps)
+    config = BitsAndBytesConfig(load_in_4bit=quantization == "nf4", load_in_8bit=quantization == "int8")
+    model, quantizer = on_meta(BLOOM), AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map="auto")
+    with pytest.raises(ValueError, match="dispatched on the CPU or the disk"):
+        modeling_utils._get_device_map(model, "auto", dict(caps), quantizer)
 
 
 def on_meta(folder: Path) -> PreTrainedModel:
