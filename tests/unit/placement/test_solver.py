@@ -10,7 +10,7 @@ from placement.errors import PlacementError
 from placement.kv import LayerKv
 from placement.problem import Cut, Problem
 from placement.question import LAST_RESORT, Demand
-from placement.solver import Cuts, Goal, best, fits
+from placement.solver import Cuts, Goal, best, fits, pack
 from tests.unit.placement.toy import toy_encoder_decoder, toy_footprint, toy_problem
 
 
@@ -152,7 +152,7 @@ def test_the_best_order_puts_the_embedding_where_it_fits() -> None:
         assert best(toy_problem(model, (21, 120), order="best"), goal) == ((Cut(1, 0, 1), Cut(0, 1, 2)), 1)
     # Where the given order is as good as any, it stays.
     three = toy_problem(toy_footprint([10] * 3), (500, 400, 450), order="best")
-    assert cuts_of(three) == (Cut(0, 0, 1), Cut(1, 1, 2), Cut(2, 2, 3))
+    assert cuts_of(three) == pack(three, 1, time=10) == (Cut(0, 0, 1), Cut(1, 1, 2), Cut(2, 2, 3))
     assert cuts_of(toy_problem(model, (120, 121), order="best"), "latency") == (Cut(0, 0, 1), Cut(1, 1, 2))
 
 
