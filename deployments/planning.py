@@ -8,7 +8,7 @@ from deployments.errors import ConfigError
 from deployments.settings import PoolSettings
 from placement import probe
 from placement.errors import PlacementError
-from placement.footprint import footprint
+from placement.footprint import Footprint, footprint
 from placement.hardware import DeviceType, Gpu, virtual_cpu_devices
 from placement.kv import why_not_served
 from placement.plan import Plan, solve
@@ -39,6 +39,8 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             double_quant=pool.double_quant,
             dtype=_dtype(pool, "cuda" if on_gpu else "cpu"),
         )
+        if reason := _why_not_loaded(weighed):
+            raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
         if reason := why_not_served(weighed.geometry.kv):
             raise ConfigError(
                 f"pool {pool.name}: {name} caches {reason}, which the engine does not serve yet; "
@@ -57,6 +59,21 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
     except PlacementError as error:
         raise ConfigError(f"pool {pool.name}: {error}") from error
     return plan, "cuda" if on_gpu else "cpu"
+
+
+def _why_not_loaded(weighed: Footprint) -> str | None:
+    """What the loader can't do with this checkpoint yet, with the mend; None when it loads it."""
+    if weighed.prequantized:
+        return (
+            f"is quantised already ({weighed.quantization}), which the engine does not load yet; "
+            "give the unquantised model"
+        )
+    if weighed.left_out:
+        return (
+            f"has other parts than text ({', '.join(weighed.left_out)}), which the engine can't load the text model "
+            "without yet; serve a text model"
+        )
+    return None
 
 
 def _virtual_devices(pool: PoolSettings) -> tuple[Gpu, ...]:

@@ -224,7 +224,10 @@ def read_recipe(config: Mapping[str, Any]) -> Recipe:
             f"the checkpoint is quantised with {method}, which is not planned yet; give the unquantised model, or one "
             "quantised with bitsandbytes, GPTQ or AWQ"
         )
-    return readers[method](config)
+    try:
+        return readers[method](config)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise PlacementError(f"the checkpoint's quantization_config ({method}) can't be read: {error}") from None
 
 
 def _loads_bits(config: Mapping[str, Any]) -> int:
@@ -275,14 +278,13 @@ def _gptq(config: Mapping[str, Any]) -> Recipe:
 def _dynamic(rules: Mapping[str, Any], bits: int, group_size: int) -> tuple[tuple[str, int, int], ...]:
     """GPTQModel's `dynamic`: a pattern after "-:" is left out, one after "+:" or nothing has settings of its own."""
     found = []
-    for pattern, own in rules.items():
-        if pattern.startswith("-:"):
-            found.append((pattern[2:], 0, 0))
+    for key, own in rules.items():
+        pattern = re.compile(key.removeprefix("-:").removeprefix("+:")).pattern
+        if key.startswith("-:"):
+            found.append((pattern, 0, 0))
         else:
             own = own or {}
-            found.append(
-                (pattern.removeprefix("+:"), int(own.get("bits", bits)), int(own.get("group_size", group_size)))
-            )
+            found.append((pattern, int(own.get("bits", bits)), int(own.get("group_size", group_size))))
     return tuple(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from deployments.settings import PoolSettings
 from placement import probe
 from placement.hardware import Gpu
 from tests.unit.engine.tiny import llama, save
+from tests.unit.placement.tiny_models import MULTIMODAL
 
 A_GPU = Gpu("Toy", 2 * 10**9, speed=1)
 
@@ -134,3 +136,15 @@ def test_a_cache_that_the_engine_does_not_serve_is_one_line(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"pool default: tiny caches recurrent state .* does not serve yet") as caught:
         plan_pool("tiny", tmp_path, pool())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_checkpoints_that_the_engine_cannot_load_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"tiny is quantised already \(nf4\).*give the unquantised model"):
+        plan_pool("tiny", tmp_path, pool())
+    MULTIMODAL["gemma3_vision"].save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"other parts than text \(model.vision_tower, .*serve a text model"):
+        plan_pool("tiny", tmp_path, pool())

@@ -137,6 +137,9 @@ def test_gptq_modules_may_differ() -> None:
         ({"quant_method": "awq", "bits": 3}, "awq of 3 bits is not known; use a checkpoint of 4 bits"),
         ({"quant_method": "gptq", "bits": 16}, "gptq of 16 bits"),
         ({"quant_method": "gptq", "bits": 4, "group_size": -2}, "groups of -2"),
+        ({"quant_method": "gptq", "bits": "four"}, "quantization_config .gptq. can't be read: invalid literal"),
+        ({"quant_method": "gptq", "dynamic": {"-:(": {}}}, "can't be read: missing"),
+        ({"quant_method": "gptq", "dynamic": ["a"]}, "can't be read: 'list' object"),
     ],
 )
 def test_configs_that_are_refused(config: dict[str, Any], message: str) -> None:
