@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from placement.errors import PlacementError
 from placement.groups import Fleet, Group, Groups, Weigh
 from placement.hardware import Gpu, Inventory
-from placement.packing import Counts, Demand, Item, Packing, pack
+from placement.packing import Counts, Demand, Item, Packing, pack, tidy
 from placement.plan import Plan
 from placement.problem import Problem
 from placement.shortfall import shortfall
@@ -80,7 +80,8 @@ class Layout:
     idle: tuple[Host, ...]
     """Per node the GPUs that nothing runs on."""
     exact: bool
-    """It is certain that no better one exists under its aim; else it is the best of a wide search."""
+    """It is certain that none is better under its aim, but for the few per cent that `placement.packing.tidy` may give
+    up for fewer pools; else it is the best of a wide search."""
     contexts: tuple[int, ...]
     """Per model, in the order wished: tokens that a sequence may have on every replica."""
     steps: int
@@ -243,7 +244,8 @@ class _Search:
         items = [Item(m := model[g.wish.name], g.counts, g.speed.sequences, _worth(g, goals[m])) for g in groups]
         allowed = {node: [index[g] for each in of_models for g in each] for node, of_models in offers.items()}
         demands = [Demand(wish.concurrency, wish.share) for wish in self.wishes]
-        return pack(self._nodes, items, demands, allowed, limit=limit), groups
+        packing = pack(self._nodes, items, demands, allowed, limit=limit)
+        return tidy(packing, self._nodes, items, demands, allowed, limit=_BESIDE_LIMIT), groups
 
     def _place_in_order(self, group: Group) -> tuple[int, int, Counts]:
         backwards = tuple(-count for count in group.counts)

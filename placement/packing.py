@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import product
-from operator import le, sub
+from operator import add, le, sub
 from typing import TypeVar
 
 Counts = tuple[int, ...]
@@ -23,6 +23,9 @@ State = tuple[int, ...]
 """Per model the sequences it can hold, never above those wished for; then per model the worth of its groups."""
 Groups = tuple[int, ...]
 """The groups of one node, as indices of items, in rising order."""
+
+TIDY_PERCENT = 3
+"""Of a model's worth, that fewer kinds of group may cost."""
 
 _SCALE = 10**6
 _T = TypeVar("_T")
@@ -92,6 +95,33 @@ def pack(
     return Packing(tuple(groups[counts].pop(0) for counts in nodes), state, packer.exact)
 
 
+def tidy(
+    packing: Packing,
+    nodes: Sequence[Counts],
+    items: Sequence[Item],
+    demands: Sequence[Demand],
+    offers: Mapping[Counts, Sequence[int]],
+    *,
+    limit: int,
+) -> Packing:
+    """`packing` with fewer kinds of group, where that costs no model a sequence that it asks for and none more than
+    `TIDY_PERCENT` of its worth. The arguments are those of `pack`; `exact` stays what it was.
+
+    What few GPUs are used for is left out first. A kind that can't be spared is not tried again: with fewer others
+    beside it, it can be spared even less.
+    """
+    models = len(demands)
+    least = (*packing.state[:models], *(-(-worth * (100 - TIDY_PERCENT) // 100) for worth in packing.state[models:]))
+    used = Counter(i for groups in packing.nodes for i in groups)
+    for spared in sorted(used, key=lambda i: (used[i] * sum(items[i].needs), i)):
+        kept = {i for groups in packing.nodes for i in groups} - {spared}
+        narrowed = {node: [i for i in offers[node] if i in kept] for node in offers}
+        found = pack(nodes, items, demands, narrowed, limit=limit)
+        if _within(least, found.state):
+            packing = replace(found, exact=packing.exact)
+    return packing
+
+
 @dataclass(slots=True)
 class _Packer:
     items: Sequence[Item]
@@ -100,9 +130,12 @@ class _Packer:
     limit: int
     nothing: State = field(init=False)
     exact: bool = True
+    _wished: tuple[int, ...] = field(init=False)
+    _ranks: dict[State, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.nothing = (0,) * (2 * len(self.demands))
+        self._wished = tuple(demand.sequences for demand in self.demands)
 
     def models_of(self, counts: Counts) -> int:
         """How many models a node has room for."""
@@ -110,14 +143,14 @@ class _Packer:
 
     def of_node(self, counts: Counts) -> dict[State, tuple[Groups, ...]]:
         """The states that one node can have, each with its groups."""
+        offered = [(i, self.items[i].needs, self._state(self.items[i])) for i in self.offers[counts]]
         best: dict[Counts, dict[State, Groups]] = {}
         for left in product(*(range(count + 1) for count in counts)):  # a smaller vector comes before a larger one
             found: dict[State, Groups] = {self.nothing: ()}
             # Fewer GPUs come first, so that of two packings with one state the smaller is kept.
             for kind, count in enumerate(left):
                 _merge(found, best[_minus_one(left, kind)].items() if count else ())
-            for i in self.offers[counts]:
-                needs, gain = self.items[i].needs, self._state(self.items[i])
+            for i, needs, gain in offered:
                 if _within(needs, left):
                     before = best[tuple(map(sub, left, needs))]
                     _merge(found, ((self._sum(state, gain), (*groups, i)) for state, groups in before.items()))
@@ -142,20 +175,23 @@ class _Packer:
 
     def rank(self, state: State) -> tuple[int, ...]:
         """Larger is better, and never smaller for a state that is nowhere below another."""
+        if (known := self._ranks.get(state)) is not None:
+            return known
         models = len(self.demands)
         held = [state[m] * _SCALE // demand.sequences for m, demand in enumerate(self.demands)]
         served = [state[models + m] * _SCALE // demand.share for m, demand in enumerate(self.demands)]
-        return (*sorted(held), *sorted(served))
+        self._ranks[state] = rank = (*sorted(held), *sorted(served))
+        return rank
 
     def _state(self, item: Item) -> State:
         models, state = len(self.demands), list(self.nothing)
         state[item.model], state[models + item.model] = item.sequences, item.worth
-        return tuple(state)
+        return self._sum(tuple(state), self.nothing)
 
     def _sum(self, a: State, b: State) -> State:
-        models = len(self.demands)
-        held = (min(a[m] + b[m], demand.sequences) for m, demand in enumerate(self.demands))
-        return (*held, *(a[m] + b[m] for m in range(models, 2 * models)))
+        total = map(add, a, b)
+        # `map` stops when there are no more wished sequences, before it takes a worth out of `total`.
+        return (*map(min, self._wished, total), *total)
 
     def _best(self, found: dict[State, _T]) -> dict[State, _T]:
         """The states that none surpasses, at most `limit` of them, those that rank first."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from placement.packing import Counts, Demand, Item, Packing, pack
+from placement.packing import Counts, Demand, Item, Packing, pack, tidy
 
 ONE, TWO, FOUR = (1,), (2,), (4,)
 
 
+def offered(nodes: list[Counts], items: list[Item]) -> dict[Counts, list[int]]:
+    """Every item on every node with room for it."""
+    return {node: [i for i, item in enumerate(items) if all(map(int.__le__, item.needs, node))] for node in set(nodes)}
+
+
 def packed(nodes: list[Counts], items: list[Item], *demands: Demand, limit: int = 100) -> Packing:
-    offers = {
-        node: [i for i, item in enumerate(items) if all(map(int.__le__, item.needs, node))] for node in set(nodes)
-    }
-    return pack(nodes, items, demands, offers, limit=limit)
+    return pack(nodes, items, demands, offered(nodes, items), limit=limit)
+
+
+def tidied(nodes: list[Counts], items: list[Item], *demands: Demand) -> Packing:
+    return tidy(packed(nodes, items, *demands), nodes, items, demands, offered(nodes, items), limit=100)
 
 
 def worths(*values: int) -> list[Item]:
@@ -75,3 +81,23 @@ def test_a_set_beyond_its_limit_is_said() -> None:
     assert min(exact.state[3:]) == 55
     assert 0 < min(rough.state[3:]) <= 55
     assert rough == packed([(8,)] * 2, items, *demands, limit=3)
+
+
+def test_fewer_kinds_of_group_for_a_little_worth() -> None:
+    # Eight GPUs: 2 + 3 + 3 is worth 207 + 2 * 311 = 829, 2 + 2 + 2 + 2 is worth 828.
+    items = [Item(0, TWO, 1, 207), Item(0, (3,), 1, 311)]
+    assert packed([(8,)], items, Demand(1, 1)).nodes == ((0, 1, 1),)
+    assert tidied([(8,)], items, Demand(1, 1)) == Packing(((0, 0, 0, 0),), (1, 828), True)
+
+
+def test_not_for_more_than_three_per_cent() -> None:
+    # 200 + 2 * 320 = 840 against 4 * 200 = 800.
+    items = [Item(0, TWO, 1, 200), Item(0, (3,), 1, 320)]
+    assert tidied([(8,)], items, Demand(1, 1)) == packed([(8,)], items, Demand(1, 1))
+
+
+def test_not_for_a_sequence_that_is_asked_for() -> None:
+    # 2 + 3 + 3 holds 5 sequences, 2 + 2 + 2 + 2 holds 4.
+    items = [Item(0, TWO, 1, 207), Item(0, (3,), 2, 311)]
+    assert tidied([(8,)], items, Demand(4, 1)).nodes == ((0, 0, 0, 0),)
+    assert tidied([(8,)], items, Demand(5, 1)).nodes == ((0, 1, 1),)
