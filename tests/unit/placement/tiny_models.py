@@ -81,6 +81,11 @@ _T5: dict[str, Any] = {
 ENCODER_DECODERS: dict[str, PreTrainedConfig] = {
     "t5": transformers.T5Config(**_T5),
     "t5_v1_1": transformers.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    # Experts that are modules of their own.
+    "switch": transformers.SwitchTransformersConfig(
+        **{k: v for k, v in _T5.items() if k != "num_decoder_layers"}, num_decoder_layers=3, num_experts=2,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+    ),
     "bart": transformers.BartConfig(
         d_model=72, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=162, decoder_ffn_dim=162, vocab_size=200, max_position_embeddings=512,
