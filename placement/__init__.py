@@ -11,6 +11,7 @@ not imported at all.
 
 from __future__ import annotations
 
+from placement.cluster import ClusterPlan, plan_cluster
 from placement.errors import DoesNotFit, PlacementError
 from placement.export import device_map, explain, from_json, max_memory, serve_options, table, to_json
 from placement.footprint import Footprint, footprint
@@ -27,8 +28,11 @@ from placement.hardware import (
 from placement.plan import Plan, Stage, solve
 from placement.reserve import Term
 from placement.sequential import sequential_max_memory
+from placement.speed import Speed, estimate
+from placement.wishes import Wish, parse_wishes
 
 __all__ = [
+    "ClusterPlan",
     "DoesNotFit",
     "Footprint",
     "Gpu",
@@ -36,9 +40,12 @@ __all__ = [
     "Node",
     "PlacementError",
     "Plan",
+    "Speed",
     "Stage",
     "Term",
+    "Wish",
     "device_map",
+    "estimate",
     "explain",
     "footprint",
     "format_bytes",
@@ -47,6 +54,8 @@ __all__ = [
     "parse_bytes",
     "parse_gpus",
     "parse_inventory",
+    "parse_wishes",
+    "plan_cluster",
     "sequential_max_memory",
     "serve_options",
     "solve",

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from placement.cards import find_card
 from placement.errors import PlacementError
 from placement.groups import Fleet, Group, Groups, Weigh
 from placement.hardware import Gpu, Inventory
@@ -320,6 +321,7 @@ def _too_much(groups: Groups, wish: Wish, layout: Layout) -> PlacementError:
 
 
 def group_name(gpus: Sequence[Gpu]) -> str:
-    """A group as people write it: `2xH200`, `1xA100+1xL4`."""
-    counted = Counter(gpu.name.removeprefix("NVIDIA ") for gpu in gpus)
+    """A group as people write it: `2xH200`, `1xA100 80GB+1xL4`."""
+    cards = ((gpu, find_card(gpu.name, gpu.memory_bytes)) for gpu in gpus)
+    counted = Counter(card.name if card else gpu.name for gpu, card in cards)
     return "+".join(f"{count}x{name}" for name, count in counted.items())

@@ -143,4 +143,5 @@ def test_only_gpus_are_planned_for() -> None:
 
 def test_group_names() -> None:
     assert group_name((SMALL, LARGE, SMALL)) == "2xsmall+1xlarge"
-    assert group_name((Gpu.of("NVIDIA H200"),)) == "1xH200"
+    assert group_name((Gpu.of("NVIDIA H100 80GB HBM3"),) * 2) == "2xH100"
+    assert group_name((Gpu.of("A100", 85 * GB), Gpu.of("24GiB", 24 * 2**30))) == "1xA100 80GB+1x24GiB"
