@@ -43,7 +43,7 @@ class Contenders:
         texts = prompts("sweep", CYCLE)[2::3]  # of middling length
         self.sweep = self._sequential.ask(op="sweep", prompts=texts, output_tokens=self._output_tokens)["rates"]
         limits = {
-            "max_batch_tokens": pool.max_batch_tokens,
+            "max_batch_tokens": pool.batch_tokens("cpu"),
             "max_sequences": pool.max_sequences,
             "prefix_cache": pool.prefix_cache,
             "threads": self._subject.threads,

@@ -89,6 +89,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--stages", type=int, default=1, help="GPUs of the replica")
     parser.add_argument("--layers", help="layers of each stage, such as 8,24; default: as the solver splits them")
     parser.add_argument("--max-batch-tokens", type=int, default=2048)
+    parser.add_argument("--kernels", choices=("headroom", "bitsandbytes"), default="headroom", help="of the linears")
     parser.add_argument("--generate", default="", help="concurrencies for transformers' generate() as well")
     parser.add_argument("--profile", default="", help="concurrencies whose decode step is shown by kernel class")
     parser.add_argument("--trace", type=Path, help="write a Chrome trace of the profiled steps here")
@@ -100,9 +101,10 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
     concurrencies = _numbers(options.concurrency)
     plan = _plan(folder, quantization, options, max(concurrencies))
     began = time.monotonic()
-    model = load(folder, plan, device_type=plan.stages[0].gpu.device_type)
+    limits = _limits(options, max(concurrencies))
+    model = load(folder, plan, device_type=plan.stages[0].gpu.device_type, limits=limits)
     loaded = time.monotonic()
-    engine = Engine(model, plan, _limits(plan, options, max(concurrencies)))
+    engine = Engine(model, plan, limits)
     print(
         f"\n{quantization}, {len(plan.stages)} stages of {[b - a for a, b in (s.layers for s in plan.stages)]} layers, "
         f"attention by {model.attention}: loaded in {loaded - began:.1f} s, ready {time.monotonic() - loaded:.1f} s later",
@@ -151,9 +153,13 @@ def _plan(folder: Path, quantization: str, options: argparse.Namespace, most: in
     )
 
 
-def _limits(plan: Plan, options: argparse.Namespace, most: int) -> EngineLimits:
+def _limits(options: argparse.Namespace, most: int) -> EngineLimits:
     return EngineLimits(
-        max_batch_tokens=options.max_batch_tokens, max_sequences=most, prefix_cache=True, threads=probe.cpu_cores()
+        max_batch_tokens=options.max_batch_tokens,
+        max_sequences=most,
+        prefix_cache=True,
+        threads=probe.cpu_cores(),
+        kernels=options.kernels == "headroom",
     )
 
 

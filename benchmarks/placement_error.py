@@ -90,9 +90,9 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
         max_memory={int(device): size for device, size in caps.items()},
     )
     began = time.monotonic()
-    model = load(path, plan, device_type="cuda")
-    parts.append(_used("loaded, with the KV cache", devices_count=len(devices)))
     limits = EngineLimits(max_batch_tokens=MAX_BATCH_TOKENS, max_sequences=MAX_SEQUENCES, prefix_cache=True, threads=1)
+    model = load(path, plan, device_type="cuda", limits=limits)
+    parts.append(_used("loaded, with the KV cache", devices_count=len(devices)))
     engine = Engine(model, plan, limits)
     ready_s = time.monotonic() - began
     parts.append(_used("warm", devices_count=len(devices)))

@@ -32,12 +32,13 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
                 "lower `stages`, set `device: cpu`, or make more visible"
             )
         on_gpu = bool(gpus)
+        device_type: DeviceType = "cuda" if on_gpu else "cpu"
         weighed = footprint(
             model_dir,
             name=name,
             quantization=pool.quantization,
             double_quant=pool.double_quant,
-            dtype=_dtype(pool, "cuda" if on_gpu else "cpu"),
+            dtype=_dtype(pool, device_type),
         )
         if reason := _why_not_loaded(weighed):
             raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
@@ -50,15 +51,16 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             weighed,
             gpus[: pool.stage_count] if on_gpu else _virtual_devices(pool),
             block_size=pool.block_size,
-            max_batch_tokens=pool.max_batch_tokens,
+            max_batch_tokens=pool.batch_tokens(device_type),
             max_sequences=pool.max_sequences,
             max_context=pool.max_context,
             max_memory=pool.max_memory if on_gpu else None,
             goal=pool.goal,
+            kv_dtype=None if pool.kv_dtype == "auto" else pool.kv_dtype,
         )
     except PlacementError as error:
         raise ConfigError(f"pool {pool.name}: {error}") from error
-    return plan, "cuda" if on_gpu else "cpu"
+    return plan, device_type
 
 
 def _why_not_loaded(weighed: Footprint) -> str | None:

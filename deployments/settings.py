@@ -50,8 +50,15 @@ class PoolSettings(_Strict):
     """Tokens; default: what the model's config allows."""
     max_sequences: Annotated[int, Field(ge=1)] = 256
     """Most requests a replica runs or holds at once."""
-    max_batch_tokens: Annotated[int, Field(ge=1)] = 512
-    """Token budget of one step of one slot: decodes plus prefill chunks."""
+    max_batch_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Token budget of one step of one slot: decodes plus prefill chunks; default: 2,048 on GPUs, 512 on the CPU."""
+    prefill_chunk_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Prompt tokens in a step that others decode in; default: as many as keep it within 2.5 times a step that only
+    decodes, measured at the start on GPUs, 256 on the CPU."""
+    kv_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
+    """dtype of the KV cache; auto: the compute dtype."""
+    kernels: Literal["headroom", "bitsandbytes"] = "headroom"
+    """Which kernels multiply by quantised weights on GPUs; the CPU always has bitsandbytes'."""
     prefix_cache: bool = True
     cpus: Annotated[float, Field(gt=0)] | None = None
     """Ray CPUs a replica asks for; default: a fraction, so that one core starts the whole service."""
@@ -83,6 +90,10 @@ class PoolSettings(_Strict):
         if taken := {"CPU", "GPU", "memory", "object_store_memory"} & self.resources.keys():
             raise ValueError(f"resources are Ray's custom ones, not {', '.join(sorted(taken))}; use stages or cpus")
         return self
+
+    def batch_tokens(self, device_type: str) -> int:
+        """`max_batch_tokens`, or its default on a kind of device."""
+        return self.max_batch_tokens or (2048 if device_type == "cuda" else 512)
 
     @property
     def stage_count(self) -> int:

@@ -49,12 +49,19 @@ class StepLayout:
     block_size: int
     padding: int = 0
     """Rows behind those of the spans, up to the size of a captured graph. Nobody reads what comes of them."""
+    sequences: int | None = None
+    """Sequences of a captured graph whose rows are no decodes alone: the step's, one that has the padding, and others
+    without rows, one at least. None: as many as there are."""
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
     """What the first stage's backend computes and the others take over."""
 
     def padded(self, scratch: int) -> tuple[RowSpan, ...]:
-        """The spans, and one for each padding row: the first token of a sequence in the scratch block."""
-        return self.spans + (RowSpan(0, 1, (scratch,)),) * self.padding
+        """The spans, and what pads them: a first token in the scratch block for each row, or one sequence of all."""
+        if self.sequences is None:
+            return self.spans + (RowSpan(0, 1, (scratch,)),) * self.padding
+        blocks = -(-self.padding // self.block_size)
+        rest = (RowSpan(0, self.padding, (scratch,) * blocks),) if self.padding else ()
+        return self.spans + rest + (RowSpan(0, 0, ()),) * (self.sequences - len(self.spans) - len(rest))
 
 
 @dataclass(frozen=True)

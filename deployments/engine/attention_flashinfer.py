@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -105,8 +105,8 @@ class FlashInferAttention(AttentionBackend):
         """By size: layers follow each other, so kinds share them."""
         self._spaces: dict[Kind, Workspace] = {}
         self._planned: dict[Kind, Planned] = {}
-        self._decoded: dict[tuple[Kind, int], tuple[int, ...]] = {}
-        """By number of decodes: the `Planned.info` that a graph may have kept."""
+        self._captured: dict[tuple[Kind, int, int], tuple[int, ...]] = {}
+        """By sequences and rows: the `Planned.info` that a graph may have kept."""
 
     @property
     def bytes(self) -> int:
@@ -156,12 +156,13 @@ class FlashInferAttention(AttentionBackend):
         return self._kernels.run(call, _rows(query), keys, values)[None]
 
     def _host_step(self, layout: StepLayout) -> HostStep:
-        key = (FlashInferAttention, layout.padding)
+        key = (FlashInferAttention, layout.padding, layout.sequences)
         if key not in layout.shared:
             staging = self._pool.take()
             shape = pack(layout.padded(self._scratch), self._block_size, staging.tables.numpy())
             if shape.rows > self._limits.max_rows:
                 raise ValueError(f"a step has {shape.rows} rows, and attention was made for {self._limits.max_rows}")
+            shape = replace(shape, captured=layout.sequences is not None)
             step = layout.shared[key] = HostStep(staging, Tables.view(staging.tables, shape))
             staging.step = weakref.ref(step)
         found: HostStep = layout.shared[key]
@@ -179,17 +180,17 @@ class FlashInferAttention(AttentionBackend):
             shape = step.tables.shape
             used = self._kernels.room(kind, sequences=shape.sequences, rows=shape.rows).ints
             space.ints[:used].copy_(pinned[:used], non_blocking=True)
-        if step.tables.shape.decodes:
-            self._check_graphs(kind, step.tables.shape.rows, tuple(planned.info))
+        if step.tables.shape.decodes or step.tables.shape.captured:
+            self._check_graphs(kind, step.tables.shape, tuple(planned.info))
         return planned
 
-    def _check_graphs(self, kind: Kind, rows: int, info: tuple[int, ...]) -> None:
+    def _check_graphs(self, kind: Kind, shape: Shape, info: tuple[int, ...]) -> None:
         """A graph keeps the plan's sizes and places that it was captured with; they must be those of every plan."""
-        before = self._decoded.setdefault((kind, rows), info)
+        before = self._captured.setdefault((kind, shape.sequences, shape.rows), info)
         if info != before:
             raise RuntimeError(
-                f"FlashInfer plans {rows} decodes as {list(info)}, where it planned {list(before)} before: "
-                "a CUDA graph of them would read the wrong memory"
+                f"FlashInfer plans {shape.rows} rows of {shape.sequences} sequences as {list(info)}, where it planned "
+                f"{list(before)} before: a CUDA graph of them would read the wrong memory"
             )
 
     def _learn(self, kind: Kind, step: HostStep) -> Planned:

@@ -28,11 +28,13 @@ class Shape:
     rows: int
     pages: int
     """Entries of all block tables together."""
+    captured: bool = False
+    """Whether a graph holds for all steps of so many sequences and rows, however the rows are divided."""
 
     @property
     def decodes(self) -> bool:
         """Whether every sequence has one row."""
-        return self.sequences == self.rows
+        return self.sequences == self.rows and not self.captured
 
     @property
     def size(self) -> int:

@@ -17,13 +17,19 @@ from torch import Tensor
 
 from deployments.engine.attention import StepLayout
 from deployments.engine.draw import Draw
-from deployments.engine.lane import Lane
+from deployments.engine.lane import Form, Lane, forms
 from deployments.engine.link import Link
 from deployments.engine.sampler import Drawn, Sampler
 from deployments.engine.sampling import SampledToken
 from deployments.engine.stages import Stage, StepRows
 
 log = logging.getLogger(__name__)
+
+CHUNK_SLOWDOWN = 2.5
+"""How much longer a step may take for a prompt's chunk while others decode: their p99 then stays within three times
+their p50."""
+_DECODES = 64
+"""Decodes of a usual step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,8 @@ class CudaPipeline:
         self._last_ids: list[Tensor | None] = [None] * self.depth
         """Per slot: what its last step drew, on the last stage's device."""
         self._warm()
+        self.chunk_tokens = self._measure_chunk(max_batch_tokens)
+        """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
 
     def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
         """Queue a step on all GPUs; returns at once."""
@@ -111,12 +119,20 @@ class CudaPipeline:
             incoming = link.receive(slot)
             computed = lane.run(step, layout, last_ids if lane is self._lanes[-1] else None, incoming)
             link.release(slot)
+        with torch.cuda.device(self._lanes[-1].device):
+            return self._draw(slot, len(step.ids), computed.logits, draw)
+
+    def close(self) -> None:
+        """Wait for what was launched."""
+        for lane in self._lanes:
+            torch.cuda.synchronize(lane.device)
+
+    def _draw(self, slot: int, rows: int, logits: Tensor | None, draw: Draw) -> Flight:
         last = self._lanes[-1]
-        rows = len(step.ids)
         self._sampler.note_inputs(last.ids[:rows], last.cache_slots[:rows])
         drawn = None
-        if computed.logits is not None:
-            drawn = self._sampler.draw(computed.logits, draw)
+        if logits is not None:
+            drawn = self._sampler.draw(logits, draw)
             self._last_ids[slot] = drawn.ids
             if self._returns is not None:
                 self._returns.send(slot, drawn.ids)
@@ -124,15 +140,24 @@ class CudaPipeline:
         done.record(torch.cuda.current_stream(last.device))
         return Flight(drawn, done)
 
-    def close(self) -> None:
-        """Wait for what was launched."""
-        for lane in self._lanes:
-            torch.cuda.synchronize(lane.device)
-
     def _warm(self) -> None:
         for i, lane in enumerate(self._lanes):
             with torch.cuda.device(lane.device):
                 lane.warm(partial(_say, i))
+
+    def _measure_chunk(self, max_batch_tokens: int) -> int:
+        """By trying; at least the smallest, without which prompts would never end."""
+        lane = self._lanes[0]
+        decodes = min(_DECODES, max_batch_tokens)
+        usual = lane.milliseconds(Form(decodes))
+        chunk = max(1, max_batch_tokens - decodes)
+        for form in forms(max_batch_tokens=max_batch_tokens, max_sequences=decodes):
+            if form.sequences is not None and form.rows > decodes:
+                if lane.milliseconds(form) > CHUNK_SLOWDOWN * usual:
+                    break
+                chunk = form.rows - decodes
+        log.info("a step of %d decodes takes %.1f ms; prompts are computed in chunks of %d", decodes, usual, chunk)
+        return chunk
 
 
 def _say(stage: int, done: int, of: int) -> None:

@@ -185,6 +185,11 @@ class FlashInferKernels:
         buffers = (space.floats, space.ints, pinned)
         if kind.method(decodes=decodes) == "decode":
             return Planned("decode", _EVERY_KEY, self._plan_decode(kind, host, block_size, buffers))
+        if host.shape.captured:
+            # A graph launches as many tiles as any step of its size may need, and without split sequences FlashInfer
+            # does not tell which are idle: they do what an earlier plan left here, of sequences that may be gone. The
+            # last one costs the least: it is padding.
+            pinned.view(torch.int32).fill_(host.shape.sequences - 1)
         mask = _EVERY_KEY if decodes else _CAUSAL
         return Planned("prefill", mask, self._plan_prefill(kind, host, block_size, buffers))
 
@@ -208,6 +213,7 @@ class FlashInferKernels:
 
     def _plan_prefill(self, kind: Kind, host: Tables, block_size: int, buffers: tuple[Tensor, ...]) -> Sequence[int]:
         shape = host.shape
+        parts = self._fill_captured(kind, shape, buffers[2]) if shape.captured else None
         info: Sequence[int] = _prefill_module(kind).plan(
             *buffers,
             host.query_starts,
@@ -218,16 +224,33 @@ class FlashInferKernels:
             kind.heads,
             kind.kv_heads,
             block_size,
-            shape.decodes and not fills(kind, self._sms, shape),
+            shape.captured or (shape.decodes and not fills(kind, self._sms, shape)),
             kind.head_dim,
             kind.head_dim,
             not shape.decodes,
             kind.window_left,
             -1,  # parts of a size that fits the device
-            False,  # sequences may be split
+            shape.captured,  # whether no sequence may be split: in a graph it would take room for all that might be
             0,
         )
+        if parts is not None and info[0] != parts:
+            raise RuntimeError(f"FlashInfer plans {info[0]} parts for {shape}, and {parts} were expected")
         return info
+
+    def _fill_captured(self, kind: Kind, shape: Shape, pinned: Tensor) -> int:
+        """Let the plan's unused entries name the first part of the last sequence, which has no rows.
+
+        The kernel starts a block of threads for each part that a graph's steps might have, and without splits it has
+        no list of those that this step has: it would run on what an earlier plan left there.
+
+        Returns:
+            How many parts there might be. Their sequences are what the plan begins with.
+        """
+        tile = _tile((shape.rows - shape.sequences + 1) * kind.group, kind.head_dim)
+        parts = max(_split_limit(kind, self._sms), -(-shape.rows * kind.group // tile) + shape.sequences - 1)
+        pinned.zero_()
+        pinned[: 4 * parts].view(torch.int32).fill_(shape.sequences - 1)
+        return parts
 
     def append(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, tables: Tables) -> None:
         """Write rows [T, kv_heads, head_dim] to the blocks, in one kernel."""
@@ -283,10 +306,15 @@ def _split_limit(kind: Kind, sms: int) -> int:
 
 
 def _decode_tile(kind: Kind) -> int:
-    """Query heads of one KV head that a tensor-core decode takes at once (FlashInfer's `FA2DetermineCtaTileQ`)."""
-    if kind.group > 64 and kind.head_dim < 256:
+    """Query heads of one KV head that a tensor-core decode takes at once."""
+    return _tile(kind.group, kind.head_dim)
+
+
+def _tile(queries: int, head_dim: int) -> int:
+    """Queries of one KV head that are taken at once where there are so many (FlashInfer's `FA2DetermineCtaTileQ`)."""
+    if queries > 64 and head_dim < 256:
         return 128
-    return 64 if kind.group > 16 else 16
+    return 64 if queries > 16 else 16
 
 
 def why_not(kind: Kind) -> str | None:

@@ -1,12 +1,14 @@
 """A lane: one stage on its GPU, with the buffers that its steps come in by and the graphs that run them.
 
 Steps enter a lane in launch order and run on the device's one compute stream, so all slots share the buffers and the
-graphs. A step of single-token rows runs as one graph of the next larger bucket; other steps run without a graph.
+graphs. A step of single-token rows runs as one graph, a step with prompt chunks as a graph of another kind up to
+`MOST_CAPTURED_ROWS`; beyond that the device is slower than the host, and a graph would save nothing.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,21 +16,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deployments.engine.attention import RowSpan, StepLayout
+from deployments.engine.attention import StepLayout
 from deployments.engine.compiled import compile_layers
 from deployments.engine.stages import Stage, StepRows
 
 log = logging.getLogger(__name__)
 
-_SMALL_BUCKETS = (1, 2, 4, 8)
+MOST_CAPTURED_ROWS = 768
 _WARM_UPS = 2
 """Runs before a capture: libraries choose algorithms and take their workspaces at the first ones."""
+_TIMED_RUNS = 5
 
 
-def buckets(most: int) -> tuple[int, ...]:
-    """Batch sizes that get a graph, up to `most` rows: powers of two, then steps that waste at most a third."""
-    sizes = {*_SMALL_BUCKETS, *range(16, 64, 8), *range(64, 128, 16), *range(128, most + 32, 32)}
-    return tuple(sorted({min(size, most) for size in sizes}))
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The steps that one graph runs: up to so many rows, padded."""
+
+    rows: int
+    sequences: int | None = None
+    """Of the graph: the step's, and two that pad it; None: each row is one, and all of them are sampled."""
+
+    def fits(self, step: StepRows) -> bool:
+        """Whether a graph of this form can run a step."""
+        rows, sequences = len(step.ids), len(step.spans)
+        if self.sequences is None:
+            return len(step.sampled) == sequences == rows <= self.rows
+        return rows <= self.rows and sequences + 2 <= self.sequences
+
+
+def forms(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
+    """The graphs of a lane, the smaller before the larger: of decodes, then of steps with chunks.
+
+    Beyond 8 rows a decode's padding is a third of the graph at most. A step with chunks may have half as many sequences
+    as rows: FlashInfer's tiles for it are then as large as for one long chunk.
+    """
+    most = min(max_sequences, max_batch_tokens)
+    decodes = {1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, most + 32, 32)}
+    chunks = {64, 128, 192, 256, 320, 384, 512, 640, MOST_CAPTURED_ROWS}
+    return (
+        *(Form(rows) for rows in sorted({min(rows, most) for rows in decodes})),
+        *(Form(rows, rows // 2) for rows in sorted(chunks) if rows <= max_batch_tokens),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,41 +82,38 @@ class Lane:
     def __init__(self, stage: Stage, *, block_size: int, max_batch_tokens: int, max_sequences: int) -> None:
         self.stage = stage
         self.device = stage.device
-        self._block_size = block_size
-        self._buckets = buckets(min(max_sequences, max_batch_tokens))
-        rows = max(max_batch_tokens, self._buckets[-1])
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.compile_error: str | None = None
+        """Why the layers run without torch.compile, once `warm` was called; None: they don't."""
+        self.ids = torch.zeros(max_batch_tokens, dtype=torch.int64, device=self.device)
         """Tokens of the step; on the first and the last lane."""
         self.cache_slots = torch.zeros_like(self.ids)
         """Block * block_size + offset of each token; on the last lane."""
         self._positions = torch.zeros_like(self.ids)
-        self._hidden = None
+        self._hidden: Tensor | None = None
         if not stage.is_first:
-            self._hidden = torch.zeros(1, rows, stage.hidden_size, dtype=stage.dtype, device=self.device)
+            shape = (1, max_batch_tokens, stage.hidden_size)
+            self._hidden = torch.zeros(shape, dtype=stage.dtype, device=self.device)
+        self._block_size = block_size
+        self._forms = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         # One for all captures: cuBLAS keeps a workspace for each stream that it was ever called on.
         self._side = torch.cuda.Stream(self.device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Computed]] = {}
-        self.compile_error: str | None = None
-        """Why the layers run without torch.compile, once `warm` was called; None: they don't."""
-
-    @property
-    def captured(self) -> int:
-        """Graphs there are."""
-        return len(self._graphs)
+        self._graphs: dict[Form, tuple[torch.cuda.CUDAGraph, Computed]] = {}
 
     @torch.inference_mode()
     def warm(self, progress: Callable[[int, int], None]) -> None:
-        """Compile the layers and capture a graph for each bucket; `progress` hears (done, all)."""
+        """Compile the layers and capture the graphs; `progress` hears (done, all)."""
         self.compile_error = compile_layers(self.stage.layer_modules, self._attempt)
         if not self.stage.attention.capturable:
-            log.info("attention by %s can't be captured: decodes run without CUDA graphs", self.stage.attention.name)
+            log.info("attention by %s can't be captured: steps run without CUDA graphs", self.stage.attention.name)
             return
         pool = torch.cuda.graph_pool_handle()
-        for done, rows in enumerate(reversed(self._buckets)):  # the largest first: the others fit in its memory
-            progress(done, len(self._buckets))
-            self._graphs[rows] = self._capture(rows, pool)
+        # The largest first: the others fit in its memory.
+        for done, form in enumerate(sorted(self._forms, key=lambda form: -form.rows)):
+            progress(done, len(self._forms))
+            self._graphs[form] = self._capture(form, pool)
         torch.cuda.synchronize(self.device)
 
+    @torch.inference_mode()
     def run(self, step: StepRows, layout: StepLayout, last_ids: Tensor | None, incoming: Tensor | None) -> Computed:
         """Queue a step on the device; nothing here waits for it.
 
@@ -96,28 +121,43 @@ class Lane:
             last_ids: int64 [rows], here: what the slot's step before drew; None where none is pending.
             incoming: [1, T or more, hidden], here, from the lane before; None on the first.
         """
+        with torch.cuda.device(self.device):
+            return self._run(step, layout, last_ids, incoming)
+
+    def _run(self, step: StepRows, layout: StepLayout, last_ids: Tensor | None, incoming: Tensor | None) -> Computed:
         rows = len(step.ids)
-        bucket = self._bucket(step)
-        padding = 0 if bucket is None else bucket - rows
         self._load(step, last_ids)
-        self.stage.attention.prepare(replace(layout, padding=padding))
-        if bucket is None:
-            return self._compute(rows, step.sampled, incoming)
+        form = next((form for form in self._forms if form in self._graphs and form.fits(step)), None)
+        if form is None:
+            self.stage.attention.prepare(layout)
+            return self._sampled(self._compute(rows, incoming), step)
+        self.stage.attention.prepare(replace(layout, padding=form.rows - rows, sequences=form.sequences))
         if self._hidden is not None:
             assert incoming is not None
             self._hidden[:, :rows].copy_(incoming[:, :rows])
-        graph, computed = self._graphs[bucket]
+        graph, computed = self._graphs[form]
         graph.replay()
+        if form.sequences is not None:
+            return self._sampled(computed.hidden, step)
         if computed.logits is None:
             return computed
         return Computed(computed.hidden, computed.logits[:rows])
 
-    def _bucket(self, step: StepRows) -> int | None:
-        """The graph that can run a step, by its rows."""
-        rows = len(step.ids)
-        if len(step.spans) < rows or len(step.sampled) < rows:
-            return None
-        return next((size for size in self._buckets if size >= rows and size in self._graphs), None)
+    @torch.inference_mode()
+    def milliseconds(self, form: Form) -> float:
+        """How long a step of a form takes, over the scratch block; by a graph where there is one."""
+        times = []
+        for _ in range(_TIMED_RUNS):
+            torch.cuda.synchronize(self.device)
+            began = time.perf_counter()
+            self._prepare_scratch(form)
+            if form in self._graphs:
+                self._graphs[form][0].replay()
+            else:
+                self._compute(form.rows, self._hidden)
+            torch.cuda.synchronize(self.device)
+            times.append(1e3 * (time.perf_counter() - began))
+        return sorted(times)[_TIMED_RUNS // 2]
 
     def _load(self, step: StepRows, last_ids: Tensor | None) -> None:
         rows = len(step.ids)
@@ -131,50 +171,49 @@ class Lane:
             ids = self.ids[:rows]
             torch.where(ids < 0, last_ids[(-1 - ids).clamp_(min=0)], ids, out=ids)
 
-    def _compute(self, rows: int, sampled: Sequence[int] | None, incoming: Tensor | None) -> Computed:
-        """Run the stage on the first `rows` rows; `sampled` None: all rows are."""
-        stage = self.stage
+    def _compute(self, rows: int, incoming: Tensor | None) -> Tensor:
+        """[1, rows, hidden] of the stage's layers on the first `rows` rows."""
         source = self.ids[None, :rows] if incoming is None else incoming[:, :rows]
-        hidden = stage.hidden(source, self._positions[None, :rows])
-        if not stage.is_last:
+        return self.stage.hidden(source, self._positions[None, :rows])
+
+    def _sampled(self, hidden: Tensor, step: StepRows) -> Computed:
+        """The logits of the sampled rows, on the last lane."""
+        if not self.stage.is_last or not step.sampled:
             return Computed(hidden, None)
-        if sampled is None:
-            return Computed(hidden, stage.logits(hidden))
-        if not sampled:
-            return Computed(hidden, None)
-        wanted = hidden
-        if len(sampled) < rows:
-            index = torch.empty(len(sampled), dtype=torch.int64, device=self.device)
-            _upload(sampled, index)
-            wanted = hidden[:, index]
-        return Computed(hidden, stage.logits(wanted))
+        index = torch.empty(len(step.sampled), dtype=torch.int64, device=self.device)
+        _upload(step.sampled, index)
+        return Computed(hidden, self.stage.logits(hidden[:, index]))
 
     def _attempt(self) -> None:
         """Steps of one row and of several, over the scratch block."""
         for rows in (1, 2, 3):
-            self._prepare_scratch(rows)
-            self._compute(rows, None, self._hidden)
+            self._prepare_scratch(Form(rows))
+            self._compute(rows, self._hidden)
         torch.cuda.synchronize(self.device)
 
-    def _capture(self, rows: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, Computed]:
-        self._prepare_scratch(rows)
+    def _capture(self, form: Form, pool: Any) -> tuple[torch.cuda.CUDAGraph, Computed]:
+        self._prepare_scratch(form)
         compute = torch.cuda.current_stream(self.device)
         self._side.wait_stream(compute)
         with torch.cuda.stream(self._side):
             for _ in range(_WARM_UPS):
-                self._compute(rows, None, self._hidden)
+                self._form(form)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=self._side):
-            computed = self._compute(rows, None, self._hidden)
+            computed = self._form(form)
         compute.wait_stream(self._side)
         return graph, computed
 
-    def _prepare_scratch(self, rows: int) -> None:
+    def _form(self, form: Form) -> Computed:
+        hidden = self._compute(form.rows, self._hidden)
+        heads = self.stage.is_last and form.sequences is None
+        return Computed(hidden, self.stage.logits(hidden) if heads else None)
+
+    def _prepare_scratch(self, form: Form) -> None:
         """Rows that are all padding."""
-        scratch = self.stage.kv[0].scratch
-        self.stage.attention.prepare(StepLayout((RowSpan(0, 1, (scratch,)),), self._block_size, rows - 1))
-        self.ids[:rows] = 0
-        self._positions[:rows] = 0
+        self.stage.attention.prepare(StepLayout((), self._block_size, form.rows, form.sequences))
+        self.ids[: form.rows] = 0
+        self._positions[: form.rows] = 0
 
 
 def _upload(values: Sequence[int], target: Tensor) -> None:

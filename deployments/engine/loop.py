@@ -62,7 +62,7 @@ class Engine:
             slots=self._pipeline.depth,
             max_batch_tokens=limits.max_batch_tokens,
             max_sequences=limits.max_sequences,
-            prefill_chunk_tokens=limits.prefill_chunk_tokens,
+            prefill_chunk_tokens=limits.prefill_chunk_tokens or self._pipeline.chunk_tokens,
             lookahead=self._pipeline.lookahead,
         )
         self._vocab_size = model.vocab_size

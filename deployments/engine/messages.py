@@ -20,8 +20,10 @@ class EngineLimits:
     prefix_cache: bool
     threads: int
     """Torch threads of each stage on the CPU."""
-    prefill_chunk_tokens: int = 256
-    """Prompt tokens in a step while other sequences decode: about as many as cost as much as the decodes."""
+    prefill_chunk_tokens: int | None = None
+    """Prompt tokens in a step while other sequences decode; None: as the pipeline finds best."""
+    kernels: bool = True
+    """Quantised linears on CUDA run on this project's kernels; False: on bitsandbytes'."""
     lookahead: Literal[0, 1] | None = None
     """Steps of a slot launched while the one before is unread; None is what is best on the device."""
 

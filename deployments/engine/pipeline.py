@@ -48,6 +48,11 @@ class Pipeline(Protocol):
         """Steps of a slot, 0 or 1, that may be launched while the one before is unread."""
         ...
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens in a step that others decode in, where nobody has set it."""
+        ...
+
     def launch(self, slot: int, rows: StepRows, draw: Draw) -> Landing:
         """Send a step through all stages, behind all steps launched before it.
 
@@ -81,6 +86,7 @@ def open_pipeline(model: LoadedModel, plan: Plan, limits: EngineLimits) -> Pipel
 
 
 CPU_LOOKAHEAD = 1
+CPU_CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +126,8 @@ class LanePipeline:
         else:
             torch.set_num_threads(threads)
             self._lanes = [_AtLaunch()] * len(stages)
+
+    chunk_tokens = CPU_CHUNK_TOKENS
 
     @property
     def depth(self) -> int:

@@ -63,7 +63,7 @@ def run(connection: Connection) -> None:
     spec: EngineSpec = connection.recv()
     began = time.monotonic()
     plan, device_type = plan_pool(spec.name, spec.model_dir, spec.pool)
-    limits = _limits(spec, plan)
+    limits = _limits(spec, plan, device_type)
     model = load(spec.model_dir, plan, device_type=device_type, cache_dir=spec.cache_dir, limits=limits)
     engine = Engine(model, plan, limits)
     connection.send(Started(plan, model.attention, time.monotonic() - began))
@@ -76,13 +76,15 @@ def run(connection: Connection) -> None:
         connection.send(StepReport(tuple(chunks), held, engine.blocks.cached_blocks, engine.scheduler.preemptions))
 
 
-def _limits(spec: EngineSpec, plan: Plan) -> EngineLimits:
+def _limits(spec: EngineSpec, plan: Plan, device_type: str) -> EngineLimits:
     share = max(1, probe.cpu_cores() // (spec.replicas_here * len(plan.stages)))
     return EngineLimits(
-        max_batch_tokens=spec.pool.max_batch_tokens,
+        max_batch_tokens=spec.pool.batch_tokens(device_type),
         max_sequences=spec.pool.max_sequences,
         prefix_cache=spec.pool.prefix_cache,
         threads=spec.pool.threads or share,
+        prefill_chunk_tokens=spec.pool.prefill_chunk_tokens,
+        kernels=spec.pool.kernels == "headroom",
     )
 
 
