@@ -2,6 +2,7 @@
 
     python -m benchmarks.gemm                      check every configuration, compare them, then the table of 8B
     python -m benchmarks.gemm --models 1B,8B,32B,70B --skip-variants --json gemm.json --plot gemm.png
+    ncu --set full --clock-control none -k regex:linear_ -c 4 python -m benchmarks.gemm --launch 4bit,16
 
 A call's time is a CUDA graph's, divided by its calls; weights rotate through more memory than the L2 cache holds. The
 floor is the bytes that must move (weight, scales, x and output, each once) over the bandwidth of a large copy.
@@ -239,6 +240,19 @@ def with_crossovers(table: Table, points: list[Point]) -> Table:
     return table
 
 
+def launch_all(kind: Kind, rows: str) -> None:
+    """Each configuration once, in order."""
+    from deployments.engine.kernels.launch import small_product
+
+    n, k = SHAPES["8B"]["gate_up"]
+    weight = random_weight(kind, n, k)
+    x = torch.randn(int(rows), k, device="cuda", dtype=torch.bfloat16)
+    for config in CANDIDATES[kind, int(rows)]:
+        print(config)
+        small_product(x, weight, None, config, bucket=int(rows))
+        torch.cuda.synchronize()
+
+
 def print_variants(points: list[Point]) -> None:
     """A line per configuration: microseconds and percent of the floor, per linear."""
     groups: dict[tuple[str, int], dict[GemmConfig, list[Point]]] = {}
@@ -250,7 +264,9 @@ def print_variants(points: list[Point]) -> None:
         print(f"\n{kind} M={bucket}  " + "  ".join(f"{p.linear} floor {p.floor:.1f}" for p in some))
         for config, row in per.items():
             cells = "  ".join(f"{p.microseconds:7.1f} {100 * p.floor / p.microseconds:3.0f}%" for p in row)
-            print(f"  {','.join(str(v) for v in asdict(config).values() if v is not None):16s} {cells}")
+            flags = "".join(name[0] for name in ("ahead", "overlap") if getattr(config, name))
+            numbers = (config.strips, config.blocks, config.stages, config.per_multiprocessor, config.max_registers)
+            print(f"  {','.join(str(v) for v in numbers if v is not None) + ' ' + flags:16s} {cells}")
 
 
 def time_contenders(model: str, table: Table, rows_list: tuple[int, ...], bandwidth: float) -> list[Point]:
@@ -377,6 +393,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip-contenders", action="store_true")
     parser.add_argument("--processes", type=int, default=12, help="compilers at once")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--launch", help="KIND,ROWS: only launch each of its configurations on gate_up of 8B, to profile"
+    )
     parser.add_argument("--table", type=Path, help="write the best configurations here, as the kernels read them")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(argv)
@@ -384,6 +403,9 @@ def main(argv: list[str] | None = None) -> int:
 
     began = time.monotonic()
     torch.manual_seed(0)
+    if args.launch:
+        launch_all(*args.launch.split(","))
+        return 0
     device = torch.device("cuda", torch.cuda.current_device())
     buckets = tuple(int(b) for b in args.buckets.split(","))
     bandwidth = copy_bandwidth()

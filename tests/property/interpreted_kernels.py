@@ -37,7 +37,9 @@ def product(draw: random.Random, seed: int) -> None:
     torch.manual_seed(seed)
     blocksize = draw.choice((64, 128, 256))
     n, k, rows = 16 * draw.randint(1, 9), blocksize * draw.randint(1, 4), draw.randint(1, 20)
-    config = GemmConfig(draw.choice((1, 2, 4)), draw.choice((1, 2, 4)), 2, draw.randint(1, 3))
+    config = GemmConfig(
+        draw.choice((1, 2, 4)), draw.choice((1, 2, 4)), 2, draw.randint(1, 3), ahead=draw.random() < 0.5
+    )
     native: Weight4 | Weight8
     if draw.random() < 0.6:
         native = weight4(draw, n, k, blocksize)

@@ -46,6 +46,10 @@ class GemmConfig:
     """Programs per multiprocessor."""
     max_registers: int | None = None
     """Per thread; None leaves it to the compiler."""
+    ahead: bool = False
+    """4 bits: the next step's weights wait in registers instead of shared memory."""
+    overlap: bool = False
+    """Start while the kernel before ends (programmatic dependent launch; compute capability 9.0 and above)."""
 
     @property
     def panel_rows(self) -> int:

@@ -12,92 +12,88 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The table outlives the braces that fill it: `look_up_pairs` names it. Entry b of a lane holds the weights of byte b,
-# even column (high nibble) in the low half. Returns the lane's offset; whatever uses it comes after the barrier.
+# The table outlives the braces that fill it: `_LOOK_UP` names it. Entry b, 32 words for 32 lanes, holds the weights of
+# byte b, that of the even column (high nibble) in the low half. Each thread writes four words at once; the 16 values
+# come from the lanes, which hold one each. Returns the lane's offset; whatever uses it comes after the barrier.
 _FILL = """
 .shared .align 128 .b8 headroom_pairs[32768];
 {
-.reg .b32 i, n, high, low, pair, at, base;
-.reg .f32 even, odd;
+.reg .b32 i, n, high, low, pair, at, base, lane, mine, even, odd;
+.reg .f32 e, o;
 .reg .b64 p;
 .reg .pred more;
 mov.u32 base, headroom_pairs;
 mov.u32 i, %tid.x;
 mov.u32 n, %ntid.x;
-fill:
-shr.u32 high, i, 9;
-bfe.u32 low, i, 5, 4;
-mad.wide.u32 p, high, 4, $1;
-ld.global.f32 even, [p];
+mov.u32 lane, %laneid;
+and.b32 low, lane, 15;
 mad.wide.u32 p, low, 4, $1;
-ld.global.f32 odd, [p];
-cvt.rn.TYPEx2.f32 pair, odd, even;
-mad.lo.u32 at, i, 4, base;
-st.shared.b32 [at], pair;
+ld.global.b32 mine, [p];
+fill:
+shr.u32 high, i, 7;
+bfe.u32 low, i, 3, 4;
+shfl.sync.idx.b32 even, mine, high, 31, 0xffffffff;
+shfl.sync.idx.b32 odd, mine, low, 31, 0xffffffff;
+mov.b32 e, even;
+mov.b32 o, odd;
+cvt.rn.TYPEx2.f32 pair, o, e;
+mad.lo.u32 at, i, 16, base;
+st.shared.v4.b32 [at], {pair, pair, pair, pair};
 add.u32 i, i, n;
-setp.lt.u32 more, i, 8192;
+setp.lt.u32 more, i, 2048;
 @more bra fill;
 bar.sync 0;
-mov.u32 i, %laneid;
-shl.b32 $0, i, 2;
+shl.b32 $0, lane, 2;
 }
 """
 _LOOK_UP = """
 {
-.reg .b32 at, base, pair;
+.reg .b32 at, base;
 mov.u32 base, headroom_pairs;
-shl.b32 at, $8, 7;
-lop3.b32 at, at, 0x7F80, $9, 0xEA;
+shl.b32 at, $4, 7;
+lop3.b32 at, at, 0x7F80, $5, 0xEA;
 add.u32 at, at, base;
-ld.shared.b32 pair, [at];
-mov.b32 {$0, $1}, pair;
-shr.u32 at, $8, 1;
-lop3.b32 at, at, 0x7F80, $9, 0xEA;
+ld.shared.b32 $0, [at];
+shr.u32 at, $4, 1;
+lop3.b32 at, at, 0x7F80, $5, 0xEA;
 add.u32 at, at, base;
-ld.shared.b32 pair, [at];
-mov.b32 {$2, $3}, pair;
-shr.u32 at, $8, 9;
-lop3.b32 at, at, 0x7F80, $9, 0xEA;
+ld.shared.b32 $1, [at];
+shr.u32 at, $4, 9;
+lop3.b32 at, at, 0x7F80, $5, 0xEA;
 add.u32 at, at, base;
-ld.shared.b32 pair, [at];
-mov.b32 {$4, $5}, pair;
-shr.u32 at, $8, 17;
-lop3.b32 at, at, 0x7F80, $9, 0xEA;
+ld.shared.b32 $2, [at];
+shr.u32 at, $4, 17;
+lop3.b32 at, at, 0x7F80, $5, 0xEA;
 add.u32 at, at, base;
-ld.shared.b32 pair, [at];
-mov.b32 {$6, $7}, pair;
+ld.shared.b32 $3, [at];
 }
 """
 # v = (v & 127) - (v & 128), and 128 + (v & 127) and 128 + (v & 128) are bfloat16 numbers whose bits are 0x4300 | ...
 _WIDEN_BF16 = """
 {
-.reg .b32 w, low, sign, one, pair;
+.reg .b32 w, low, sign, one;
 mov.b32 one, 0x3F803F80;
-mov.b32 w, $4;
+mov.b32 w, $2;
 lop3.b32 low, w, 0x007F007F, 0x43004300, 0xEA;
 lop3.b32 sign, w, 0x00800080, 0xC300C300, 0xEA;
-fma.rn.bf16x2 pair, low, one, sign;
-mov.b32 {$0, $1}, pair;
+fma.rn.bf16x2 $0, low, one, sign;
 shr.u32 w, w, 8;
 lop3.b32 low, w, 0x007F007F, 0x43004300, 0xEA;
 lop3.b32 sign, w, 0x00800080, 0xC300C300, 0xEA;
-fma.rn.bf16x2 pair, low, one, sign;
-mov.b32 {$2, $3}, pair;
+fma.rn.bf16x2 $1, low, one, sign;
 }
 """
 # 1024 + (v + 128) is a float16 number with the bits 0x6400 | (v ^ 128).
 _WIDEN_FP16 = """
 {
-.reg .b32 w, biased, offset, pair;
+.reg .b32 w, biased, offset;
 mov.b32 offset, 0xE480E480;
-mov.b32 w, $4;
+mov.b32 w, $2;
 lop3.b32 biased, w, 0x00FF00FF, 0x64806480, 0x6A;
-add.rn.f16x2 pair, biased, offset;
-mov.b32 {$0, $1}, pair;
+add.rn.f16x2 $0, biased, offset;
 shr.u32 w, w, 8;
 lop3.b32 biased, w, 0x00FF00FF, 0x64806480, 0x6A;
-add.rn.f16x2 pair, biased, offset;
-mov.b32 {$2, $3}, pair;
+add.rn.f16x2 $1, biased, offset;
 }
 """
 FILL_BF16 = tl.constexpr(_FILL.replace("TYPE", "bf16"))
@@ -105,8 +101,8 @@ FILL_FP16 = tl.constexpr(_FILL.replace("TYPE", "f16"))
 LOOK_UP = tl.constexpr(_LOOK_UP)
 WIDEN_BF16 = tl.constexpr(_WIDEN_BF16)
 WIDEN_FP16 = tl.constexpr(_WIDEN_FP16)
-BF16_FOUR, BF16_EIGHT = tl.constexpr((tl.bfloat16,) * 4), tl.constexpr((tl.bfloat16,) * 8)
-FP16_FOUR, FP16_EIGHT = tl.constexpr((tl.float16,) * 4), tl.constexpr((tl.float16,) * 8)
+BF16_TWO, FP16_TWO = tl.constexpr((tl.bfloat16,) * 2), tl.constexpr((tl.float16,) * 2)
+INT32_TWO, INT32_FOUR = tl.constexpr((tl.int32,) * 2), tl.constexpr((tl.int32,) * 4)
 
 
 @triton.jit
@@ -123,16 +119,29 @@ def fill_pairs(code, dtype: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def _halves(pair, dtype: tl.constexpr):
+    """The low and the high half of 32 bits: no instruction, only names for the compiler."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;",
+        "=h,=h,r",
+        [pair],
+        dtype=BF16_TWO if dtype == tl.bfloat16 else FP16_TWO,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def _look_up(words, lane, code, dtype: tl.constexpr, PTX: tl.constexpr):
     if PTX:
-        pairs = tl.inline_asm_elementwise(
-            LOOK_UP,
-            "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
-            [words, lane],
-            dtype=BF16_EIGHT if dtype == tl.bfloat16 else FP16_EIGHT,
-            is_pure=True,
-            pack=1,
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            LOOK_UP, "=r,=r,=r,=r,r,r", [words, lane], dtype=INT32_FOUR, is_pure=True, pack=1
         )
+        e0, o0 = _halves(p0, dtype)
+        e1, o1 = _halves(p1, dtype)
+        e2, o2 = _halves(p2, dtype)
+        e3, o3 = _halves(p3, dtype)
+        pairs = (e0, o0, e1, o1, e2, o2, e3, o3)
     else:
         pairs = (
             tl.load(code + ((words >> 4) & 15)).to(dtype),
@@ -162,14 +171,10 @@ def decode_4bit(words, lane, code, dtype: tl.constexpr, STRIPS: tl.constexpr, PT
 def _widen(words, dtype: tl.constexpr, PTX: tl.constexpr):
     if PTX:
         WIDEN: tl.constexpr = WIDEN_BF16 if dtype == tl.bfloat16 else WIDEN_FP16
-        values = tl.inline_asm_elementwise(
-            WIDEN,
-            "=h,=h,=h,=h,r",
-            [words],
-            dtype=BF16_FOUR if dtype == tl.bfloat16 else FP16_FOUR,
-            is_pure=True,
-            pack=1,
-        )
+        p0, p1 = tl.inline_asm_elementwise(WIDEN, "=r,=r,r", [words], dtype=INT32_TWO, is_pure=True, pack=1)
+        e0, e1 = _halves(p0, dtype)
+        o0, o1 = _halves(p1, dtype)
+        values = (e0, e1, o0, o1)
     else:
         values = (
             ((words << 24) >> 24).to(dtype),

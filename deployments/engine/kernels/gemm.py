@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from deployments.engine.kernels.decode import decode_4bit, decode_8bit, fill_pairs
 
@@ -18,52 +19,62 @@ _ANY = ("rows", "columns", "units", "steps")
 
 
 @triton.jit
-def _finish(
-    acc,
-    begin,
-    first,
-    last,
-    panel,
-    steps,
-    units,
-    bias,
-    out,
-    partials,
-    arrivals,
-    rows,
-    n,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Store a panel's sum, or leave this program's part of it and let the last program to arrive add all parts."""
-    r = tl.arange(0, BN)
+def _write(acc, panel, bias, out, rows, n, BM: tl.constexpr, BN: tl.constexpr):
+    """A panel's whole sum [BN, BM], and the bias, to `out`."""
     m = tl.arange(0, BM)
-    column = panel * BN + r
-    inside = (column < n)[:, None] & (m < rows)[None, :]
+    column = panel * BN + tl.arange(0, BN)
+    if bias is not None:
+        acc += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[:, None]
     target = out + m[None, :].to(tl.int64) * n + column[:, None]
-    within = r[:, None] * BM + m[None, :]
-    if bias is not None:  # noqa: SIM108 - a constexpr branch: only one side is compiled
-        shift = tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[:, None]
-    else:
-        shift = 0.0
+    tl.store(target, acc.to(out.dtype.element_ty), mask=(column < n)[:, None] & (m < rows)[None, :])
+
+
+@triton.jit
+def _part_of(program, begin, panel, steps, partials, BM: tl.constexpr, BN: tl.constexpr):
+    """Where a program, whose span starts at `begin`, leaves its part of a panel: `Schedule.slot`."""
+    slot = 2 * program + (begin < panel * steps).to(tl.int32)
+    return partials + slot.to(tl.int64) * (BN * BM) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+
+
+@triton.jit
+def _put(acc, begin, first, last, panel, steps, bias, out, partials, rows, n, BM: tl.constexpr, BN: tl.constexpr):
+    """Write a panel that this program computed whole; leave a part for `_settle_all`."""
     if (first == 0) & (last == steps):
-        tl.store(target, (acc + shift).to(out.dtype.element_ty), mask=inside)
+        _write(acc, panel, bias, out, rows, n, BM, BN)
     else:
-        program = tl.program_id(0)
-        programs = tl.num_programs(0)
-        slot = 2 * program + (begin < panel * steps).to(tl.int32)
-        tl.store(partials + slot.to(tl.int64) * (BN * BM) + within, acc)
-        tl.debug_barrier()
-        from_program = ((panel * steps + 1) * programs - 1) // units
-        to_program = ((panel + 1) * steps * programs - 1) // units
-        if tl.atomic_add(arrivals + panel, 1, sem="acq_rel") == to_program - from_program:
-            total = tl.zeros((BN, BM), dtype=tl.float32)
-            for other in range(from_program, to_program + 1):
-                other_slot = 2 * other + (other * units // programs < panel * steps).to(tl.int32)
-                part = partials + other_slot.to(tl.int64) * (BN * BM) + within
-                total += tl.load(part, cache_modifier=".cg")
-            tl.store(target, (total + shift).to(out.dtype.element_ty), mask=inside)
-            tl.store(arrivals + panel, 0)
+        tl.store(_part_of(tl.program_id(0), begin, panel, steps, partials, BM, BN), acc)
+
+
+@triton.jit
+def _settle(panel, steps, units, bias, out, partials, arrivals, rows, n, BM: tl.constexpr, BN: tl.constexpr):
+    """Announce this program's part of a panel; the last program to do so adds all parts, in the order of the columns.
+
+    Four parts are read at a time, so that their way through memory is paid once."""
+    programs = tl.num_programs(0)
+    first = ((panel * steps + 1) * programs - 1) // units
+    last = ((panel + 1) * steps * programs - 1) // units
+    if tl.atomic_add(arrivals + panel, 1, sem="acq_rel") == last - first:
+        total = tl.zeros((BN, BM), dtype=tl.float32)
+        AT_ONCE: tl.constexpr = 4 if BM <= 32 else 2
+        for group in range(first, last + 1, AT_ONCE):
+            for i in tl.static_range(AT_ONCE):
+                program = group + i
+                part = _part_of(program, program * units // programs, panel, steps, partials, BM, BN)
+                total += tl.load(part, mask=program <= last, other=0.0, cache_modifier=".cg")
+        _write(total, panel, bias, out, rows, n, BM, BN)
+        tl.store(arrivals + panel, 0)
+
+
+@triton.jit
+def _settle_all(begin, end, steps, units, bias, out, partials, arrivals, rows, n, BM: tl.constexpr, BN: tl.constexpr):
+    """The parts that a program left: of the panel that its span begins in, and of the one that it ends in."""
+    tl.debug_barrier()  # every thread's part is stored before one of them announces it
+    head = begin // steps
+    tail = (end - 1) // steps
+    if (begin > head * steps) | (end < (head + 1) * steps):
+        _settle(head, steps, units, bias, out, partials, arrivals, rows, n, BM, BN)
+    if (tail > head) & (end < (tail + 1) * steps):
+        _settle(tail, steps, units, bias, out, partials, arrivals, rows, n, BM, BN)
 
 
 @triton.jit
@@ -76,6 +87,52 @@ def _scales(absmax, nested_absmax, nested_code, offset, block, blocks, row, n, l
         outer = tl.load(nested_absmax + (row * blocks + block) // 256, mask=live, other=0.0)
         scale = tl.load(nested_code + code) * outer + tl.load(offset)
     return scale
+
+
+@triton.jit
+def _load_block(tiles, panel, column, columns, n, STRIPS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    """The tiles of a panel in one block column, int32: [STRIPS, 128], or all first halves and then the second ones of
+    tiles of 256 words, [2 * STRIPS, 128]. A warp reads the 512 bytes of a row."""
+    HALVES: tl.constexpr = WORDS // 128
+    part = tl.arange(0, HALVES * STRIPS)
+    strip = panel * STRIPS + part % STRIPS
+    start = strip.to(tl.int64) * (columns * WORDS) + part // STRIPS * 128 + column * WORDS
+    at = tiles + start[:, None] + tl.arange(0, 128)[None, :]
+    if EVEN:  # noqa: SIM108 - a constexpr branch: only one side is compiled
+        words = tl.load(at)
+    else:
+        words = tl.load(at, mask=(strip < n // 16)[:, None] & (column < columns), other=0)
+    return words
+
+
+@triton.jit
+def _load_step(tiles, panel, step, columns, n, STRIPS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr):
+    """The 4-bit tiles of a panel in one step, int32 [BLOCKS * STRIPS, 128], straight to registers."""
+    part = tl.arange(0, BLOCKS * STRIPS)
+    strip = panel * STRIPS + part % STRIPS
+    column = step * BLOCKS + part // STRIPS
+    at = tiles + (strip.to(tl.int64) * (columns * 128) + column * 128)[:, None] + tl.arange(0, 128)[None, :]
+    if EVEN:
+        words = tl.load(at, eviction_policy="evict_first")
+    else:
+        inside = (strip < n // 16) & (column < columns)
+        words = tl.load(at, mask=inside[:, None], other=0, eviction_policy="evict_first")
+    return words
+
+
+@triton.jit
+def _pick_block(words, b: tl.constexpr, STRIPS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Block b of a step: a choice of registers."""
+    words = tl.permute(tl.reshape(words, (BLOCKS, STRIPS, 128)), (1, 2, 0))
+    if BLOCKS == 4:
+        even, odd = tl.split(tl.reshape(words, (STRIPS, 128, 2, 2)))
+        words = even if b % 2 == 0 else odd
+    if BLOCKS == 1:
+        block = tl.reshape(words, (STRIPS, 128))
+    else:
+        low, high = tl.split(words)
+        block = low if b // (BLOCKS // 2) == 0 else high
+    return block
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -102,43 +159,51 @@ def linear_4bit_kernel(
     STRIPS: tl.constexpr,
     BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,  # weights of the next step wait in registers, not in shared memory
     EVEN: tl.constexpr,  # n fills its panels and k its steps: nothing to mask
+    OVERLAP: tl.constexpr,  # begin while the kernel before ends
     PTX: tl.constexpr,
 ):
     BN: tl.constexpr = 16 * STRIPS
     dtype: tl.constexpr = x.dtype.element_ty
     lane = fill_pairs(code, dtype, PTX)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    begin = program * units // programs
-    end = (program + 1) * units // programs
+    begin = program * units // tl.num_programs(0)
+    end = (program + 1) * units // tl.num_programs(0)
     m = tl.arange(0, BM)
     x_at = x + m[:, None].to(tl.int64) * stride + tl.arange(0, 64)[None, :]
     for panel in range(begin // steps, (end - 1) // steps + 1):
         first = tl.maximum(begin - panel * steps, 0)
         last = tl.minimum(end - panel * steps, steps)
         row = panel * BN + tl.arange(0, BN)
-        strip = panel * STRIPS + tl.arange(0, STRIPS)
-        tile_at = tiles + strip[:, None].to(tl.int64) * (columns * 128) + tl.arange(0, 128)[None, :]
         acc = tl.zeros((BN, BM), dtype=tl.float32)
+        if AHEAD:
+            ahead = _load_step(tiles, panel, first, columns, n, STRIPS, BLOCKS, EVEN)
         for step in tl.range(first, last, num_stages=STAGES):
+            if AHEAD:
+                words_of_step = ahead
+                ahead = _load_step(tiles, panel, tl.minimum(step + 1, last - 1), columns, n, STRIPS, BLOCKS, EVEN)
             for b in tl.static_range(BLOCKS):
                 column = step * BLOCKS + b
                 if EVEN:
-                    words = tl.load(tile_at + column * 128)
-                    live = tl.full((BN,), True, tl.int1)
                     xs = tl.load(x_at + column * 64, mask=(m < rows)[:, None], other=0.0)
+                    live = tl.full((BN,), True, tl.int1)
                 else:
-                    inside = column < columns
-                    live = (row < n) & inside
-                    words = tl.load(tile_at + column * 128, mask=(strip < n // 16)[:, None] & inside, other=0)
-                    xs = tl.load(x_at + column * 64, mask=(m < rows)[:, None] & inside, other=0.0)
+                    xs = tl.load(x_at + column * 64, mask=(m < rows)[:, None] & (column < columns), other=0.0)
+                    live = (row < n) & (column < columns)
+                if AHEAD:
+                    words = _pick_block(words_of_step, b, STRIPS, BLOCKS)
+                else:
+                    words = _load_block(tiles, panel, column, columns, n, STRIPS, 128, EVEN)
                 scale = _scales(
                     absmax, nested_absmax, nested_code, offset, column // PER_SCALE, columns // PER_SCALE, row, n, live
                 )
-                weight = decode_4bit(words, lane, code, dtype, STRIPS, PTX)
-                acc += tl.dot(weight, tl.trans(xs)) * scale[:, None]
-        _finish(acc, begin, first, last, panel, steps, units, bias, out, partials, arrivals, rows, n, BM, BN)
+                acc += tl.dot(decode_4bit(words, lane, code, dtype, STRIPS, PTX), tl.trans(xs)) * scale[:, None]
+        _put(acc, begin, first, last, panel, steps, bias, out, partials, rows, n, BM, BN)
+    _settle_all(begin, end, steps, units, bias, out, partials, arrivals, rows, n, BM, BN)
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -160,39 +225,37 @@ def linear_8bit_kernel(
     STRIPS: tl.constexpr,
     BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
-    EVEN: tl.constexpr,  # n fills its panels and k its steps: nothing to mask
+    EVEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
     PTX: tl.constexpr,
 ):
     BN: tl.constexpr = 16 * STRIPS
     dtype: tl.constexpr = x.dtype.element_ty
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    begin = program * units // programs
-    end = (program + 1) * units // programs
+    begin = program * units // tl.num_programs(0)
+    end = (program + 1) * units // tl.num_programs(0)
     m = tl.arange(0, BM)
     x_at = x + m[:, None].to(tl.int64) * stride + tl.arange(0, 64)[None, :]
     for panel in range(begin // steps, (end - 1) // steps + 1):
         first = tl.maximum(begin - panel * steps, 0)
         last = tl.minimum(end - panel * steps, steps)
         row = panel * BN + tl.arange(0, BN)
-        half_strip = tl.arange(0, 2 * STRIPS)
-        strip = panel * STRIPS + half_strip % STRIPS
-        half = half_strip // STRIPS
-        tile_at = tiles + (strip.to(tl.int64) * (columns * 256) + half * 128)[:, None] + tl.arange(0, 128)[None, :]
         acc = tl.zeros((BN, BM), dtype=tl.float32)
         for step in tl.range(first, last, num_stages=STAGES):
             for b in tl.static_range(BLOCKS):
                 column = step * BLOCKS + b
                 if EVEN:
-                    words = tl.load(tile_at + column * 256)
                     xs = tl.load(x_at + column * 64, mask=(m < rows)[:, None], other=0.0)
                 else:
-                    inside = column < columns
-                    words = tl.load(tile_at + column * 256, mask=(strip < n // 16)[:, None] & inside, other=0)
-                    xs = tl.load(x_at + column * 64, mask=(m < rows)[:, None] & inside, other=0.0)
+                    xs = tl.load(x_at + column * 64, mask=(m < rows)[:, None] & (column < columns), other=0.0)
+                words = _load_block(tiles, panel, column, columns, n, STRIPS, 256, EVEN)
                 acc = tl.dot(decode_8bit(words, dtype, STRIPS, PTX), tl.trans(xs), acc)
         acc *= (tl.load(scales + row, mask=row < n, other=0.0) / 127.0)[:, None]
-        _finish(acc, begin, first, last, panel, steps, units, bias, out, partials, arrivals, rows, n, BM, BN)
+        _put(acc, begin, first, last, panel, steps, bias, out, partials, rows, n, BM, BN)
+    _settle_all(begin, end, steps, units, bias, out, partials, arrivals, rows, n, BM, BN)
 
 
 @triton.jit

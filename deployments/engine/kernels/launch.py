@@ -97,7 +97,9 @@ def _launch(
     columns = weight.k // TILE_COLUMNS
     even = weight.n % config.panel_rows == 0 and weight.k % config.step_columns == 0
     meta: dict[str, Any] = {"BM": bucket, "STRIPS": config.strips, "BLOCKS": config.blocks, "STAGES": config.stages}
-    meta |= {"EVEN": even, "PTX": not INTERPRETED, "num_warps": config.strips}
+    meta |= {"EVEN": even, "OVERLAP": config.overlap, "PTX": not INTERPRETED, "num_warps": config.strips}
+    if config.overlap:
+        meta["launch_pdl"] = True
     if config.max_registers is not None:
         meta["maxnreg"] = config.max_registers
     sums = (out, space.partials, space.arrivals)
@@ -105,7 +107,15 @@ def _launch(
     if isinstance(weight, Weight4):
         scales = (weight.absmax, *_nested(weight), weight.code)
         gemm.linear_4bit_kernel[(schedule.programs,)](
-            x, weight.packed, *scales, bias, *sums, *sizes, PER_SCALE=weight.blocksize // TILE_COLUMNS, **meta
+            x,
+            weight.packed,
+            *scales,
+            bias,
+            *sums,
+            *sizes,
+            PER_SCALE=weight.blocksize // TILE_COLUMNS,
+            AHEAD=config.ahead,
+            **meta,
         )
     else:
         gemm.linear_8bit_kernel[(schedule.programs,)](x, weight.packed, weight.absmax, bias, *sums, *sizes, **meta)
