@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from deployments.engine.attention import (
     AttentionBackend,
@@ -46,7 +48,7 @@ class Recorder(AttentionBackend):
 
 
 def unused_kv(dtype: torch.dtype = torch.float32) -> PagedKv:
-    return PagedKv(1, 4, 1, HEAD_DIM, dtype, CPU)
+    return PagedKv(5, 4, 1, HEAD_DIM, dtype, CPU)
 
 
 @torch.inference_mode()
@@ -134,41 +136,52 @@ def test_padding_rows_are_first_tokens_in_the_scratch_block() -> None:
     assert layout.padded(9) == (RowSpan(5, 2, (3, 1)), RowSpan(0, 1, (9,)), RowSpan(0, 1, (9,)))
 
 
+def test_padding_of_a_graph_for_chunks_is_one_sequence_and_the_missing_ones_are_empty() -> None:
+    span, empty = RowSpan(5, 2, (3, 1)), RowSpan(0, 0, ())
+    assert StepLayout((span,), 4, padding=6, sequences=4).padded(9) == (span, RowSpan(0, 6, (9, 9)), empty, empty)
+    assert StepLayout((span,), 4, padding=0, sequences=2).padded(9) == (span, empty)
+
+
 class Layer(nn.Module):
     """A decoder layer in small: something to fuse on both sides of the hook."""
 
     def __init__(self, kv: PagedKv) -> None:
         super().__init__()
         self.headroom_kv = kv
+        self.sliding_window = 3
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = (hidden * 2)[:, None]
-        return paged_attention(self, rows, rows, rows, None)[0][:, :, 0] + 1
+        return paged_attention(self, rows, rows, rows, None, sliding_window=self.sliding_window)[0][:, :, 0] + 1
 
 
 @torch.inference_mode()
-def test_a_compiled_layer_serves_all_layers_and_writes_their_blocks() -> None:
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, _: object) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    layers = [Layer(unused_kv()) for _ in range(3)]
-    compiled = torch.compile(Layer.forward, backend=keep, fullgraph=True)
-    backend = TorchAttention(1, CPU)
-    for position in range(2):
-        backend.prepare(StepLayout((RowSpan(position, 1, (0,)),), 4))
-        hidden = torch.full((1, 1, HEAD_DIM), position + 1.0)
+def run_layers(layers: list[Layer], run: Callable[[Layer, Tensor], Tensor]) -> Tensor:
+    """Two chunks of a prompt, then two decodes, through all layers: what the last gives."""
+    backend = TorchAttention(5, CPU)
+    outs = []
+    for start, count in ((0, 3), (3, 5), (8, 1), (9, 1)):
+        backend.prepare(StepLayout((RowSpan(start, count, (4, 0, 2)),), 4))
+        hidden = torch.full((1, count, HEAD_DIM), start + 0.5)
         with backend.step():
             for layer in layers:
-                hidden = compiled(layer, hidden)
-    assert len(graphs) == 1
-    assert [backend.calls[layer.headroom_kv.keys.data_ptr()] for layer in layers] == [2, 2, 2]
-    written = [layer.headroom_kv.keys[0, :2, 0, 0].tolist() for layer in layers]
-    assert written[0] == [2.0, 4.0]
-    assert len(set(map(tuple, written))) == 3
+                hidden = run(layer, hidden)
+        outs.append(hidden)
+    return torch.cat(outs, dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FP8])
+def test_layers_compiled_share_their_code_and_compute_the_same(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = ([Layer(unused_kv(dtype)) for _ in range(3)] for _ in range(2))
+    expected = run_layers(plain, Layer.forward)
+    out = run_layers(compiled, torch.compile(Layer.forward, backend="aot_eager", fullgraph=True, dynamic=True))
+    assert torch.equal(out, expected)
+    assert counters["stats"]["unique_graphs"] == 2, "one for single rows and one for several, whichever the layer"
+    for one, other in zip(plain, compiled, strict=True):
+        assert torch.equal(one.headroom_kv.keys.view(torch.uint8), other.headroom_kv.keys.view(torch.uint8))
+        assert one.headroom_kv.keys.float().abs().sum() > 0
     torch._dynamo.reset()
 
 

@@ -29,7 +29,7 @@ from tests.contract.attention_cases import (
 from tests.fakes.kernels import FakeKernels
 
 CPU = torch.device("cpu")
-KIND = Kind(4, 2, 64, torch.float32, torch.float32, None, None)
+KIND = Kind(4, 2, 128, torch.float32, torch.float32, None, None)
 
 
 def limits(bounds: Bounds) -> Limits:
@@ -127,7 +127,7 @@ def test_a_stage_with_other_padding_makes_its_own_tables() -> None:
     spans = [(i, 0, 1) for i in range(3)]
     layout = worlds[0].layout(spans)
     for world, padding in zip(worlds, (0, 2), strict=True):
-        world.backend.prepare(StepLayout(layout.spans, layout.block_size, padding, layout.shared))
+        world.backend.prepare(replace(layout, padding=padding))
         with world.backend.step(), torch.inference_mode():
             out = world.attend(0, world.inputs(0, spans, padding))
         world.compare(0, spans, out[:3])
@@ -140,7 +140,7 @@ def test_warm_tells_and_compiles_once() -> None:
     world.backend.warm([KIND, KIND], told.append)
     world.backend.warm([KIND], told.append)
     world.check([(0, 0, 1)])
-    assert told == ["compiled 64"]
+    assert told == ["compiled 128"]
     assert kernels_of(world).compiled == [KIND]
 
 
@@ -188,7 +188,9 @@ def test_a_plan_that_a_graph_would_misread_is_refused() -> None:
     kernels.moody = True
     backend = one_backend(Limits(2, 5, 3), kernels)
     run_one_row(backend)
-    with pytest.raises(RuntimeError, match=r"plans 1 decodes as \[1, 2\], where it planned \[1, 1\] before"):
+    with pytest.raises(
+        RuntimeError, match=r"plans 1 rows of 1 sequences as \[1, 2\], where it planned \[1, 1\] before"
+    ):
         run_one_row(backend)
 
 
