@@ -185,11 +185,6 @@ class FlashInferKernels:
         buffers = (space.floats, space.ints, pinned)
         if kind.method(decodes=decodes) == "decode":
             return Planned("decode", _EVERY_KEY, self._plan_decode(kind, host, block_size, buffers))
-        if host.shape.captured:
-            # A graph launches as many tiles as any step of its size may need, and without split sequences FlashInfer
-            # does not tell which are idle: they do what an earlier plan left here, of sequences that may be gone. The
-            # last one costs the least: it is padding.
-            pinned.view(torch.int32).fill_(host.shape.sequences - 1)
         mask = _EVERY_KEY if decodes else _CAUSAL
         return Planned("prefill", mask, self._plan_prefill(kind, host, block_size, buffers))
 
