@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint import SHAPES, write
+from deployments.engine.client import ALLOCATOR
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
@@ -158,7 +160,7 @@ def _in_child(case: str, folder: Path) -> dict[str, Any]:
         "--folder",
         str(folder),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ALLOCATOR | os.environ)
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -85,12 +85,15 @@ def load(
     ]
     copies = _own_modules(model, plan, devices)
     verify_bytes(model, plan, copies)
+    kernels = device_type == "cuda" and (limits is None or limits.kernels)
+    if kernels and plan.quantization == "int8":
+        _use_kernels(model)  # before the plain forward: bitsandbytes would round its activations to 8 bits
     expected = _plain_logits(model, ids)
     remove_hook_from_submodules(model)
-    if device_type == "cpu":
-        _shorten_linears(model)
-    elif limits is None or limits.kernels:
+    if kernels:
         _use_kernels(model)
+    elif device_type == "cpu":
+        _shorten_linears(model)
     config._attn_implementation = model.config._attn_implementation = IMPLEMENTATION
     # GPT-2 and others have names of their own for some of the standard ones.
     shapes = layer_kv(config.to_dict() | {name: getattr(config, name) for name in config.attribute_map})
@@ -178,13 +181,15 @@ def _read(
 
 
 def _use_kernels(model: nn.Module) -> None:
-    """Put this project's kernels in place of bitsandbytes' linears, and let linears of one input be one product."""
+    """Put this project's kernels in place of bitsandbytes' linears, and make linears of one input one product; what is
+    done already stays."""
     from deployments.engine.kernels.fuse import fuse_linears
     from deployments.engine.kernels.modules import replace_linears
 
-    replaced = replace_linears(model)
-    if replaced:
-        log.info("%d linears on Headroom's kernels, %d groups of them fused", replaced, fuse_linears(model))
+    replaced, fused = replace_linears(model), fuse_linears(model)
+    if replaced or fused:
+        torch.cuda.empty_cache()
+        log.info("%d linears on Headroom's kernels, %d groups of linears fused", replaced, fused)
 
 
 def _shorten_linears(model: nn.Module) -> None:

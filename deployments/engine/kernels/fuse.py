@@ -25,7 +25,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3")
 class Fused(nn.Module):
     """Several linears of one input as one."""
 
-    def __init__(self, whole: QuantLinear4 | QuantLinear8, sizes: tuple[int, ...]) -> None:
+    def __init__(self, whole: QuantLinear4 | QuantLinear8 | nn.Linear, sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.whole, self.sizes = whole, sizes
         self._input: Tensor | None = None
@@ -75,7 +75,9 @@ class Part(nn.Module):
         rows = slice(start, start + sizes[self.index])
         if whole.bias is not None:
             destination[prefix + "bias"] = whole.bias.detach()[rows]
-        if isinstance(whole, QuantLinear4):
+        if isinstance(whole, nn.Linear):
+            destination[prefix + "weight"] = whole.weight.detach()[rows]
+        elif isinstance(whole, QuantLinear4):
             save4(untile4(_rows4(whole.quantised, rows)), whole.saved, destination, prefix)
         else:
             save8(untile8(_rows8(whole.quantised, rows)), destination, prefix)
@@ -87,7 +89,7 @@ def fuse_linears(model: nn.Module) -> int:
     for name, parent in list(model.named_modules()):
         for group in GROUPS:
             members = [getattr(parent, member, None) for member in group]
-            if not all(isinstance(member, QuantLinear4 | QuantLinear8) for member in members):
+            if not all(type(member) in (QuantLinear4, QuantLinear8, nn.Linear) for member in members):
                 continue
             if (reason := _why_not(members)) is not None:
                 log.info("%s: %s stay apart: %s", name, ", ".join(group), reason)
@@ -104,6 +106,9 @@ def _why_not(members: list[Any]) -> str | None:
     for a, b in pairwise(members):
         if type(a) is not type(b) or a.in_features != b.in_features or (a.bias is None) != (b.bias is None):
             return "they differ in kind, columns or bias"
+    if isinstance(first, nn.Linear):
+        weights = {(member.weight.device, member.weight.dtype) for member in members}
+        return None if len(weights) == 1 else "they differ in device or dtype"
     if not all(member.quantised.tiled for member in members):
         return "their shapes don't suit tiles"
     if isinstance(first, QuantLinear4):
@@ -118,9 +123,11 @@ def _fuse(members: list[Any]) -> Fused:
     sizes = tuple(member.out_features for member in members)
     first = members[0]
     n, k = sum(sizes), first.in_features
+    bias = None if first.bias is None else torch.cat([member.bias.detach() for member in members])
+    if isinstance(first, nn.Linear):
+        return Fused(_linear(torch.cat([member.weight.detach() for member in members]), bias), sizes)
     packed = torch.cat([member.packed for member in members])
     absmax = torch.cat([member.absmax for member in members], dim=-1)
-    bias = None if first.bias is None else torch.cat([member.bias.detach() for member in members])
     whole: QuantLinear4 | QuantLinear8
     if isinstance(first, QuantLinear4):
         weight = Weight4(n, k, first.blocksize, packed, absmax, first.code)
@@ -129,6 +136,14 @@ def _fuse(members: list[Any]) -> Fused:
         whole = QuantLinear8(Weight8(n, k, packed, absmax), bias)
     whole.batch_invariant = first.batch_invariant
     return Fused(whole, sizes)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+    whole.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        whole.bias = nn.Parameter(bias, requires_grad=False)
+    return whole
 
 
 def _rows4(weight: Weight4, rows: slice) -> Weight4:
