@@ -264,7 +264,7 @@ def print_variants(points: list[Point]) -> None:
         print(f"\n{kind} M={bucket}  " + "  ".join(f"{p.linear} floor {p.floor:.1f}" for p in some))
         for config, row in per.items():
             cells = "  ".join(f"{p.microseconds:7.1f} {100 * p.floor / p.microseconds:3.0f}%" for p in row)
-            flags = "".join(name[0] for name in ("ahead", "overlap") if getattr(config, name))
+            flags = "".join(name[0] for name in ("ahead", "rounded", "overlap") if getattr(config, name))
             numbers = (config.strips, config.blocks, config.stages, config.per_multiprocessor, config.max_registers)
             print(f"  {','.join(str(v) for v in numbers if v is not None) + ' ' + flags:16s} {cells}")
 

@@ -38,7 +38,12 @@ def product(draw: random.Random, seed: int) -> None:
     blocksize = draw.choice((64, 128, 256))
     n, k, rows = 16 * draw.randint(1, 9), blocksize * draw.randint(1, 4), draw.randint(1, 20)
     config = GemmConfig(
-        draw.choice((1, 2, 4)), draw.choice((1, 2, 4)), 2, draw.randint(1, 3), ahead=draw.random() < 0.5
+        draw.choice((1, 2, 4)),
+        draw.choice((1, 2, 4)),
+        2,
+        draw.randint(1, 3),
+        ahead=draw.random() < 0.5,
+        rounded=draw.random() < 0.5,
     )
     native: Weight4 | Weight8
     if draw.random() < 0.6:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Kind = Literal["4bit", "8bit"]
 BUCKETS = (16, 32, 64, 128)
 """Rows of x that one launch computes; the matrix units need at least 16."""
-PARTIAL_BYTES = 32 * 2**20
+PARTIAL_BYTES = 36 * 2**20
 """Workspace for partial sums per device."""
 PANELS = 2**16
 """Most panels of one weight."""
@@ -48,6 +48,9 @@ class GemmConfig:
     """Per thread; None leaves it to the compiler."""
     ahead: bool = False
     """4 bits: the next step's weights wait in registers instead of shared memory."""
+    rounded: bool = False
+    """4 bits: scale the 16-bit weights before the product, not the float32 sums after it. One rounding more; no wait
+    for the matrix units after each block."""
     overlap: bool = False
     """Start while the kernel before ends (programmatic dependent launch; compute capability 9.0 and above)."""
 

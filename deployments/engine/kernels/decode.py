@@ -96,6 +96,18 @@ lop3.b32 biased, w, 0x00FF00FF, 0x64806480, 0x6A;
 add.rn.f16x2 $1, biased, offset;
 }
 """
+_SCALE = """
+{
+.reg .b32 s;
+cvt.rn.TYPEx2.f32 s, $8, $8;
+mul.rn.TYPEx2 $0, $4, s;
+mul.rn.TYPEx2 $1, $5, s;
+mul.rn.TYPEx2 $2, $6, s;
+mul.rn.TYPEx2 $3, $7, s;
+}
+"""
+SCALE_BF16 = tl.constexpr(_SCALE.replace("TYPE", "bf16"))
+SCALE_FP16 = tl.constexpr(_SCALE.replace("TYPE", "f16"))
 FILL_BF16 = tl.constexpr(_FILL.replace("TYPE", "bf16"))
 FILL_FP16 = tl.constexpr(_FILL.replace("TYPE", "f16"))
 LOOK_UP = tl.constexpr(_LOOK_UP)
@@ -132,11 +144,16 @@ def _halves(pair, dtype: tl.constexpr):
 
 
 @triton.jit
-def _look_up(words, lane, code, dtype: tl.constexpr, PTX: tl.constexpr):
+def _look_up(words, lane, code, scale, dtype: tl.constexpr, PTX: tl.constexpr):
     if PTX:
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
             LOOK_UP, "=r,=r,=r,=r,r,r", [words, lane], dtype=INT32_FOUR, is_pure=True, pack=1
         )
+        if scale is not None:
+            SCALE: tl.constexpr = SCALE_BF16 if dtype == tl.bfloat16 else SCALE_FP16
+            p0, p1, p2, p3 = tl.inline_asm_elementwise(
+                SCALE, "=r,=r,=r,=r,r,r,r,r,f", [p0, p1, p2, p3, scale], dtype=INT32_FOUR, is_pure=True, pack=1
+            )
         e0, o0 = _halves(p0, dtype)
         e1, o1 = _halves(p1, dtype)
         e2, o2 = _halves(p2, dtype)
@@ -153,14 +170,22 @@ def _look_up(words, lane, code, dtype: tl.constexpr, PTX: tl.constexpr):
             tl.load(code + ((words >> 28) & 15)).to(dtype),
             tl.load(code + ((words >> 24) & 15)).to(dtype),
         )
+        if scale is not None:
+            s = scale.to(dtype)
+            e0, o0, e1, o1, e2, o2, e3, o3 = pairs
+            pairs = (e0 * s, o0 * s, e1 * s, o1 * s, e2 * s, o2 * s, e3 * s, o3 * s)
     return pairs
 
 
 @triton.jit
-def decode_4bit(words, lane, code, dtype: tl.constexpr, STRIPS: tl.constexpr, PTX: tl.constexpr):
-    """int32 [STRIPS, 128] -> dtype [16 * STRIPS, 64]: the table's values, unscaled."""
+def decode_4bit(words, lane, code, scale, dtype: tl.constexpr, STRIPS: tl.constexpr, PTX: tl.constexpr):
+    """int32 [STRIPS, 128] -> dtype [16 * STRIPS, 64]: the table's values, times `scale` (float32 [16 * STRIPS]) unless
+    it is None."""
     words = tl.reshape(words, (STRIPS, 8, 4, 2, 2))  # strip, r, c, h, upper half of q
-    e0, o0, e1, o1, e2, o2, e3, o3 = _look_up(words, lane, code, dtype, PTX)
+    if scale is not None:
+        scale = tl.permute(tl.reshape(scale, (STRIPS, 2, 8)), (0, 2, 1))[:, :, None, :, None]
+        scale = tl.broadcast_to(scale, (STRIPS, 8, 4, 2, 2))
+    e0, o0, e1, o1, e2, o2, e3, o3 = _look_up(words, lane, code, scale, dtype, PTX)
     even = tl.join(tl.join(e0, o0), tl.join(e2, o2))
     odd = tl.join(tl.join(e1, o1), tl.join(e3, o3))
     pairs = tl.join(even, odd)  # strip, r, c, h, q // 4, j, q // 2 % 2, q % 2

@@ -49,13 +49,13 @@ def _put(acc, begin, first, last, panel, steps, bias, out, partials, rows, n, BM
 def _settle(panel, steps, units, bias, out, partials, arrivals, rows, n, BM: tl.constexpr, BN: tl.constexpr):
     """Announce this program's part of a panel; the last program to do so adds all parts, in the order of the columns.
 
-    Four parts are read at a time, so that their way through memory is paid once."""
+    Several parts are read at a time, so that the way through memory is paid once for all of them."""
     programs = tl.num_programs(0)
     first = ((panel * steps + 1) * programs - 1) // units
     last = ((panel + 1) * steps * programs - 1) // units
     if tl.atomic_add(arrivals + panel, 1, sem="acq_rel") == last - first:
         total = tl.zeros((BN, BM), dtype=tl.float32)
-        AT_ONCE: tl.constexpr = 4 if BM <= 32 else 2
+        AT_ONCE: tl.constexpr = max(2, 128 // BM)
         for group in range(first, last + 1, AT_ONCE):
             for i in tl.static_range(AT_ONCE):
                 program = group + i
@@ -159,6 +159,7 @@ def linear_4bit_kernel(
     STRIPS: tl.constexpr,
     BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
+    ROUNDED: tl.constexpr,  # scale 16-bit weights before the product, not float32 sums after it
     AHEAD: tl.constexpr,  # weights of the next step wait in registers, not in shared memory
     EVEN: tl.constexpr,  # n fills its panels and k its steps: nothing to mask
     OVERLAP: tl.constexpr,  # begin while the kernel before ends
@@ -201,7 +202,11 @@ def linear_4bit_kernel(
                 scale = _scales(
                     absmax, nested_absmax, nested_code, offset, column // PER_SCALE, columns // PER_SCALE, row, n, live
                 )
-                acc += tl.dot(decode_4bit(words, lane, code, dtype, STRIPS, PTX), tl.trans(xs)) * scale[:, None]
+                if ROUNDED:
+                    acc = tl.dot(decode_4bit(words, lane, code, scale, dtype, STRIPS, PTX), tl.trans(xs), acc)
+                else:
+                    weight = decode_4bit(words, lane, code, None, dtype, STRIPS, PTX)
+                    acc += tl.dot(weight, tl.trans(xs)) * scale[:, None]
         _put(acc, begin, first, last, panel, steps, bias, out, partials, rows, n, BM, BN)
     _settle_all(begin, end, steps, units, bias, out, partials, arrivals, rows, n, BM, BN)
 

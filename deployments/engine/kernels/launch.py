@@ -114,6 +114,7 @@ def _launch(
             *sums,
             *sizes,
             PER_SCALE=weight.blocksize // TILE_COLUMNS,
+            ROUNDED=config.rounded,
             AHEAD=config.ahead,
             **meta,
         )

@@ -10,6 +10,7 @@ import pytest
 
 from deployments.engine.kernels import config
 from deployments.engine.kernels.config import BUCKETS, HEURISTIC, PARTIAL_BYTES, GemmConfig, Kind, Table
+from deployments.engine.kernels.tune import CANDIDATES
 
 KINDS: tuple[Kind, Kind] = ("4bit", "8bit")
 SHIPPED = sorted((Path(config.__file__).parent / "tables").glob("*.json"))
@@ -22,18 +23,27 @@ def no_folder() -> Iterator[None]:
     config.table_for.cache_clear()
 
 
+def fits(choice: GemmConfig, bucket: int) -> bool:
+    """Partial sums of 132 multiprocessors in the workspace."""
+    return 2 * 132 * choice.per_multiprocessor * choice.panel_rows * bucket * 4 <= PARTIAL_BYTES
+
+
 def check(table: Table) -> None:
     for entry in (*table.default.values(), *table.shapes.values()):
         assert set(entry.configs) == set(BUCKETS)
-        for bucket, choice in entry.configs.items():
-            assert choice.strips in (4, 8, 16)
-            programs = 132 * choice.per_multiprocessor
-            assert 2 * programs * choice.panel_rows * bucket * 4 <= PARTIAL_BYTES
+        assert all(fits(choice, bucket) for bucket, choice in entry.configs.items())
 
 
 def test_heuristic_is_complete() -> None:
     check(HEURISTIC)
     assert config.table_for("Some GPU of tomorrow") is HEURISTIC
+
+
+def test_candidates_fit() -> None:
+    assert {bucket for _, bucket in CANDIDATES} == set(BUCKETS)
+    for (_, bucket), choices in CANDIDATES.items():
+        assert len(set(choices)) == len(choices)
+        assert all(fits(choice, bucket) for choice in choices)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
