@@ -120,6 +120,19 @@ def test_the_room_suffices(data: st.DataObject) -> None:
     assert floats <= room.floats
 
 
+@settings(deadline=None)
+@given(st.sampled_from((1, 4, 8, 32)), st.sampled_from((64, 128, 256)), st.integers(1, 768), st.data())
+def test_the_room_suffices_for_graphs_of_chunks(group: int, head_dim: int, rows: int, data: st.DataObject) -> None:
+    """No sequence is split there, but every tile has its place that any step of the size may need."""
+    sequences = data.draw(st.integers(1, rows))
+    kind = replace(LLAMA, heads=8 * group, head_dim=head_dim)
+    longest = (rows - sequences + 1) * group
+    tile = (128 if longest > 64 and head_dim < 256 else 64) if longest > 16 else 16
+    tiles = max(2 * H200_SMS // 8, -(-rows * group // tile) + sequences - 1)
+    room = Room.of(kind, H200_SMS, sequences=sequences, rows=rows)
+    assert 12 * tiles + 4 * (sequences + 1) + 8 + 8 * 16 <= room.ints
+
+
 def test_the_room_grows_with_the_step() -> None:
     """A part of the pinned plan is copied, by the step's own room."""
     small, large = (Room.of(LLAMA, H200_SMS, sequences=n, rows=n) for n in (8, 512))
