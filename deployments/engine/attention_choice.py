@@ -11,7 +11,8 @@ import torch
 from deployments.engine.attention import AttentionBackend
 from deployments.engine.attention_flashinfer import Limits, flashinfer_backends
 from deployments.engine.attention_torch import TorchAttention
-from deployments.engine.flashinfer_kernels import FlashInferKernels, Kind, why_not, why_not_here
+from deployments.engine.flashinfer_fit import Kind, why_not, why_not_here
+from deployments.engine.flashinfer_kernels import FlashInferKernels
 from deployments.engine.messages import EngineLimits
 from placement.plan import Plan
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from deployments.engine.attention import AttentionBackend, Scoring, StepLayout
 from deployments.engine.attention_staging import HostStep, StagingPool
 from deployments.engine.attention_tables import Shape, Tables, pack
-from deployments.engine.flashinfer_kernels import Call, Kind, Planned, Progress, Room, Workspace
+from deployments.engine.flashinfer_fit import Kind, Room
+from deployments.engine.flashinfer_kernels import Call, Planned, Progress, Workspace
 
 log = logging.getLogger(__name__)
 

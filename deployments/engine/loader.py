@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 
 from deployments.engine.attention import IMPLEMENTATION, AttentionBackend, PagedKv, RowSpan, UnsupportedAttention
 from deployments.engine.attention_choice import choose
-from deployments.engine.flashinfer_kernels import Kind
+from deployments.engine.flashinfer_fit import Kind
 from deployments.engine.messages import EngineLimits
 from deployments.engine.stages import Stage, StepRows, find_decoder, find_layers, run_stages
 from deployments.errors import ConfigError

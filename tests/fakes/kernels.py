@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention_tables import Tables
-from deployments.engine.flashinfer_kernels import Call, Kind, Planned, Progress, Room, Workspace
+from deployments.engine.flashinfer_fit import Kind, Room
+from deployments.engine.flashinfer_kernels import Call, Planned, Progress, Workspace
 
 
 class FakeKernels:

@@ -14,7 +14,7 @@ from deployments.engine import attention_choice
 from deployments.engine.attention_choice import Choice, choose
 from deployments.engine.attention_flashinfer import FlashInferAttention, Limits
 from deployments.engine.attention_torch import TorchAttention
-from deployments.engine.flashinfer_kernels import Kind
+from deployments.engine.flashinfer_fit import Kind
 from deployments.engine.messages import EngineLimits
 from tests.fakes.kernels import FakeKernels
 

@@ -13,7 +13,7 @@ from deployments.engine.attention import RowSpan, StepLayout
 from deployments.engine.attention_flashinfer import FlashInferAttention, Limits, flashinfer_backends
 from deployments.engine.attention_staging import StagingPool
 from deployments.engine.attention_tables import Shape
-from deployments.engine.flashinfer_kernels import Kind
+from deployments.engine.flashinfer_fit import Kind
 from tests.contract.attention_cases import (
     CASES,
     Bounds,

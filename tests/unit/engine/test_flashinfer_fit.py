@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.engine import flashinfer_kernels
+from deployments.engine import flashinfer_fit
 from deployments.engine.attention_tables import Shape
-from deployments.engine.flashinfer_kernels import VERSION, Kind, Room, fills, why_not, why_not_here
+from deployments.engine.flashinfer_fit import VERSION, Kind, Room, fills, why_not, why_not_here
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 LLAMA = Kind(32, 8, 128, BF16, BF16, None, None)
@@ -54,8 +54,8 @@ def test_does_not_fit(kind: Kind, reason: str) -> None:
 
 def test_the_machine_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     installed = {"version": "0.6.13"}
-    monkeypatch.setattr(flashinfer_kernels, "version", lambda _: installed["version"])
-    monkeypatch.setattr(flashinfer_kernels, "find_spec", lambda _: None)
+    monkeypatch.setattr(flashinfer_fit, "version", lambda _: installed["version"])
+    monkeypatch.setattr(flashinfer_fit, "find_spec", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((8, 0), (7, 5))[i])
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -75,7 +75,7 @@ def test_a_machine_without_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(flashinfer_kernels, "version", missing)
+    monkeypatch.setattr(flashinfer_fit, "version", missing)
     assert why_not_here() == f"flashinfer-python=={VERSION} is not installed"
 
 
