@@ -171,6 +171,17 @@ def test_under_cuda_graphs_and_compile() -> None:
     assert torch.equal(compiled(x), module(x) * 2)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one() -> None:
+    from deployments.engine.kernels.modules import QuantLinear8
+
+    weight = tile8(weight8(512, 1024))
+    there = torch.device("cuda", 1)
+    module = QuantLinear8(Weight8(512, 1024, weight.packed.to(there), weight.absmax.to(there)), None)
+    x = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(module(x.to(there)).cpu(), product(x, weight).cpu())
+
+
 def test_growing_the_workspace_under_capture_is_refused() -> None:
     from deployments.engine.kernels import workspace
 

@@ -66,7 +66,8 @@ def _product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, batch_in
     if x.device.type == "cuda":
         from deployments.engine.kernels.launch import product  # Triton is there only beside CUDA
 
-        return product(flat, weight, bias, batch_invariant=batch_invariant).view(*x.shape[:-1], weight.n)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            return product(flat, weight, bias, batch_invariant=batch_invariant).view(*x.shape[:-1], weight.n)
     dense = dequantise4(weight, torch.float32) if isinstance(weight, Weight4) else dequantise8(weight, torch.float32)
     out = linear(flat.float(), dense, None if bias is None else bias.float())
     return out.to(x.dtype).view(*x.shape[:-1], weight.n)
