@@ -10,8 +10,9 @@ from placement import probe
 from placement.errors import PlacementError
 from placement.footprint import Footprint, footprint
 from placement.hardware import DeviceType, Gpu, virtual_cpu_devices
-from placement.kv import why_not_served
+from placement.kv import kv_dtype_name, why_not_served
 from placement.plan import Plan, solve
+from placement.reserve import Attention
 
 _FIXED_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -57,10 +58,24 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             max_memory=pool.max_memory if on_gpu else None,
             goal=pool.goal,
             kv_dtype=None if pool.kv_dtype == "auto" else pool.kv_dtype,
+            attention=_attention(weighed, pool.kv_dtype) if on_gpu else None,
         )
     except PlacementError as error:
         raise ConfigError(f"pool {pool.name}: {error}") from error
     return plan, device_type
+
+
+def _attention(weighed: Footprint, kv_dtype: str) -> Attention:
+    """What the engine will compute attention with on this machine's GPUs; the two need different memory."""
+    import torch
+
+    from deployments.engine.flashinfer_fit import Kind, why_not, why_not_here
+
+    dtype = getattr(torch, weighed.dtype)
+    stored = dtype if kv_dtype == "auto" else getattr(torch, kv_dtype_name(kv_dtype))
+    heads = weighed.geometry.heads
+    kinds = (Kind(heads, kv.kv_heads, kv.head_dim, dtype, stored, None, None) for kv in weighed.geometry.kv)
+    return "torch" if why_not_here() or any(why_not(kind) for kind in kinds) else "flashinfer"
 
 
 def _why_not_loaded(weighed: Footprint) -> str | None:

@@ -80,7 +80,9 @@ class Problem:
             work[layer] += module.work
         devices = tuple(zip(question.devices, question.budgets, strict=True))
         of_kind = {
-            (gpu, budget): reserve(footprint, workload, device_type=gpu.device_type, budget_bytes=budget)
+            (gpu, budget): reserve(
+                footprint, workload, device_type=gpu.device_type, budget_bytes=budget, devices=len(devices)
+            )
             for gpu, budget in dict.fromkeys(devices)
         }
         reserves = tuple(of_kind[device] for device in devices)

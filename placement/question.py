@@ -12,7 +12,7 @@ from placement.errors import PlacementError
 from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, format_bytes, parse_bytes
 from placement.kv import kv_dtype_name
-from placement.reserve import CUDA_CONTEXT_BYTES, Workload
+from placement.reserve import CUDA_CONTEXT_BYTES, Attention, Workload
 
 Order = Literal["given", "best"]
 
@@ -82,6 +82,8 @@ class Conditions(TypedDict, total=False):
     """Must be the footprint's, where given."""
     kv_dtype: str | None
     """Of the KV cache, "fp8" among them; default: the footprint's dtype."""
+    attention: Attention | None
+    """What computes attention on GPUs; default: FlashInfer."""
     min_context: int | None
     """One sequence of so many tokens must fit; default: one KV block must."""
     min_concurrency: int
@@ -144,7 +146,8 @@ def _workload(footprint: Footprint, conditions: Conditions) -> Workload:
     sizes = conditions["block_size"], conditions["max_batch_tokens"], conditions["max_sequences"]
     if min(*sizes, context) < 1:
         raise PlacementError("block_size, max_batch_tokens, max_sequences and max_context must be at least 1")
-    return Workload(*sizes, context, kv_dtype_name(conditions.get("kv_dtype") or footprint.dtype))
+    kv_dtype = kv_dtype_name(conditions.get("kv_dtype") or footprint.dtype)
+    return Workload(*sizes, context, kv_dtype, conditions.get("attention"))
 
 
 def budgets(devices: tuple[Gpu, ...], max_memory: Mapping[int, str | int]) -> tuple[int, ...]:

@@ -3,13 +3,15 @@
 Persistent terms are summed. Temporaries that are never held at once count with the largest of them, and the peak of
 loading, which passes before the KV cache is allocated, counts only where it is above everything that comes after it.
 
-The temporaries are those of this project's engine: paged attention that gathers blocks for PyTorch's SDPA, and a
-sampler that takes at most `SAMPLE_ROWS` rows at a time.
+The terms are those of this project's engine: on GPUs attention by FlashInfer, CUDA graphs, kernels that share buffers;
+elsewhere, and where FlashInfer does not fit, paged attention that gathers blocks for PyTorch's SDPA; a sampler that
+takes at most `SAMPLE_ROWS` rows at a time. `benchmarks.placement_error` compares their sum with what GPUs hold.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from placement.footprint import Footprint
 from placement.hardware import DeviceType, format_bytes
@@ -21,19 +23,35 @@ SAMPLE_ROWS = 64
 CONTEXT = "context"
 """Name of the one term that a max_memory cap does not bound."""
 
-CUDA_CONTEXT_BYTES = 640 * 2**20
-"""CUDA context, libraries and their workspaces: an estimate for recent GPUs, on the safe side."""
+Attention = Literal["flashinfer", "torch"]
 
-_SAMPLE_BYTES = 72
-"""Per logit of the rows being sampled with top_p: float32 scores, shifted, trimmed and ranked (16); int64 weights,
-trimmed, order, gathered, masked and summed (48); float32 and bool masks (8)."""
+CUDA_CONTEXT_BYTES = 704 * 2**20
+"""CUDA context, and the code of PyTorch, cuBLAS, FlashInfer and Triton: 695 MiB on an H200 (driver 580, CUDA 13)."""
+
+CAPTURED_ROWS = 768
+"""Rows of the largest CUDA graph."""
+_GRAPH_BYTES, _GRAPH_LAYER_BYTES = 64 * 2**20, 7 * 2**18
+"""What some thirty CUDA graphs take from the driver, and for each layer in them. Measured: 88 MiB with 16 layers, 110
+with 32."""
+_CUBLAS_BYTES = 72 * 2**20
+"""PyTorch gives cuBLAS 32 MiB for each of the two streams that it is called on, on Hopper."""
+_KERNEL_BYTES, _DEQUANTISED_MOST = 38 * 2**20, 128 * 2**20
+"""Partial sums of the quantised products; and a weight dequantised for many rows, in parts where it is larger."""
+_SMS, _CTAS_PER_SM, _TILE = 160, 2, 128
+"""Multiprocessors of the largest GPUs, blocks on each, and rows of each that FlashInfer's scheduler counts on."""
+
+_SAMPLE_BYTES = 36
+"""Per logit of the rows being sampled: float32 scores (4), int32 keys (4), int64 weights, bins and masked weights (8
+each), masks (4)."""
+_WEIGHT_TABLE_BYTES = 2**19
+"""The sampler's."""
 _QUANTISE_BYTES = {"nf4": 20, "fp4": 20, "int8": 12}
 """Per weight while the CPU quantises it. 4 bits: float32 copy and scaled, int32 and (fp4) int64 codes;
 8 bits: float16 copy and its absolute, float32 scaled and rounded."""
 _PADDING = 2
 """Decodes are gathered in groups padded to at most twice their length."""
-_FRAGMENTATION = 64
-"""One part in so many of a CUDA budget is left to the allocator."""
+_FRAGMENTATION = 256
+"""One part in so many of a CUDA budget is left to the allocator, whose segments expand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +76,8 @@ class Workload:
     max_context: int
     """Tokens of the longest sequence, prompt and output."""
     kv_dtype: str
+    attention: Attention | None = None
+    """None: FlashInfer on GPUs."""
 
     @property
     def most_blocks(self) -> int:
@@ -70,12 +90,17 @@ class Reserve:
     """The bytes of each term on one device, before its layers are known."""
 
     context: int
+    graphs: int
     fragmentation: int
     activations: int
+    buffers: int
+    """What the engine keeps: of the pipeline, of attention, of the kernels."""
     logits: int
     """Last stage only."""
     prefill: int
     dequantisation: int
+    per_block: int
+    """Kept on the last stage per KV block: the ids of its tokens."""
     gather_per_block: int
     """Of decode attention, per KV block held by the running sequences."""
     load_peak: int
@@ -83,51 +108,98 @@ class Reserve:
     def held(self, *, last: bool, blocks: int, kv_block_bytes: int) -> int:
         """Everything but weights while `blocks` KV blocks (and the scratch block) are there."""
         kv = (blocks + 1) * kv_block_bytes
-        running = self.activations + self._workspace(last, blocks) + kv
-        return self.context + self.fragmentation + max(running, self.load_peak)
+        running = self.buffers + self._ids(last, blocks) + self._temporary(last, blocks) + kv
+        return self.context + self.graphs + self.fragmentation + max(running, self.load_peak)
 
     def terms(self, *, last: bool, blocks: int, kv_block_bytes: int) -> tuple[Term, ...]:
         """The same, less the KV, named. A term of 0 bytes is left out."""
-        decode = blocks * self.gather_per_block
-        workspace = self._workspace(last, blocks)
+        buffers, workspace = self.buffers + self._ids(last, blocks), self._workspace(last, blocks)
         parts = [
-            ("decode attention", decode),
+            ("decode attention", blocks * self.gather_per_block),
             ("prefill attention", self.prefill),
             ("dequantisation", self.dequantisation),
         ]
         parts += [("logits and sampling", self.logits)] if last else []
         largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
-        loading = self.load_peak - self.activations - workspace - (blocks + 1) * kv_block_bytes
+        loading = self.load_peak - buffers - self.activations - workspace - (blocks + 1) * kv_block_bytes
         terms = (
-            Term(CONTEXT, self.context, "CUDA context and libraries"),
+            Term(CONTEXT, self.context, "CUDA context, and the code of libraries and kernels"),
+            Term("graphs", self.graphs, "CUDA graphs, and the activations of the largest of them"),
             Term("fragmentation", self.fragmentation, "what the allocator can't hand out"),
+            Term("buffers", buffers, "kept by pipeline, attention, kernels and sampler from step to step"),
             Term("activations", self.activations, "hidden states and projections of one step in the widest layer"),
-            Term("workspace", workspace, f"the largest of what is never held at once: {largest}"),
+            Term("workspace", workspace, f"above activations, the largest of what is never held at once: {largest}"),
             Term("loading", max(0, loading), "peak of the largest weight while loading, above all that comes after it"),
         )
         return tuple(term for term in terms if term.bytes)
 
+    def _ids(self, last: bool, blocks: int) -> int:
+        return self.per_block * (blocks + 1) + _WEIGHT_TABLE_BYTES if last and self.per_block else 0
+
+    def _temporary(self, last: bool, blocks: int) -> int:
+        return self.activations + self._workspace(last, blocks)
+
     def _workspace(self, last: bool, blocks: int) -> int:
-        temporary = max(self.prefill, self.dequantisation, blocks * self.gather_per_block)
-        return max(temporary, self.logits) if last else temporary
+        """What a step takes beside activations; sampling comes when those are gone."""
+        inside = max(self.prefill, self.dequantisation, blocks * self.gather_per_block)
+        return max(inside, self.logits - self.activations) if last else inside
 
 
-def reserve(footprint: Footprint, workload: Workload, *, device_type: DeviceType, budget_bytes: int) -> Reserve:
-    """The reserve of one device."""
+def reserve(
+    footprint: Footprint, workload: Workload, *, device_type: DeviceType, budget_bytes: int, devices: int = 1
+) -> Reserve:
+    """The reserve of one of the replica's `devices`."""
     cuda = device_type == "cuda"
+    gathers = not cuda or workload.attention == "torch"
+    widest = (_activation_bytes if gathers else _compiled_activation_bytes)(footprint)
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
+        graphs=0 if gathers else _graph_bytes(footprint) + min(CAPTURED_ROWS, workload.max_batch_tokens) * widest,
         fragmentation=budget_bytes // _FRAGMENTATION if cuda else 0,
-        activations=_activation_bytes(footprint, workload),
+        activations=workload.max_batch_tokens * widest,
+        buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
         logits=_logit_bytes(footprint, workload),
-        prefill=_prefill_bytes(footprint, workload),
-        dequantisation=_dequantisation_bytes(footprint),
-        gather_per_block=_gather_bytes(footprint, workload),
+        prefill=_prefill_bytes(footprint, workload) if gathers else 0,
+        dequantisation=_dequantisation_bytes(footprint) if gathers else 0,
+        per_block=4 * workload.block_size,
+        gather_per_block=_gather_bytes(footprint, workload) if gathers else 0,
         load_peak=_load_peak_bytes(footprint, device_type),
     )
 
 
-def _activation_bytes(footprint: Footprint, workload: Workload) -> int:
+def _graph_bytes(footprint: Footprint) -> int:
+    return _GRAPH_BYTES + _GRAPH_LAYER_BYTES * len(footprint.layers)
+
+
+def _compiled_activation_bytes(footprint: Footprint) -> int:
+    """Per token, in the compute dtype: residual, normed, a block's result, and of the layer's projections the two
+    widest with what is made of them (gate, up and their product)."""
+    outs = [sorted(t.shape[0] for t in layer.tensors if len(t.shape) > 1) for layer in footprint.layers]
+    widest = max((sum(out[-2:]) + sum(out[-1:]) for out in outs), default=0)
+    return dtype_bytes(footprint.dtype) * (3 * footprint.geometry.hidden + widest)
+
+
+def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gathers: bool) -> int:
+    """What a GPU's stage keeps beside weights and KV: hidden states that come in (a step for each slot) and go out,
+    cuBLAS', the kernels' and FlashInfer's workspaces."""
+    rows = 2 * CAPTURED_ROWS + (devices * workload.max_batch_tokens if devices > 1 else 0)
+    kept = rows * footprint.geometry.hidden * dtype_bytes(footprint.dtype) + _CUBLAS_BYTES
+    if footprint.quantization in _QUANTISE_BYTES:
+        kept += _KERNEL_BYTES + min(_DEQUANTISED_MOST, 2 * dtype_bytes(footprint.dtype) * _largest_quantised(footprint))
+    return kept if gathers else kept + _flashinfer_bytes(footprint, workload)
+
+
+def _flashinfer_bytes(footprint: Footprint, workload: Workload) -> int:
+    """Parts of split sequences before they are merged, float32, and block tables."""
+    heads = footprint.geometry.heads
+    parts = max(
+        (max(1, _CTAS_PER_SM * _SMS // kv.kv_heads) * (kv.head_dim + 1) for kv in footprint.geometry.kv if kv.kv_heads),
+        default=0,
+    )
+    return 4 * (_TILE * heads * parts + workload.most_blocks + 4 * workload.max_batch_tokens)
+
+
+def _activation_bytes(footprint: Footprint) -> int:
     """Per token: input, residual, normed and output in the compute dtype and twice in float32 (norms), every
     projection's result, and once more the widest (the activation function's)."""
     size, hidden = dtype_bytes(footprint.dtype), footprint.geometry.hidden
@@ -138,14 +210,14 @@ def _activation_bytes(footprint: Footprint, workload: Workload) -> int:
         # Inputs once more in float16 and int8, results once more in int32 and float16.
         shapes = [t.shape for layer in footprint.layers for t in layer.tensors if t.linear]
         per_token += max((3 * s[1] + 6 * s[0] for s in shapes), default=0)
-    return workload.max_batch_tokens * per_token
+    return per_token
 
 
 def _logit_bytes(footprint: Footprint, workload: Workload) -> int:
-    """Logits of all rows in the compute dtype and in float32, and the sampler's scratch for `SAMPLE_ROWS` of them."""
+    """Logits of all rows in the compute dtype, and the sampler's scratch for `SAMPLE_ROWS` of them."""
     rows = min(workload.max_sequences, workload.max_batch_tokens)
-    per_row = dtype_bytes(footprint.dtype) + 4
-    return footprint.geometry.vocab * (rows * per_row + min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
+    vocab = -(-footprint.geometry.vocab // 256) * 256
+    return vocab * (rows * dtype_bytes(footprint.dtype) + min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
 
 
 def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:

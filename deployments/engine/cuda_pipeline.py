@@ -111,28 +111,28 @@ class CudaPipeline:
         returned = last_ids
         if last_ids is not None and self._returns is not None:
             returned = self._returns.receive(slot)[: last_ids.shape[0]]
-        computed = first.run(step, layout, returned, None)
+        hidden = first.run(step, layout, returned, None)
         if returned is not None and self._returns is not None:
             self._returns.release(slot)
         for link, lane in zip(self._links, self._lanes[1:], strict=True):
-            link.send(slot, computed.hidden)
+            link.send(slot, hidden)
             incoming = link.receive(slot)
-            computed = lane.run(step, layout, last_ids if lane is self._lanes[-1] else None, incoming)
+            hidden = lane.run(step, layout, last_ids if lane is self._lanes[-1] else None, incoming)
             link.release(slot)
         with torch.cuda.device(self._lanes[-1].device):
-            return self._draw(slot, len(step.ids), computed.logits, draw)
+            return self._draw(slot, step, hidden, draw)
 
     def close(self) -> None:
         """Wait for what was launched."""
         for lane in self._lanes:
             torch.cuda.synchronize(lane.device)
 
-    def _draw(self, slot: int, rows: int, logits: Tensor | None, draw: Draw) -> Flight:
-        last = self._lanes[-1]
+    def _draw(self, slot: int, step: StepRows, hidden: Tensor, draw: Draw) -> Flight:
+        last, rows = self._lanes[-1], len(step.ids)
         self._sampler.note_inputs(last.ids[:rows], last.cache_slots[:rows])
         drawn = None
-        if logits is not None:
-            drawn = self._sampler.draw(logits, draw)
+        if step.sampled:
+            drawn = self._sampler.draw(last.logits(step, hidden), draw)
             self._last_ids[slot] = drawn.ids
             if self._returns is not None:
                 self._returns.send(slot, drawn.ids)

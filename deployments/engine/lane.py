@@ -59,16 +59,6 @@ def forms(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """What a lane made of a step; overwritten by its next step."""
-
-    hidden: Tensor
-    """[1, T, hidden], T with padding."""
-    logits: Tensor | None
-    """[sampled rows, vocab] on the last lane, else None."""
-
-
 class Lane:
     """Runs one stage's steps on its GPU.
 
@@ -89,15 +79,17 @@ class Lane:
         self.cache_slots = torch.zeros_like(self.ids)
         """Block * block_size + offset of each token; on the last lane."""
         self._positions = torch.zeros_like(self.ids)
-        self._hidden: Tensor | None = None
-        if not stage.is_first:
-            shape = (1, max_batch_tokens, stage.hidden_size)
-            self._hidden = torch.zeros(shape, dtype=stage.dtype, device=self.device)
         self._block_size = block_size
         self._forms = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+        shape = (1, max(form.rows for form in self._forms), stage.hidden_size)
+        self._incoming: Tensor | None = None
+        if not stage.is_first:
+            self._incoming = torch.zeros(shape, dtype=stage.dtype, device=self.device)
+        self._outgoing = torch.zeros(shape, dtype=stage.dtype, device=self.device)
+        """Of all graphs: results of their own would add up."""
         # One for all captures: cuBLAS keeps a workspace for each stream that it was ever called on.
         self._side = torch.cuda.Stream(self.device)
-        self._graphs: dict[Form, tuple[torch.cuda.CUDAGraph, Computed]] = {}
+        self._graphs: dict[Form, torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
     def warm(self, progress: Callable[[int, int], None]) -> None:
@@ -114,34 +106,42 @@ class Lane:
         torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
-    def run(self, step: StepRows, layout: StepLayout, last_ids: Tensor | None, incoming: Tensor | None) -> Computed:
+    def run(self, step: StepRows, layout: StepLayout, last_ids: Tensor | None, incoming: Tensor | None) -> Tensor:
         """Queue a step on the device; nothing here waits for it.
 
         Args:
             last_ids: int64 [rows], here: what the slot's step before drew; None where none is pending.
             incoming: [1, T or more, hidden], here, from the lane before; None on the first.
+
+        Returns:
+            [1, T, hidden]; overwritten by the next step.
+        """
+        rows = len(step.ids)
+        with torch.cuda.device(self.device):
+            self._load(step, last_ids)
+            form = next((form for form in self._forms if form in self._graphs and form.fits(step)), None)
+            if form is None:
+                self.stage.attention.prepare(layout)
+                return self._compute(rows, incoming)
+            self.stage.attention.prepare(replace(layout, padding=form.rows - rows, sequences=form.sequences))
+            if self._incoming is not None:
+                assert incoming is not None
+                self._incoming[:, :rows].copy_(incoming[:, :rows])
+            self._graphs[form].replay()
+            return self._outgoing[:, :rows]
+
+    @torch.inference_mode()
+    def logits(self, step: StepRows, hidden: Tensor) -> Tensor:
+        """[sampled rows, vocab] of what `run` returned, on the last lane; at least one row is sampled.
+
+        No part of the graphs: those of all batch sizes would keep their logits, half a GB where a vocabulary is large.
         """
         with torch.cuda.device(self.device):
-            return self._run(step, layout, last_ids, incoming)
-
-    def _run(self, step: StepRows, layout: StepLayout, last_ids: Tensor | None, incoming: Tensor | None) -> Computed:
-        rows = len(step.ids)
-        self._load(step, last_ids)
-        form = next((form for form in self._forms if form in self._graphs and form.fits(step)), None)
-        if form is None:
-            self.stage.attention.prepare(layout)
-            return self._sampled(self._compute(rows, incoming), step)
-        self.stage.attention.prepare(replace(layout, padding=form.rows - rows, sequences=form.sequences))
-        if self._hidden is not None:
-            assert incoming is not None
-            self._hidden[:, :rows].copy_(incoming[:, :rows])
-        graph, computed = self._graphs[form]
-        graph.replay()
-        if form.sequences is not None:
-            return self._sampled(computed.hidden, step)
-        if computed.logits is None:
-            return computed
-        return Computed(computed.hidden, computed.logits[:rows])
+            if len(step.sampled) < len(step.ids):
+                index = torch.empty(len(step.sampled), dtype=torch.int64, device=self.device)
+                _upload(step.sampled, index)
+                hidden = hidden[:, index]
+            return self.stage.logits(hidden)
 
     @torch.inference_mode()
     def milliseconds(self, form: Form) -> float:
@@ -152,9 +152,9 @@ class Lane:
             began = time.perf_counter()
             self._prepare_scratch(form)
             if form in self._graphs:
-                self._graphs[form][0].replay()
+                self._graphs[form].replay()
             else:
-                self._compute(form.rows, self._hidden)
+                self._compute(form.rows, self._incoming)
             torch.cuda.synchronize(self.device)
             times.append(1e3 * (time.perf_counter() - began))
         return sorted(times)[_TIMED_RUNS // 2]
@@ -176,38 +176,25 @@ class Lane:
         source = self.ids[None, :rows] if incoming is None else incoming[:, :rows]
         return self.stage.hidden(source, self._positions[None, :rows])
 
-    def _sampled(self, hidden: Tensor, step: StepRows) -> Computed:
-        """The logits of the sampled rows, on the last lane."""
-        if not self.stage.is_last or not step.sampled:
-            return Computed(hidden, None)
-        index = torch.empty(len(step.sampled), dtype=torch.int64, device=self.device)
-        _upload(step.sampled, index)
-        return Computed(hidden, self.stage.logits(hidden[:, index]))
-
     def _attempt(self) -> None:
         """Steps of one row and of several, over the scratch block."""
         for rows in (1, 2, 3):
             self._prepare_scratch(Form(rows))
-            self._compute(rows, self._hidden)
+            self._compute(rows, self._incoming)
         torch.cuda.synchronize(self.device)
 
-    def _capture(self, form: Form, pool: Any) -> tuple[torch.cuda.CUDAGraph, Computed]:
+    def _capture(self, form: Form, pool: Any) -> torch.cuda.CUDAGraph:
         self._prepare_scratch(form)
         compute = torch.cuda.current_stream(self.device)
         self._side.wait_stream(compute)
         with torch.cuda.stream(self._side):
             for _ in range(_WARM_UPS):
-                self._form(form)
+                self._compute(form.rows, self._incoming)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=self._side):
-            computed = self._form(form)
+            self._outgoing[:, : form.rows].copy_(self._compute(form.rows, self._incoming))
         compute.wait_stream(self._side)
-        return graph, computed
-
-    def _form(self, form: Form) -> Computed:
-        hidden = self._compute(form.rows, self._hidden)
-        heads = self.stage.is_last and form.sequences is None
-        return Computed(hidden, self.stage.logits(hidden) if heads else None)
+        return graph
 
     def _prepare_scratch(self, form: Form) -> None:
         """Rows that are all padding."""

@@ -240,7 +240,6 @@ class Scheduler:
             decodes=decodes,
             decoding=self.running - len(prompts),
             prefilling=len(prompts) + fit,
-            backlog=sum(s.remaining for s in chain(prompts, islice(self._waiting, fit))),
             max_batch_tokens=self._max_batch_tokens,
             prefill_chunk_tokens=self._prefill_chunk_tokens,
         )

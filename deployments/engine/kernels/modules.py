@@ -209,8 +209,17 @@ def replace_linears(model: nn.Module, *, batch_invariant: bool = False) -> int:
         new.batch_invariant = batch_invariant
         new.train(module.training)
         model.set_submodule(name, new)
+        _release(module)
         count += 1
     return count
+
+
+def _release(linear: Any) -> None:
+    """Let go of a replaced linear's tensors: it and its weight refer to each other, so they would stay until Python
+    collects cycles, and a second copy of the model with them."""
+    weight = linear._parameters.pop("weight")
+    weight.module = weight.quant_state = linear.quant_state = linear.state = None
+    weight.data = weight.data.new_empty(0)
 
 
 def _suits(n: int, k: int, blocksize: int | None) -> bool:

@@ -16,7 +16,7 @@ from placement.reserve import Reserve, Workload
 KV_PER_TOKEN = 4
 """Bytes per token and layer of `toy_footprint` with a float16 cache: 2 * 1 head * 1 element * 2 bytes."""
 
-NOTHING = Reserve(0, 0, 0, 0, 0, 0, 0, 0)
+NOTHING = Reserve(*(11 * [0]))
 ONE_TOKEN_BLOCKS = Workload(block_size=1, max_batch_tokens=1, max_sequences=8, max_context=64, kv_dtype="float16")
 
 
