@@ -80,6 +80,7 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     shape, quantization, *rest = case.split(":")
     caps = dict(part.split("=") for part in rest[0].split(",")) if rest else {}
     path = write(shape, folder)
+    torch.cuda.empty_cache()  # of what was written
     devices = probe.cuda_gpus()[: max(1, len(caps))]
     parts = [_used("context alone", devices_count=len(devices))]
     plan = solve(
@@ -140,10 +141,12 @@ def _used(when: str, *, devices_count: int) -> str:
     for device in range(devices_count):
         torch.cuda.synchronize(device)
         free, total = torch.cuda.mem_get_info(device)
-        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.max_memory_allocated(device)
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         parts.append(
             f"GPU {device}: {total - free:,} taken, {total - free - reserved:,} of it outside torch's allocator, "
-            f"which has {reserved:,} (at most {allocated:,} in use)"
+            f"which has {reserved:,} ({allocated:,} in use, {peak:,} at most)"
         )
     return f"{when}: " + "; ".join(parts)
 

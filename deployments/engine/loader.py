@@ -7,6 +7,7 @@ which would copy the layers' shared arguments again at every layer, are removed:
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import itertools
 import logging
@@ -94,6 +95,10 @@ def load(
         _use_kernels(model)
     elif device_type == "cpu":
         _shorten_linears(model)
+    if device_type == "cuda":
+        # What loading took must not lie between the blocks that stay: the KV cache takes what the plan says is free.
+        gc.collect()
+        torch.cuda.empty_cache()
     config._attn_implementation = model.config._attn_implementation = IMPLEMENTATION
     # GPT-2 and others have names of their own for some of the standard ones.
     shapes = layer_kv(config.to_dict() | {name: getattr(config, name) for name in config.attribute_map})
@@ -188,7 +193,6 @@ def _use_kernels(model: nn.Module) -> None:
 
     replaced, fused = replace_linears(model), fuse_linears(model)
     if replaced or fused:
-        torch.cuda.empty_cache()
         log.info("%d linears on Headroom's kernels, %d groups of linears fused", replaced, fused)
 
 
