@@ -139,16 +139,21 @@ def check(oracle: Oracle, outputs: dict[str, tuple[int, ...]], name: str = "r") 
 LIMITS = EngineLimits(max_batch_tokens=512, max_sequences=32, prefix_cache=True, threads=1)
 
 
-def test_greedy_equals_generate(oracle: Oracle, planned: Plan, loaded: LoadedModel) -> None:
-    engine = Engine(loaded, planned, LIMITS)
+@pytest.fixture(params=[0, 1], ids=lambda n: f"lookahead-{n}")
+def limits(request: pytest.FixtureRequest) -> EngineLimits:
+    return replace(LIMITS, lookahead=request.param)
+
+
+def test_greedy_equals_generate(oracle: Oracle, planned: Plan, loaded: LoadedModel, limits: EngineLimits) -> None:
+    engine = Engine(loaded, planned, limits)
     check(oracle, run(engine, requests_of(oracle, 1)))
     check(oracle, run(engine, requests_of(oracle, 7)))
     check(oracle, run(engine, requests_of(oracle, 32), per_step=3))
     engine.close()
 
 
-def test_prefix_hits_change_nothing(oracle: Oracle, planned: Plan, loaded: LoadedModel) -> None:
-    engine = Engine(loaded, planned, LIMITS)
+def test_prefix_hits_change_nothing(oracle: Oracle, planned: Plan, loaded: LoadedModel, limits: EngineLimits) -> None:
+    engine = Engine(loaded, planned, limits)
     run(engine, requests_of(oracle, 32))
     again = requests_of(oracle, 32, "again")
     cached: dict[str, int] = {}
@@ -165,16 +170,44 @@ def test_prefix_hits_change_nothing(oracle: Oracle, planned: Plan, loaded: Loade
     engine.close()
 
 
-def test_chunked_prefill_changes_nothing(oracle: Oracle, planned: Plan, loaded: LoadedModel) -> None:
-    limits = replace(LIMITS, max_batch_tokens=13, prefix_cache=False)
-    engine = Engine(loaded, planned, limits)
+def test_chunked_prefill_changes_nothing(
+    oracle: Oracle, planned: Plan, loaded: LoadedModel, limits: EngineLimits
+) -> None:
+    cut = replace(limits, max_batch_tokens=13, prefill_chunk_tokens=5, prefix_cache=False)
+    engine = Engine(loaded, planned, cut)
     check(oracle, run(engine, requests_of(oracle, 32), per_step=5))
     engine.close()
 
 
-def test_preemption_changes_nothing(oracle: Oracle, planned: Plan, loaded: LoadedModel) -> None:
+def test_preemption_changes_nothing(oracle: Oracle, planned: Plan, loaded: LoadedModel, limits: EngineLimits) -> None:
     scarce = replace(planned, num_blocks=34, max_context=128)
-    engine = Engine(loaded, scarce, LIMITS)
+    engine = Engine(loaded, scarce, limits)
     check(oracle, run(engine, requests_of(oracle, 32)))
     assert engine.scheduler.preemptions > 0
+    engine.close()
+
+
+def test_ends_and_aborts_in_the_middle_change_nothing(
+    oracle: Oracle, planned: Plan, loaded: LoadedModel, limits: EngineLimits
+) -> None:
+    """With lookahead a step of the ended is in flight, over blocks that others take next."""
+    scarce = replace(planned, num_blocks=60, max_context=128)
+    engine = Engine(loaded, scarce, limits)
+    waiting = [
+        replace(request, sampling=replace(request.sampling, end_ids=(oracle.outputs[i][3 + i % 8],)))
+        for i, request in enumerate(requests_of(oracle, 32))
+    ]
+    outputs: dict[str, tuple[int, ...]] = defaultdict(tuple)
+    while waiting or engine.has_work():
+        if waiting:
+            engine.submit(waiting.pop(0))
+        for chunk in engine.step():
+            outputs[chunk.request_id] += chunk.token_ids
+        for request_id in [name for name, ids in outputs.items() if len(ids) == 3 and int(name[1:]) % 5 == 0]:
+            engine.abort(request_id)
+        engine.check_integrity()
+    assert engine.blocks.held_blocks == 0
+    for i, whole in enumerate(oracle.outputs):
+        end = whole.index(whole[3 + i % 8]) + 1
+        assert outputs[f"r{i}"] == whole[: min(end, 3) if i % 5 == 0 else end], f"r{i}"
     engine.close()
