@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 BURST = 8
-"""Prompts are a burst from one in so many sequences that decode."""
+"""Prompts are a burst from one more in so many sequences that decode. One alone never is."""
 
 
 def prefill_budget(
@@ -25,4 +25,4 @@ def prefill_budget(
     left = max_batch_tokens - decodes
     if decoding == 0:
         return left
-    return min(left, prefill_chunk_tokens * max(1, BURST * prefilling // decoding))
+    return min(left, prefill_chunk_tokens * max(1, BURST * (prefilling - 1) // decoding))

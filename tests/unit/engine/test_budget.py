@@ -11,13 +11,13 @@ from deployments.engine.budget import prefill_budget
     ("decodes", "decoding", "prefilling", "expected"),
     [
         (0, 0, 1, 512),  # nobody waits for a token
-        (8, 8, 1, 64),
+        (1, 1, 1, 64),
         (32, 32, 1, 64),
         (0, 32, 1, 64),  # those that decode are in other slots, and wait behind this step
         (480, 480, 1, 32),  # what the decodes left
         (512, 600, 1, 0),
-        (32, 32, 7, 64),
-        (32, 32, 8, 128),  # a burst: two prompts in eight that decode
+        (32, 32, 8, 64),
+        (32, 32, 9, 128),  # a burst: two more prompts in eight that decode
         (4, 4, 60, 508),  # 120 chunks are more than the step holds
     ],
 )
