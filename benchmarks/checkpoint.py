@@ -29,6 +29,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8b": {  # Llama-3.1-8B
         **_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     },
+    "14b": {  # Qwen2.5-14B, without its biases
+        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 32768,
+    },
     "32b": {  # Qwen2.5-32B, without its biases
         "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
         "num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 32768,

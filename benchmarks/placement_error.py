@@ -33,8 +33,19 @@ from placement import probe
 from placement.footprint import footprint
 from placement.plan import Plan, solve
 
-ONE_GPU = ("1b:nf4", "1b:bf16", "8b:nf4", "8b:fp4", "8b:nf4+dq", "8b:int8", "8b:bf16", "8b:nf4:0=83.2GiB", "32b:nf4")
-TWO_GPUS = ("8b:nf4:0=20GiB,1=20GiB", "8b:bf16:0=16GiB,1=60GiB", "32b:int8:0=30GiB,1=50GiB")
+ONE_GPU = (
+    "1b:nf4",
+    "1b:bf16",
+    "8b:nf4",
+    "8b:fp4",
+    "8b:nf4+dq",
+    "8b:int8",
+    "8b:bf16",
+    "8b:nf4:0=83.2GiB",
+    "8b:bf16:0=83.2GiB",
+    "14b:nf4:0=60GiB",
+)
+TWO_GPUS = ("8b:nf4:0=20GiB,1=20GiB", "8b:bf16:0=16GiB,1=60GiB", "14b:int8:0=20GiB,1=40GiB")
 MAX_SEQUENCES, MAX_BATCH_TOKENS = 256, 2048
 _PROMPT = 4096
 """Tokens of the longest prompt: more than a step takes, so the chunks after the first attend over a context too."""

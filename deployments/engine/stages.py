@@ -16,6 +16,7 @@ scaling and soft caps stay transformers' code as well.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +160,10 @@ class Stage:
         Returns:
             [1, T, hidden] for the next stage, or on the last stage the logits [sampled rows, vocab].
         """
+        with current(self.device):
+            return self._run(step, incoming, block_size)
+
+    def _run(self, step: StepRows, incoming: Tensor | None, block_size: int) -> Tensor:
         self.attention.prepare(StepLayout(step.spans, block_size))
         source = torch.tensor(step.ids, device=self.device)[None] if incoming is None else incoming.to(self.device)
         hidden = self.hidden(source, torch.tensor(step.positions, device=self.device)[None])
@@ -201,6 +206,11 @@ class Stage:
     def attention_calls(self) -> list[int]:
         """Attention calls of each layer so far, replays of captured graphs left out."""
         return [self.attention.calls[cache.keys.data_ptr()] for cache in self.kv]
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the current one, as kernels that are not PyTorch's expect."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def run_stages(stages: tuple[Stage, ...], step: StepRows, block_size: int) -> Tensor:
