@@ -107,7 +107,8 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
     engine = Engine(model, plan, limits)
     print(
         f"\n{quantization}, {len(plan.stages)} stages of {[b - a for a, b in (s.layers for s in plan.stages)]} layers, "
-        f"attention by {model.attention}: loaded in {loaded - began:.1f} s, ready {time.monotonic() - loaded:.1f} s later",
+        f"attention by {model.attention}: loaded in {loaded - began:.1f} s, "
+        f"ready {time.monotonic() - loaded:.1f} s later",
         flush=True,
     )
     results: dict[str, Any] = {"load_s": loaded - began, "engine": [], "generate": []}

@@ -159,7 +159,8 @@ def _used(when: str, *, devices_count: int) -> str:
             f"GPU {device}: {total - free:,} taken, {total - free - reserved:,} of it outside torch's allocator, "
             f"which has {reserved:,} ({allocated:,} in use, {peak:,} at most)"
         )
-    return f"{when}: " + "; ".join(parts)
+    expandable = any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot())
+    return f"{when}{' (segments expand)' if expandable else ''}: " + "; ".join(parts)
 
 
 def _in_child(case: str, folder: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import gc
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import torch
 from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, modeling_utils
 
 from deployments.engine.attention import IMPLEMENTATION, AttentionBackend, PagedKv, RowSpan, UnsupportedAttention
 from deployments.engine.attention_choice import choose
@@ -178,11 +179,24 @@ def _read(
     model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig | None, devices: dict[str, int | str]
 ) -> PreTrainedModel:
     options = {} if quantization is None else {"quantization_config": quantization}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model_dir, local_files_only=True, dtype=getattr(torch, plan.dtype), device_map=devices, **options
-    )
+    with _exact_allocations():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model_dir, local_files_only=True, dtype=getattr(torch, plan.dtype), device_map=devices, **options
+        )
     model.train(False)
     return model
+
+
+@contextmanager
+def _exact_allocations() -> Iterator[None]:
+    """Keep transformers from reserving what it guesses that a device will hold, in one piece: what the weights leave of
+    it can be given back only with them, and the plan counts on it for the KV cache."""
+    warm_up = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = warm_up
 
 
 def _use_kernels(model: nn.Module) -> None:
