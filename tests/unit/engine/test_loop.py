@@ -308,6 +308,57 @@ def test_two_stages_have_two_steps_in_flight(double: Engine) -> None:
     drain(double)
 
 
+def test_with_lookahead_a_step_is_in_flight_while_the_one_before_is_read(ahead: Engine) -> None:
+    ahead.submit(request("a", max_tokens=3))
+    for produced in (1, 2):
+        (chunk,) = ahead.step()
+        sequence = ahead.scheduler.sequence("a")
+        assert chunk.finish_reason is None
+        assert (len(sequence.output_ids), sequence.in_flight, sequence.pending) == (produced, 1, 1)
+    (chunk,) = ahead.step()
+    assert chunk.finish_reason == "length"
+    assert not ahead.has_work(), "max_tokens is known: nothing was launched past it"
+
+
+def test_what_runs_over_an_end_is_not_told(ahead: Engine) -> None:
+    free = run(ahead, temperature=1.0, max_tokens=12)
+    last = next(i for i in range(2, 6) if free[i] not in free[:i])
+    ahead.submit(request("a", temperature=1.0, max_tokens=12, end_ids=(free[last],), salt="a"))
+    chunks = [chunk for _ in range(last + 1) for chunk in ahead.step()]
+    assert (ids(chunks), chunks[-1].finish_reason) == (free[: last + 1], "stop")
+    assert dict(ahead.held()) == {}
+    assert ahead.blocks.held_blocks > 0, "the step in flight writes there"
+    assert ahead.has_work()
+    assert ahead.step() == []
+    assert ahead.blocks.held_blocks == 0
+    assert not ahead.has_work()
+
+
+def test_an_abort_with_two_steps_in_flight(ahead: Engine) -> None:
+    ahead.submit(request("a", max_tokens=50))
+    ahead.submit(request("b", max_tokens=4, salt="b"))
+    ahead.step()
+    ahead.abort("a")
+    assert ahead.blocks.held_blocks == 4
+    ahead.check_integrity()
+    assert list(drain(ahead)) == ["b"]
+
+
+def test_a_long_prompt_does_not_stop_those_that_decode(loaded: Loaded) -> None:
+    for lookahead in (0, 1):
+        for engine in started(loaded, 1, lookahead=lookahead, prefill_chunk_tokens=8):
+            for name in "ab":
+                engine.submit(request(name, max_tokens=40))
+            engine.step()
+            engine.submit(request("long", range(100, 200), max_tokens=2, logit_bias=((POISON, -100.0),)))
+            told = []
+            while not told or "long" not in told[-1]:
+                told.append([chunk.request_id for chunk in engine.step()])
+            assert told[:-1] == [["a", "b"]] * (len(told) - 1)
+            assert len(told) == 100 // 8 + 1 + lookahead
+            drain(engine)
+
+
 def test_a_step_without_work_does_nothing(engine: Engine) -> None:
     assert engine.step() == []
     assert not engine.has_work()
