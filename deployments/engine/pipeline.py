@@ -70,7 +70,13 @@ class Pipeline(Protocol):
 
 
 def open_pipeline(model: LoadedModel, plan: Plan, limits: EngineLimits) -> Pipeline:
-    """The pipeline of the model's devices."""
+    """The pipeline of the model's devices.
+
+    Raises:
+        ValueError: no lookahead is asked for on CUDA.
+    """
+    if limits.lookahead == 0 and model.stages[0].device.type == "cuda":
+        raise ValueError("lookahead is 0, but steps on CUDA are always launched one ahead; leave it at None")
     sampler = Sampler(
         model.stages[-1].device,
         vocab_size=model.vocab_size,
