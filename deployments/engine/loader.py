@@ -297,10 +297,8 @@ def _stage(
         if name.startswith(f"{decoder_name}.")
     }
     dtype = getattr(torch, plan.kv_dtype)
-    kv = tuple(
-        PagedKv(plan.num_blocks, plan.block_size, shape.kv_heads, shape.head_dim, dtype, device)
-        for shape in shapes[slice(*planned.layers)]
-    )
+    heads = [(shape.kv_heads, shape.head_dim) for shape in shapes[slice(*planned.layers)]]
+    kv = PagedKv.layers(plan.num_blocks, plan.block_size, heads, dtype, device)
     have, want = sum(cache.bytes for cache in kv), plan.kv_bytes(planned)
     if have != want:
         raise ConfigError(f"stage {index} of {plan.model} needs {have:,} bytes of KV cache, but its plan says {want:,}")
