@@ -25,7 +25,8 @@ class EngineLimits:
     kernels: bool = True
     """Quantised linears on CUDA run on this project's kernels; False: on bitsandbytes'."""
     lookahead: Literal[0, 1] | None = None
-    """Steps of a slot launched while the one before is unread; None is what is best on the device. CUDA always has 1."""
+    """Steps of a slot launched while the one before is unread; None is what is best on the device. CUDA has 1 always,
+    and refuses 0."""
 
 
 @dataclass(frozen=True, slots=True)
