@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 BURST = 8
 """Prompts are a burst from one more in so many sequences that decode. One alone never is."""
 
@@ -26,3 +28,24 @@ def prefill_budget(
     if decoding == 0:
         return left
     return min(left, prefill_chunk_tokens * max(1, BURST * (prefilling - 1) // decoding))
+
+
+def chunk_within(times: Iterable[tuple[int, float]], *, limit: float, decodes: int, max_batch_tokens: int) -> int:
+    """Prompt tokens that go beside so many decodes in a step that takes `limit` at most.
+
+    Args:
+        times: (tokens of a step, how long it takes), the smaller before the larger; read up to the first over `limit`.
+        limit: in the unit of the times.
+        decodes: tokens of such a step that are decodes.
+        max_batch_tokens: tokens of a step where no time is given.
+
+    Returns:
+        Those of the largest step within the limit. Where none is, those of the smallest: prompts must end.
+    """
+    most = None
+    for tokens, time in times:
+        if most is None or time <= limit:
+            most = tokens
+        if time > limit:
+            break
+    return max(1, (max_batch_tokens if most is None else most) - decodes)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention import StepLayout
+from deployments.engine.budget import chunk_within
 from deployments.engine.draw import Draw
 from deployments.engine.lane import Form, Lane, forms
 from deployments.engine.link import Link
@@ -99,7 +100,7 @@ class CudaPipeline:
         self._last_ids: list[Tensor | None] = [None] * self.depth
         """Per slot: what its last step drew, on the last stage's device."""
         self._warm()
-        self.chunk_tokens = self._measure_chunk(max_batch_tokens)
+        self.chunk_tokens = self._measure_chunk(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
 
     def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
@@ -145,17 +146,18 @@ class CudaPipeline:
             with torch.cuda.device(lane.device):
                 lane.warm(partial(_say, i))
 
-    def _measure_chunk(self, max_batch_tokens: int) -> int:
-        """By trying; at least the smallest, without which prompts would never end."""
+    def _measure_chunk(self, *, max_batch_tokens: int, max_sequences: int) -> int:
         lane = self._lanes[0]
-        decodes = min(_DECODES, max_batch_tokens)
+        decodes = min(_DECODES, max_batch_tokens, max_sequences)  # of a form that has a graph
         usual = lane.milliseconds(Form(decodes))
-        chunk = max(1, max_batch_tokens - decodes)
-        for form in forms(max_batch_tokens=max_batch_tokens, max_sequences=decodes):
-            if form.sequences is not None and form.rows > decodes:
-                if lane.milliseconds(form) > CHUNK_SLOWDOWN * usual:
-                    break
-                chunk = form.rows - decodes
+        every = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+        mixed = (form for form in every if form.sequences is not None and form.rows > decodes)
+        chunk = chunk_within(
+            ((form.rows, lane.milliseconds(form)) for form in mixed),
+            limit=CHUNK_SLOWDOWN * usual,
+            decodes=decodes,
+            max_batch_tokens=max_batch_tokens,
+        )
         log.info("a step of %d decodes takes %.1f ms; prompts are computed in chunks of %d", decodes, usual, chunk)
         return chunk
 

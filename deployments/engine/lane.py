@@ -47,8 +47,8 @@ class Form:
 def forms(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
     """The graphs of a lane, the smaller before the larger: of decodes, then of steps with chunks.
 
-    Beyond 8 rows a decode's padding is a third of the graph at most. A step with chunks may have half as many sequences
-    as rows: FlashInfer's tiles for it are then as large as for one long chunk.
+    Of a decode's graph less than half is padding, beyond 16 rows less than a third. A step with chunks may have half as
+    many sequences as rows: FlashInfer's tiles for it are then as large as for one long chunk.
     """
     most = min(max_sequences, max_batch_tokens)
     decodes = {1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, most + 32, 32)}

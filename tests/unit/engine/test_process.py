@@ -145,5 +145,19 @@ def test_threads_are_a_stages_share_of_the_cores(
 ) -> None:
     monkeypatch.setattr(probe, "cpu_cores", lambda: cores)
     asked = EngineSpec("tiny", folder, pool(threads=chosen, max_sequences=7), replicas, folder)
-    limits = process._limits(asked, plan_of(folder, stages=2))
+    limits = process._limits(asked, plan_of(folder, stages=2), "cpu")
     assert limits == EngineLimits(max_batch_tokens=64, max_sequences=7, prefix_cache=True, threads=threads)
+
+
+@pytest.mark.parametrize(("device_type", "tokens"), [("cpu", 512), ("cuda", 2048)])
+def test_limits_are_the_pools(folder: Path, device_type: str, tokens: int) -> None:
+    own = pool(max_batch_tokens=None, prefix_cache=False, prefill_chunk_tokens=9, kernels="bitsandbytes")
+    limits = process._limits(EngineSpec("tiny", folder, own, 1, folder), plan_of(folder), device_type)
+    assert limits == EngineLimits(
+        max_batch_tokens=tokens,
+        max_sequences=256,
+        prefix_cache=False,
+        threads=1,
+        prefill_chunk_tokens=9,
+        kernels=False,
+    )

@@ -1,0 +1,103 @@
+"""Which graph runs which step, in plain integers; the graphs themselves are tests/gpu's."""
+
+from __future__ import annotations
+
+import pytest
+
+from deployments.engine.attention import RowSpan, StepLayout
+from deployments.engine.lane import MOST_CAPTURED_ROWS, Form, _cache_slots, forms
+from deployments.engine.stages import StepRows
+from placement.reserve import CAPTURED_ROWS
+
+SIZES = [(2048, 256), (2048, 200), (512, 512), (256, 16), (100, 3), (64, 1000), (1, 1)]
+
+
+def step(*counts: int, unsampled: int = 0) -> StepRows:
+    """Sequences that compute so many tokens each; all but the last `unsampled` draw their next."""
+    spans = tuple(RowSpan(0, count, tuple(range(count))) for count in counts)
+    ends = [sum(counts[: i + 1]) - 1 for i in range(len(counts) - unsampled)]
+    positions = tuple(p for count in counts for p in range(count))
+    return StepRows((0,) * sum(counts), positions, spans, tuple(ends))
+
+
+def chosen(every: tuple[Form, ...], rows: StepRows) -> Form | None:
+    return next((form for form in every if form.fits(rows)), None)
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), SIZES)
+def test_every_step_of_decodes_has_a_graph_that_it_fills(tokens: int, sequences: int) -> None:
+    every = forms(max_batch_tokens=tokens, max_sequences=sequences)
+    for count in range(1, min(tokens, sequences) + 1):
+        form = chosen(every, step(*[1] * count))
+        assert form is not None
+        assert form.sequences is None
+        assert form.rows - count < (form.rows / 2 if count <= 16 else form.rows / 3)
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), SIZES)
+def test_no_graph_is_larger_than_a_step(tokens: int, sequences: int) -> None:
+    every = forms(max_batch_tokens=tokens, max_sequences=sequences)
+    assert len(set(every)) == len(every)
+    assert max(form.rows for form in every) <= tokens
+    decodes = [form.rows for form in every if form.sequences is None]
+    chunks = [form.rows for form in every if form.sequences is not None]
+    assert decodes == sorted(decodes)
+    assert decodes[-1] == min(tokens, sequences)
+    assert chunks == sorted(chunks)
+    assert [form.rows for form in every] == decodes + chunks, "a step of decodes meets the graphs of its kind first"
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), SIZES)
+def test_the_usual_step_has_a_graph(tokens: int, sequences: int) -> None:
+    """The pipeline measures chunks against steps of 64 decodes, or as many as there can be."""
+    assert Form(min(64, tokens, sequences)) in forms(max_batch_tokens=tokens, max_sequences=sequences)
+
+
+def test_the_plan_reserves_for_the_largest_graph() -> None:
+    every = forms(max_batch_tokens=8192, max_sequences=1)
+    assert max(form.rows for form in every) == MOST_CAPTURED_ROWS == CAPTURED_ROWS
+
+
+@pytest.mark.parametrize(
+    ("form", "rows", "fits"),
+    [
+        (Form(8), step(*[1] * 8), True),
+        (Form(8), step(*[1] * 9), False),
+        (Form(8), step(1, 1, 1, unsampled=1), False),  # a prompt's one-token chunk, in the middle of it
+        (Form(8), step(1, 3), False),
+        (Form(64, 32), step(*[1] * 30), True),
+        (Form(64, 32), step(*[1] * 31), False),  # two sequences are left to pad it
+        (Form(64, 32), step(1, 1, 62), True),
+        (Form(64, 32), step(1, 1, 63), False),
+        (Form(64, 32), step(64, unsampled=1), True),
+    ],
+)
+def test_fits(form: Form, rows: StepRows, fits: bool) -> None:
+    assert form.fits(rows) is fits
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 40), (62,), (64,), (1,) * 30])
+def test_what_fits_can_be_padded(counts: tuple[int, ...]) -> None:
+    """Attention pads a step with at least one sequence without rows."""
+    form, rows = Form(64, 32), step(*counts)
+    assert form.fits(rows)
+    layout = StepLayout(rows.spans, 16, padding=form.rows - len(rows.ids), sequences=form.sequences)
+    padded = layout.padded(scratch=99)
+    assert len(padded) == form.sequences
+    assert sum(span.count for span in padded) == form.rows
+    assert padded[-1].count == 0
+
+
+def test_the_smallest_graph_is_taken() -> None:
+    every = forms(max_batch_tokens=2048, max_sequences=256)
+    assert chosen(every, step(*[1] * 9)) == Form(16)
+    assert chosen(every, step(*[1] * 64)) == Form(64)
+    assert chosen(every, step(1, 1, 100)) == Form(128, 64)
+    assert chosen(every, step(*[1] * 70, 2)) == Form(192, 96), "72 rows, but 71 sequences and two to pad"
+    assert chosen(every, step(1, 800)) is None
+
+
+def test_cache_slots_follow_the_block_tables() -> None:
+    spans = (RowSpan(6, 4, (9, 3, 7)), RowSpan(0, 2, (5,)), RowSpan(8, 1, (0, 1, 2)))
+    rows = StepRows((0,) * 7, (6, 7, 8, 9, 0, 1, 8), spans, (6,))
+    assert _cache_slots(rows, 4) == [3 * 4 + 2, 3 * 4 + 3, 7 * 4, 7 * 4 + 1, 5 * 4, 5 * 4 + 1, 2 * 4]
