@@ -1,0 +1,114 @@
+"""Layers through torch.compile: shared code, and a way back. The compiler itself is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deployments.engine.compiled import RECOMPILE_LIMIT, compile_layers
+
+
+class Layer(nn.Module):
+    """Norm, product and residual, as a decoder's layer has them."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.norm(x))
+        return x + out
+
+
+class Undecided(Layer):
+    """Asks its values which way to go, which no compiler can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModule]]:
+    """The graphs that a backend was given, which runs them as they are."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    yield graphs
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = limit
+
+
+@torch.inference_mode()
+def run(layers: list[nn.Module], rows: int) -> Tensor:
+    x = torch.linspace(-1, 1, rows * 8).view(rows, 8)
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def attempt(layers: list[nn.Module]) -> None:
+    for rows in (1, 2, 3):
+        run(layers, rows)
+
+
+def test_layers_of_one_kind_share_their_code(compiled: list[torch.fx.GraphModule]) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [Layer() for _ in range(5)]
+    plain = {rows: run(layers, rows) for rows in (1, 2, 3, 17)}
+    assert compile_layers(layers, partial(attempt, layers)) is None
+    assert len(compiled) == 2, "one row, and any number above"
+    for rows, expected in plain.items():
+        torch.testing.assert_close(run(layers, rows), expected)
+    assert len(compiled) == 2, "nothing is compiled once requests come"
+
+
+def test_a_layer_that_can_not_be_compiled_runs_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [Layer(), Undecided(), Layer()]
+    plain = run(layers, 3)
+    reason = compile_layers(layers, partial(attempt, layers))
+    assert reason is not None
+    assert "\n" not in reason
+    assert "data-dependent" in reason.lower()
+    assert reason in caplog.text
+    assert all("forward" not in vars(layer) for layer in layers)
+    assert torch.equal(run(layers, 3), plain)
+
+
+def test_whatever_the_attempt_raises_is_the_reason() -> None:
+    layers: list[nn.Module] = [Layer()]
+
+    def fails() -> None:
+        raise RuntimeError("\n\n  no compiler\nin sight" + "!" * 500)
+
+    assert compile_layers(layers, fails) == "RuntimeError: no compiler"
+    assert "forward" not in vars(layers[0])
+
+
+def test_only_the_given_layers_are_compiled(compiled: list[torch.fx.GraphModule]) -> None:
+    ours: list[nn.Module] = [Layer()]
+    others: list[nn.Module] = [Layer()]
+    compile_layers(ours, partial(attempt, ours))
+    count = len(compiled)
+    run(others, 5)
+    assert len(compiled) == count
+    assert "forward" not in vars(others[0])
+
+
+def test_kinds_and_devices_are_within_the_limit() -> None:
+    """Beyond it a layer would be compiled anew no more, and under `fullgraph` its step would fail."""
+    compile_layers([], lambda: None)
+    assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
+    assert RECOMPILE_LIMIT >= 2 * 2 * 8, "one row and several, two kinds of layers, eight GPUs"
