@@ -211,10 +211,10 @@ def best_table(points: list[Point]) -> Table:
             for p in mine:
                 if p.rows == bucket and p.config is not None:
                     scores.setdefault(p.config, []).append(math.log(p.microseconds / p.floor))
-            default[bucket] = min(scores, key=lambda c, scores=scores: statistics.mean(scores[c]))  # type: ignore[misc]
+            default[bucket] = min(scores, key=lambda c, scores=scores: statistics.mean(scores[c]))  # type: ignore[misc]  # a default binds the loop variable
             for name, shape in shapes.items():
                 times = {p.config: p.microseconds for p in mine if (p.model, p.linear) == name and p.rows == bucket}
-                own[shape][bucket] = min(times, key=times.__getitem__)  # type: ignore[index]
+                own[shape][bucket] = min(times, key=times.__getitem__)
         table = replace(table, default={**table.default, kind: Entry(default, table.default[kind].crossover)})
         for (n, k), configs in own.items():
             table = table.with_shape(kind, n, k, configs, table.default[kind].crossover)

@@ -27,7 +27,7 @@ if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm  # type: ignore[import-untyped]  # has no types
 
 from benchmarks.child import ROOT, ChildFailed
 from benchmarks.client import Answer, LoadFailed, run_clients

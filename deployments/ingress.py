@@ -31,7 +31,7 @@ class Ingress:
         pools: model name -> pool name -> handle of its replicas.
     """
 
-    async def __init__(  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         settings: Settings,
         ledgers: Mapping[str, DeploymentHandle[Any]],

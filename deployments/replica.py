@@ -172,7 +172,7 @@ class Replica:
 class ReplicaDeployment(Replica):
     """`Replica` as Serve constructs it: ready once the constructor returns."""
 
-    async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         super().__init__(*args, **kwargs)
         await self.start()
 

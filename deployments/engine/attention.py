@@ -204,7 +204,7 @@ def paged_attention(
     if attention_mask is not None or dropout or unknown:
         reason = ", ".join(unknown) or ("a prebuilt mask" if attention_mask is not None else "dropout")
         raise UnsupportedAttention(f"{type(module).__name__} passes {reason}, which paged attention does not compute")
-    kv: PagedKv = module.headroom_kv  # type: ignore[assignment]
+    kv: PagedKv = module.headroom_kv  # type: ignore[assignment]  # as `attach_kv` left it
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, value = _stored(key, kv.keys.dtype), _stored(value, kv.values.dtype)
     out: Tensor = torch.ops.headroom.paged_attention(

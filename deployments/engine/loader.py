@@ -238,7 +238,7 @@ def _keep_float32(model: nn.Module) -> None:
     """Switch off bitsandbytes' AVX512-BF16 path, which rounds activations and scales to bfloat16 inside."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # bitsandbytes' flag
 
 
 def _quantization_state(module: nn.Module) -> list[Tensor]:

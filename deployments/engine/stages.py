@@ -233,7 +233,7 @@ def find_decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder's list of layers, with its attribute name."""
-    count = decoder.config.num_hidden_layers  # type: ignore[union-attr]
+    count = decoder.config.num_hidden_layers  # type: ignore[union-attr]  # a config's attribute
     for name, child in decoder.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return name, child
@@ -244,7 +244,7 @@ def attach_kv(layer: nn.Module, cache: PagedKv) -> None:
     """Let the attention modules in `layer` find their KV blocks."""
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
-            module.headroom_kv = cache  # type: ignore[assignment]
+            module.headroom_kv = cache  # type: ignore[assignment]  # an attribute, no submodule
 
 
 def _shallow(module: nn.Module) -> nn.Module:

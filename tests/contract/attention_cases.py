@@ -99,7 +99,7 @@ class World:
         """One layer's attention, through the hook: [rows, heads, head_dim]."""
         kind = self.layers[layer]
         out, weights = paged_attention(
-            SimpleNamespace(headroom_kv=self.kv[layer]),  # type: ignore[arg-type]
+            SimpleNamespace(headroom_kv=self.kv[layer]),  # type: ignore[arg-type]  # all that is read of a module
             *inputs,
             None,
             scaling=kind.scale,

@@ -83,7 +83,7 @@ async def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(replica_module, "ReportSender", FakeSender)
     monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(replica_module.store, "fetch", lambda *_, **__: SimpleNamespace(path=tmp_path))
-    replica = Replica(ModelSettings(name="m", source="demo"), PoolSettings(), 3, "the ledger")  # type: ignore[arg-type]
+    replica = Replica(ModelSettings(name="m", source="demo"), PoolSettings(), 3, "the ledger")  # type: ignore[arg-type]  # no handle
     await replica.start()
     yield SimpleNamespace(replica=replica, engine=replica._engine, admission=replica._admission)
     replica.stop()

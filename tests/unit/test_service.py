@@ -32,22 +32,22 @@ class Application:
 
 
 def test_start_goes_on() -> None:
-    assert failure(Application(deployments={"m": Deployment()})) is None  # type: ignore[arg-type]
+    assert failure(Application(deployments={"m": Deployment()})) is None  # type: ignore[arg-type]  # Serve's fields
 
 
 def test_first_failed_start_ends_it_with_the_replicas_own_reason() -> None:
     application = Application(deployments={"ingress": Deployment(), "m-default": Deployment(message=TRACEBACK)})
-    assert failure(application) == "m-default: pool default: m does not fit: device 0 needs 2 bytes and has 1."  # type: ignore[arg-type]
+    assert failure(application) == "m-default: pool default: m does not fit: device 0 needs 2 bytes and has 1."  # type: ignore[arg-type]  # Serve's fields
 
 
 @pytest.mark.parametrize("status", ["DEPLOY_FAILED", "UNHEALTHY"])
 def test_failed_deployment(status: str) -> None:
     application = Application(deployments={"m": Deployment(status, "RuntimeError: out of memory")})
-    assert failure(application) == "m: RuntimeError: out of memory"  # type: ignore[arg-type]
+    assert failure(application) == "m: RuntimeError: out of memory"  # type: ignore[arg-type]  # Serve's fields
 
 
 def test_failed_application() -> None:
-    assert failure(Application("DEPLOY_FAILED", "ValueError: bad route")) == "ValueError: bad route"  # type: ignore[arg-type]
+    assert failure(Application("DEPLOY_FAILED", "ValueError: bad route")) == "ValueError: bad route"  # type: ignore[arg-type]  # Serve's fields
 
 
 @pytest.mark.parametrize(

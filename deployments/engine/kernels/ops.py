@@ -50,12 +50,12 @@ def linear_8bit(
 
 
 @linear_4bit.register_fake
-def _(x, packed, absmax, code, nested_absmax, nested_code, offset, bias, n, k, blocksize, batch_invariant):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _(x, packed, absmax, code, nested_absmax, nested_code, offset, bias, n, k, blocksize, batch_invariant):  # type: ignore[no-untyped-def]  # the operator's own types  # noqa: ARG001
     return x.new_empty(*x.shape[:-1], n)
 
 
 @linear_8bit.register_fake
-def _(x, packed, absmax, bias, n, k, batch_invariant):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _(x, packed, absmax, bias, n, k, batch_invariant):  # type: ignore[no-untyped-def]  # the operator's own types  # noqa: ARG001
     return x.new_empty(*x.shape[:-1], n)
 
 

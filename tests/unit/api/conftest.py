@@ -95,7 +95,7 @@ def speak(codec: TextCodec) -> Callable[..., Script]:
     def make(text: str, *, finish: str = "stop", **options: Any) -> Script:
         ids = [*codec._ids(text, add_special=False), *(codec.end_ids if finish == "stop" else ())]
         shape = {k: options.pop(k) for k in ("per_chunk", "logprobs", "cached_tokens") if k in options}
-        return Script(chunks_of(ids, finish=finish, **shape), **options)  # type: ignore[arg-type]
+        return Script(chunks_of(ids, finish=finish, **shape), **options)  # type: ignore[arg-type]  # any reason
 
     return make
 

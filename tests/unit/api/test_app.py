@@ -137,7 +137,7 @@ async def test_the_access_log_has_numbers_and_no_text(
     for line in lines[:2]:
         assert (line["request_id"], line["model"], line["status"], line["error"]) == ("mine", "tiny", 200, None)
         assert line["prompt_tokens"] == len(api.dispatcher.requests[0].prompt_ids)
-        assert line["output_tokens"] == len(api.dispatcher.script.chunks)  # type: ignore[union-attr]
+        assert line["output_tokens"] == len(api.dispatcher.script.chunks)  # type: ignore[union-attr]  # given
         assert 0 <= line["grant_s"] <= line["first_token_s"] <= line["total_s"]
     assert (lines[2]["status"], lines[2]["error"], lines[2]["output_tokens"]) == (400, "invalid_value", 0)
 

@@ -96,7 +96,7 @@ def test_a_window_stays_short() -> None:
     vocabulary = Vocabulary(backend)
     lengths: list[int] = []
     decode = vocabulary.decode
-    vocabulary.decode = lambda ids: lengths.append(len(ids)) or decode(ids)  # type: ignore[method-assign,func-returns-value]
+    vocabulary.decode = lambda ids: lengths.append(len(ids)) or decode(ids)  # type: ignore[method-assign,func-returns-value]  # counts, then decodes
     detokenizer = vocabulary.detokenizer()
     for _ in range(2000):
         detokenizer.push(backend.token_to_id("▁the"))

@@ -48,7 +48,7 @@ async def test_chat_stream(client: openai.AsyncOpenAI) -> None:
 async def test_an_answer_can_be_sent_back(client: openai.AsyncOpenAI) -> None:
     first = await client.chat.completions.create(model="tiny", messages=TALK)
     talk = [*TALK, first.choices[0].message.model_dump(), *TALK]
-    again = await client.chat.completions.create(model="tiny", messages=talk)  # type: ignore[arg-type]
+    again = await client.chat.completions.create(model="tiny", messages=talk)  # type: ignore[arg-type]  # what a client sends back
     assert again.choices[0].message.content == "hello world"
 
 

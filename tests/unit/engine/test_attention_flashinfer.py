@@ -221,7 +221,7 @@ def test_staging_is_used_again_once_its_step_and_its_copies_are_over() -> None:
     assert len(pool) == 2
     copying = Copying()
     for staging in pool._all:
-        staging.copied.append(copying)  # type: ignore[arg-type]
+        staging.copied.append(copying)  # type: ignore[arg-type]  # all that is used of an event
     run_one_row(backend)
     assert len(pool) == 3, "the host does not wait for copies"
     copying.done = True

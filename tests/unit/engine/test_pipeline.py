@@ -45,7 +45,7 @@ class Counting:
 
 def opened(stages: list[Counting], **options: int) -> LanePipeline:
     sampler = Sampler(torch.device("cpu"), vocab_size=VOCAB, num_blocks=8, block_size=BLOCK)
-    return LanePipeline(tuple(stages), BLOCK, sampler, **({"threads": 1, "lookahead": 1} | options))  # type: ignore[arg-type]
+    return LanePipeline(tuple(stages), BLOCK, sampler, **({"threads": 1, "lookahead": 1} | options))  # type: ignore[arg-type]  # options by name
 
 
 @pytest.fixture

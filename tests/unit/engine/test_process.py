@@ -64,7 +64,7 @@ def served(pipe: tuple[Connection, Connection], folder: Path, *commands: Command
                 raise EOFError
             return receive()
 
-    assert serve(Ending()) == 0  # type: ignore[arg-type]
+    assert serve(Ending()) == 0  # type: ignore[arg-type]  # all that is used of a connection
     return messages_of(ours)
 
 

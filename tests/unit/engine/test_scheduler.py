@@ -225,7 +225,7 @@ def test_when_blocks_run_out_the_youngest_gives_way_and_is_recomputed() -> None:
     assert shape(plan(scheduler)) == [("a", 5, 1), ("b", 5, 1)]
     scheduler.abort("a")
     scheduler.abort("b")
-    scheduler.complete(scheduler._launched[0], {})  # type: ignore[arg-type]
+    scheduler.complete(scheduler._launched[0], {})
     step = plan(scheduler)
     # c before d, and all of c: b took the block that held its prompt.
     assert shape(step) == [("c", 0, 5), ("d", 0, 1)]

@@ -122,7 +122,7 @@ def test_absent_hands_hidden_states_through_and_embeds_nothing() -> None:
 
 def test_a_model_without_a_list_of_layers_is_named() -> None:
     decoder = nn.Module()
-    decoder.config = llama(3)  # type: ignore[assignment]
+    decoder.config = llama(3)  # type: ignore[assignment]  # a config, no submodule
     decoder.blocks = nn.ModuleList([nn.Identity()])
     with pytest.raises(LookupError, match="Module has no list of 3 layers"):
         find_layers(decoder)

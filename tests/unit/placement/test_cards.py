@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from placement.cards import CARDS, find_card, rates
+from placement.cards import CARDS, Card, find_card, rates
 
 GIB, GB, TFLOPS = 2**30, 10**9, 10**12
 
@@ -43,14 +43,14 @@ def test_names(name: str, kind: str | None) -> None:
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_every_kind_is_found_by_its_own_name(card: object) -> None:
-    assert find_card(card.name) == card  # type: ignore[attr-defined]
-    assert find_card(card.name.replace(" ", "-").lower()) == card  # type: ignore[attr-defined]
+def test_every_kind_is_found_by_its_own_name(card: Card) -> None:
+    assert find_card(card.name) == card
+    assert find_card(card.name.replace(" ", "-").lower()) == card
 
 
 def test_memory_decides_where_the_name_does_not() -> None:
-    assert find_card("A100", 85 * GB).name == "A100 80GB"  # type: ignore[union-attr]
-    assert find_card("V100", 34 * GB).name == "V100 32GB"  # type: ignore[union-attr]
+    assert find_card("A100", 85 * GB).name == "A100 80GB"  # type: ignore[union-attr]  # known names
+    assert find_card("V100", 34 * GB).name == "V100 32GB"  # type: ignore[union-attr]  # known names
 
 
 def test_rates() -> None:
@@ -58,7 +58,7 @@ def test_rates() -> None:
     # 10 GB * 25 / s, and 150 FLOP for each byte.
     assert rates("unheard of", 10 * GB) == (250 * GB, 37_500 * GB)
     # Half of an L4's 21.9 GiB: half of its 300 GB/s and 121 TFLOP/s.
-    half = rates("NVIDIA L4 MIG 1g.11gb", find_card("L4").memory_bytes // 2)  # type: ignore[union-attr]
+    half = rates("NVIDIA L4 MIG 1g.11gb", find_card("L4").memory_bytes // 2)  # type: ignore[union-attr]  # known names
     assert half == (pytest.approx(150 * GB), pytest.approx(60.5 * TFLOPS))
 
 

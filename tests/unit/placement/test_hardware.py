@@ -41,7 +41,7 @@ def test_parse_bytes(text: str | int, expected: int) -> None:
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1 GB 2", "1e9", True, 1.5, -3])
 def test_parse_bytes_refuses(text: object) -> None:
     with pytest.raises(PlacementError, match="600MB or 24GiB"):
-        parse_bytes(text)  # type: ignore[arg-type]
+        parse_bytes(text)  # type: ignore[arg-type]  # wrong on purpose
 
 
 @pytest.mark.parametrize(

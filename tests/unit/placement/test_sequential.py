@@ -31,7 +31,7 @@ def plan(weighed: Footprint, *ends: int, devices: Sequence[int] = (0, 1, 2, 3), 
         names = [f"layers.{layer}" for layer in range(start, end)]
         names += ["embed", "rotary"] if start == 0 else []
         names += ["norm", "head"] if end == len(weighed.layers) else []
-        gpu = Gpu("gpu", 10**6, device_type=device_type)  # type: ignore[arg-type]
+        gpu = Gpu("gpu", 10**6, device_type=device_type)  # type: ignore[arg-type]  # "cpu" or "cuda"
         stages.append(Stage(devices[i], gpu, (start, end), tuple(names), (), 0, (), 1, 10**6))
     return Plan("toy", weighed.quantization, False, "float16", "float16", 4, 1, 4, tuple(stages))
 
@@ -77,7 +77,7 @@ def test_keys_are_the_devices_in_use() -> None:
 )
 def test_what_sequential_cannot_reproduce(weighed: Footprint, wanted: dict[str, object], reason: str) -> None:
     with pytest.raises(PlacementError, match=re.escape(reason)):
-        sequential_max_memory(plan(weighed, 2, 4, **wanted), weighed)  # type: ignore[arg-type]
+        sequential_max_memory(plan(weighed, 2, 4, **wanted), weighed)  # type: ignore[arg-type]  # wishes by name
 
 
 def test_what_must_be_left_free_may_be_the_next_layer_itself() -> None:

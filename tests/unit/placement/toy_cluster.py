@@ -27,4 +27,4 @@ def cluster(*nodes: tuple[Gpu, ...]) -> Inventory:
 
 def wish(name: str = "m", megabytes: int = 1000, **options: object) -> Wish:
     """A wish that `weigh` knows; 64 tokens is what a toy was made for."""
-    return Wish(name, str(megabytes), **{"context": 16, "max_batch_tokens": 8, "block_size": 4, **options})  # type: ignore[arg-type]
+    return Wish(name, str(megabytes), **{"context": 16, "max_batch_tokens": 8, "block_size": 4, **options})  # type: ignore[arg-type]  # fields by name

@@ -90,7 +90,7 @@ class World:
         self.generate = Method(self._generate)
         self.notice = Method(self._notice)
         self.snapshot = Method(lambda: RayError("no ledger"))
-        self.dispatcher = ServeDispatcher("m", "in", self, {"default": self})  # type: ignore[arg-type, dict-item]
+        self.dispatcher = ServeDispatcher("m", "in", self, {"default": self})  # type: ignore[arg-type, dict-item]  # plays both handles
 
     def options(self, *, stream: bool) -> World:
         assert stream

@@ -124,7 +124,7 @@ def test_a_new_ledger_waits_for_its_replicas_or_one_lease_time() -> None:
     ],
 )
 def test_refusals_state_need_and_have(request_of: object, kind: str, words: list[str]) -> None:
-    refusal = ledger(state()).reserve(request_of, 0.0)  # type: ignore[arg-type]
+    refusal = ledger(state()).reserve(request_of, 0.0)  # type: ignore[arg-type]  # some are wrong
     assert isinstance(refusal, Refusal)
     assert refusal.kind == kind
     assert all(word in refusal.message for word in words), refusal.message

@@ -83,7 +83,7 @@ async def test_a_clock_that_stopped_shows() -> None:
     def broken(now: float) -> list[Grant]:
         raise RuntimeError(f"stopped at {now}")
 
-    built._ledger.tick = broken  # type: ignore[method-assign, assignment]
+    built._ledger.tick = broken  # type: ignore[method-assign, assignment]  # to break it
     await asyncio.sleep(0.1)
     with pytest.raises(RuntimeError, match="stopped at"):
         await built.check_health()

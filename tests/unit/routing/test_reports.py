@@ -33,7 +33,7 @@ class LedgerHandle:
 def sender() -> tuple[Admission, LedgerHandle, ReportSender]:
     own = Admission(replica_id="r0", pool="p", epoch=1, block_size=16, capacity_blocks=10, max_context=160)
     ledger = LedgerHandle()
-    return own, ledger, ReportSender(own, ledger)  # type: ignore[arg-type]
+    return own, ledger, ReportSender(own, ledger)  # type: ignore[arg-type]  # a fake ledger
 
 
 @pytest.fixture(autouse=True)

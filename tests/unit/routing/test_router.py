@@ -33,7 +33,7 @@ def router(*names: str) -> Router:
 
 
 def tell(built: Router, *names: str) -> None:
-    built.update_replicas([SimpleNamespace(replica_id=ReplicaID(name, POOL)) for name in names])  # type: ignore[misc]
+    built.update_replicas([SimpleNamespace(replica_id=ReplicaID(name, POOL)) for name in names])  # type: ignore[misc]  # all that is read of a replica
 
 
 def pending(replica: str | None) -> PendingRequest:
