@@ -20,7 +20,7 @@ from placement.problem import Cut, Problem
 from placement.question import Conditions, Order, Question, ask
 from placement.reserve import Term
 from placement.shortfall import shortfall
-from placement.solver import Goal, Split, best
+from placement.solver import Goal, Split, best, without_needless_resort
 
 __all__ = ["Conditions", "DoesNotFit", "Goal", "Order", "Plan", "Stage", "answer", "solve"]
 
@@ -141,6 +141,7 @@ def answer(question: Question, goal: Goal = "throughput") -> Plan | None:
 def _answer(problem: Problem, goal: Goal) -> Plan | None:
     if goal not in get_args(Goal):
         raise PlacementError(f"goal {goal!r} is not known; use one of {', '.join(get_args(Goal))}")
+    problem = without_needless_resort(problem)  # prices differ where it is not needed
     split = best(problem, goal)
     return None if split is None else _price(problem, split)
 

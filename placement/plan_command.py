@@ -15,6 +15,7 @@ from placement.kv import DTYPE_BYTES
 from placement.plan import Plan, solve
 from placement.question import Order
 from placement.recipe import Quantization
+from placement.reserve import Attention
 from placement.solver import Goal
 from placement.speed import estimate
 from placement.svg import svg
@@ -67,6 +68,11 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--double-quant", action="store_true", help="nf4 and fp4: quantise the scales too")
     parser.add_argument("--dtype", choices=DTYPE_BYTES, help="compute dtype")
     parser.add_argument("--kv-dtype", metavar="DTYPE", help="fp8, bfloat16, ...; default: the compute dtype")
+    parser.add_argument(
+        "--attention",
+        choices=get_args(Attention),
+        help="what computes it on GPUs; default: flashinfer, where it has kernels for the model",
+    )
     parser.add_argument("--vision", action="store_true", help="count a multimodal model's towers")
 
 
@@ -124,6 +130,7 @@ def _solve(
         concurrent_context=options.concurrent_context,
         max_memory=caps,
         kv_dtype=options.kv_dtype,
+        attention=options.attention,
         pins=pins,
         allow_cpu=options.allow_cpu,
         order=options.order,

@@ -146,17 +146,16 @@ class Problem:
         """Multiply-adds of one token through a stage, over the device's speed."""
         return (self.work[cut.end] - self.work[cut.start]) * self.slowness[cut.device]
 
-    def alone(self) -> Problem:
-        """The same without its last resort."""
-        devices = len(self.question.devices) - 1
-        question = replace(
-            self.question,
-            devices=self.question.devices[:devices],
-            budgets=self.question.budgets[:devices],
-            last_resort=False,
+    def alone(self) -> Problem | None:
+        """The same without its last resort, priced anew (a shorter pipeline has less on its way between stages); None
+        where a pin insists on the last resort."""
+        question = self.question
+        devices = len(question.devices) - 1
+        if any(pin is not None and pin % (devices + 1) == devices for pin in question.pins):
+            return None
+        return type(self).of(
+            replace(question, devices=question.devices[:-1], budgets=question.budgets[:-1], last_resort=False)
         )
-        steps = tuple(step for step in self.steps if step.device != devices)
-        return replace(self, question=question, steps=steps)
 
     def confined(self, layer: int) -> Problem:
         """The same with the layers from `layer` on for the last resort and those before for the others."""

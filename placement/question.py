@@ -12,7 +12,7 @@ from placement.errors import PlacementError
 from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, format_bytes, parse_bytes
 from placement.kv import kv_dtype_name
-from placement.reserve import CUDA_CONTEXT_BYTES, Attention, Workload
+from placement.reserve import CUDA_CONTEXT_BYTES, Attention, Workload, why_not_flashinfer
 
 Order = Literal["given", "best"]
 
@@ -83,7 +83,7 @@ class Conditions(TypedDict, total=False):
     kv_dtype: str | None
     """Of the KV cache, "fp8" among them; default: the footprint's dtype."""
     attention: Attention | None
-    """What computes attention on GPUs; default: FlashInfer."""
+    """What computes attention on GPUs; default: FlashInfer, where it has kernels for the model."""
     min_context: int | None
     """One sequence of so many tokens must fit; default: one KV block must."""
     min_concurrency: int
@@ -113,6 +113,7 @@ def ask(footprint: Footprint, gpus: Inventory | Sequence[Gpu], **conditions: Unp
         raise PlacementError(f"order {order!r} is not known; use one of {', '.join(get_args(Order))}")
     given = budgets(devices, conditions.get("max_memory") or {})
     workload = _workload(footprint, conditions)
+    _check_attention(footprint, workload, devices)
     cpu = conditions.get("allow_cpu")
     if cpu is not None:
         size = parse_bytes(cpu)
@@ -148,6 +149,20 @@ def _workload(footprint: Footprint, conditions: Conditions) -> Workload:
         raise PlacementError("block_size, max_batch_tokens, max_sequences and max_context must be at least 1")
     kv_dtype = kv_dtype_name(conditions.get("kv_dtype") or footprint.dtype)
     return Workload(*sizes, context, kv_dtype, conditions.get("attention"))
+
+
+def _check_attention(footprint: Footprint, workload: Workload, devices: tuple[Gpu, ...]) -> None:
+    wished = workload.attention
+    if wished not in (None, *get_args(Attention)):
+        raise PlacementError(f"attention {wished!r} is not known; use one of {', '.join(get_args(Attention))}")
+    if wished != "flashinfer":
+        return
+    if all(gpu.device_type == "cpu" for gpu in devices):
+        raise PlacementError(
+            "attention flashinfer needs a GPU, and all devices are virtual ones on the CPU; leave it out"
+        )
+    if reason := why_not_flashinfer(footprint, workload):
+        raise PlacementError(f"attention flashinfer does not serve {footprint.model}: {reason}; use torch")
 
 
 def budgets(devices: tuple[Gpu, ...], max_memory: Mapping[int, str | int]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from placement.footprint import Footprint
+from placement.footprint import Footprint, Module, Tensor
 from placement.hardware import DeviceType, format_bytes
 from placement.kv import dtype_bytes, kv_dtype_bytes
 
@@ -24,12 +24,16 @@ CONTEXT = "context"
 """Name of the one term that a max_memory cap does not bound."""
 
 Attention = Literal["flashinfer", "torch"]
+"""What computes attention on GPUs: FlashInfer, or PyTorch's own operators over gathered blocks, as on the CPU."""
+
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+"""Head sizes that FlashInfer has kernels for."""
 
 CUDA_CONTEXT_BYTES = 704 * 2**20
 """CUDA context, and the code of PyTorch, cuBLAS, FlashInfer and Triton: 695 MiB on an H200 (driver 580, CUDA 13)."""
 
 CAPTURED_ROWS = 768
-"""Rows of the largest CUDA graph."""
+"""Rows of the largest CUDA graph of a step with prompt chunks; the largest of decodes has a row per sequence."""
 _GRAPH_BYTES, _GRAPH_LAYER_BYTES = 64 * 2**20, 7 * 2**18
 """What some thirty CUDA graphs take from the driver, and for each layer in them. Measured: 88 MiB with 16 layers, 110
 with 32."""
@@ -37,12 +41,15 @@ _CUBLAS_BYTES = 72 * 2**20
 """PyTorch gives cuBLAS 32 MiB for each of the two streams that it is called on, on Hopper."""
 _KERNEL_BYTES, _DEQUANTISED_MOST = 38 * 2**20, 128 * 2**20
 """Partial sums of the quantised products; and a weight dequantised for many rows, in parts where it is larger."""
-_SMS, _CTAS_PER_SM, _TILE = 160, 2, 128
-"""Multiprocessors of the largest GPUs, blocks on each, and rows of each that FlashInfer's scheduler counts on."""
+_SMS, _CTAS_PER_SM, _MOST_CTAS_PER_SM, _TILE = 160, 2, 16, 128
+"""Multiprocessors of the largest GPUs; blocks on each that FlashInfer's scheduler counts on, in a prefill and at most;
+and rows of a block."""
 
 _SAMPLE_BYTES = 36
 """Per logit of the rows being sampled: float32 scores (4), int32 keys (4), int64 weights, bins and masked weights (8
 each), masks (4)."""
+_SEGMENT = 256
+"""The sampler pads the vocabulary to whole segments."""
 _WEIGHT_TABLE_BYTES = 2**19
 """The sampler's."""
 _QUANTISE_BYTES = {"nf4": 20, "fp4": 20, "int8": 12}
@@ -50,8 +57,8 @@ _QUANTISE_BYTES = {"nf4": 20, "fp4": 20, "int8": 12}
 8 bits: float16 copy and its absolute, float32 scaled and rounded."""
 _PADDING = 2
 """Decodes are gathered in groups padded to at most twice their length."""
-_FRAGMENTATION = 256
-"""One part in so many of a CUDA budget is left to the allocator, whose segments expand."""
+_FRAGMENTATION_BYTES, _FRAGMENTATION = 128 * 2**20, 512
+"""Left to the allocator, whose segments expand by pages of 20 MiB: a sum, and one part in so many of a CUDA budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +84,17 @@ class Workload:
     """Tokens of the longest sequence, prompt and output."""
     kv_dtype: str
     attention: Attention | None = None
-    """None: FlashInfer on GPUs."""
+    """None: FlashInfer on GPUs, where it has kernels for the model."""
 
     @property
     def most_blocks(self) -> int:
         """Blocks that all sequences together can hold at most."""
         return self.max_sequences * -(-self.max_context // self.block_size)
+
+    @property
+    def captured_rows(self) -> int:
+        """Rows of the largest CUDA graph, at most."""
+        return min(self.max_batch_tokens, max(CAPTURED_ROWS, self.max_sequences))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,8 @@ class Reserve:
     """Last stage only."""
     prefill: int
     dequantisation: int
+    sampler: int
+    """Kept on the last stage: the sampler's table."""
     per_block: int
     """Kept on the last stage per KV block: the ids of its tokens."""
     gather_per_block: int
@@ -108,41 +122,59 @@ class Reserve:
     def held(self, *, last: bool, blocks: int, kv_block_bytes: int) -> int:
         """Everything but weights while `blocks` KV blocks (and the scratch block) are there."""
         kv = (blocks + 1) * kv_block_bytes
-        running = self.buffers + self._ids(last, blocks) + self._temporary(last, blocks) + kv
+        running = self._kept(last, blocks) + self.activations + self._workspace(last, blocks) + kv
         return self.context + self.graphs + self.fragmentation + max(running, self.load_peak)
 
     def terms(self, *, last: bool, blocks: int, kv_block_bytes: int) -> tuple[Term, ...]:
         """The same, less the KV, named. A term of 0 bytes is left out."""
-        buffers, workspace = self.buffers + self._ids(last, blocks), self._workspace(last, blocks)
+        kept, workspace = self._kept(last, blocks), self._workspace(last, blocks)
         parts = [
             ("decode attention", blocks * self.gather_per_block),
             ("prefill attention", self.prefill),
             ("dequantisation", self.dequantisation),
         ]
-        parts += [("logits and sampling", self.logits)] if last else []
+        parts += [("logits and sampling above activations", self._above_activations())] if last else []
         largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
-        loading = self.load_peak - buffers - self.activations - workspace - (blocks + 1) * kv_block_bytes
+        loading = self.load_peak - kept - self.activations - workspace - (blocks + 1) * kv_block_bytes
         terms = (
             Term(CONTEXT, self.context, "CUDA context, and the code of libraries and kernels"),
             Term("graphs", self.graphs, "CUDA graphs, and the activations of the largest of them"),
             Term("fragmentation", self.fragmentation, "what the allocator can't hand out"),
-            Term("buffers", buffers, "kept by pipeline, attention, kernels and sampler from step to step"),
+            Term("buffers", kept, "kept by pipeline, attention, kernels and sampler from step to step"),
             Term("activations", self.activations, "hidden states and projections of one step in the widest layer"),
-            Term("workspace", workspace, f"above activations, the largest of what is never held at once: {largest}"),
+            Term("workspace", workspace, f"the largest of what is never held at once: {largest}"),
             Term("loading", max(0, loading), "peak of the largest weight while loading, above all that comes after it"),
         )
         return tuple(term for term in terms if term.bytes)
 
-    def _ids(self, last: bool, blocks: int) -> int:
-        return self.per_block * (blocks + 1) + _WEIGHT_TABLE_BYTES if last and self.per_block else 0
-
-    def _temporary(self, last: bool, blocks: int) -> int:
-        return self.activations + self._workspace(last, blocks)
+    def _kept(self, last: bool, blocks: int) -> int:
+        return self.buffers + (self.sampler + self.per_block * (blocks + 1) if last else 0)
 
     def _workspace(self, last: bool, blocks: int) -> int:
-        """What a step takes beside activations; sampling comes when those are gone."""
+        """What a step takes beside activations."""
         inside = max(self.prefill, self.dequantisation, blocks * self.gather_per_block)
-        return max(inside, self.logits - self.activations) if last else inside
+        return max(inside, self._above_activations()) if last else inside
+
+    def _above_activations(self) -> int:
+        """Of sampling, which comes when the layers' activations are gone."""
+        return max(0, self.logits - self.activations)
+
+
+def why_not_flashinfer(footprint: Footprint, workload: Workload) -> str | None:
+    """Why FlashInfer can't compute a model's attention on any GPU, as the end of a sentence; None: it can."""
+    dtype, kv_dtype = footprint.dtype, workload.kv_dtype
+    if dtype_bytes(dtype) != 2:
+        return f"its kernels compute in 16 bits, not {dtype}"
+    if kv_dtype != dtype and kv_dtype_bytes(kv_dtype) != 1:
+        return f"beside {dtype} its kernels read KV in {dtype} or fp8, not {kv_dtype}"
+    for kv in footprint.geometry.kv:
+        if kv.latent:
+            return "latent attention is computed otherwise"
+        if kv.kv_heads and kv.head_dim not in FLASHINFER_HEAD_DIMS:
+            return f"it has kernels for head sizes {', '.join(map(str, FLASHINFER_HEAD_DIMS))}, not {kv.head_dim}"
+        if kv.head_dim == 64 and kv_dtype_bytes(kv_dtype) == 1:
+            return "its prefill kernel does not read fp8 with head size 64"
+    return None
 
 
 def reserve(
@@ -150,17 +182,19 @@ def reserve(
 ) -> Reserve:
     """The reserve of one of the replica's `devices`."""
     cuda = device_type == "cuda"
-    gathers = not cuda or workload.attention == "torch"
+    chosen = workload.attention or ("torch" if why_not_flashinfer(footprint, workload) else "flashinfer")
+    gathers = not cuda or chosen == "torch"
     widest = (_activation_bytes if gathers else _compiled_activation_bytes)(footprint)
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
-        graphs=0 if gathers else _graph_bytes(footprint) + min(CAPTURED_ROWS, workload.max_batch_tokens) * widest,
-        fragmentation=budget_bytes // _FRAGMENTATION if cuda else 0,
+        graphs=0 if gathers else _graph_bytes(footprint) + workload.captured_rows * widest,
+        fragmentation=_FRAGMENTATION_BYTES + budget_bytes // _FRAGMENTATION if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
         logits=_logit_bytes(footprint, workload),
         prefill=_prefill_bytes(footprint, workload) if gathers else 0,
         dequantisation=_dequantisation_bytes(footprint) if gathers else 0,
+        sampler=_WEIGHT_TABLE_BYTES,
         per_block=4 * workload.block_size,
         gather_per_block=_gather_bytes(footprint, workload) if gathers else 0,
         load_peak=_load_peak_bytes(footprint, device_type),
@@ -174,37 +208,69 @@ def _graph_bytes(footprint: Footprint) -> int:
 def _compiled_activation_bytes(footprint: Footprint) -> int:
     """Per token, in the compute dtype: residual, normed, a block's result, and of the layer's projections the two
     widest with what is made of them (gate, up and their product)."""
-    outs = [sorted(t.shape[0] for t in layer.tensors if len(t.shape) > 1) for layer in footprint.layers]
+    outs = [sorted(_widths(layer)) for layer in footprint.layers]
     widest = max((sum(out[-2:]) + sum(out[-1:]) for out in outs), default=0)
     return dtype_bytes(footprint.dtype) * (3 * footprint.geometry.hidden + widest)
 
 
+def _widths(layer: Module) -> list[int]:
+    """Elements per token that each of a layer's products results in; those of all experts that a token visits are one.
+    Experts fused into [experts, a, b] also gather the rows that they work on, so a token takes a + b of each."""
+    matrices = [tensor for tensor in layer.tensors if len(tensor.shape) > 1]
+    experts = [tensor for tensor in matrices if ".experts." in tensor.name]
+    widths = [tensor.shape[0] for tensor in matrices if ".experts." not in tensor.name]
+    if experts:
+        elements = sum(tensor.elements for tensor in experts)
+        visited = layer.work - sum(tensor.elements for tensor in matrices) + elements
+        widths.append(-(-visited * sum(map(_expert_rows, experts)) // elements))
+    return widths
+
+
+def _expert_rows(tensor: Tensor) -> int:
+    return tensor.shape[0] * sum(tensor.shape[1:]) if len(tensor.shape) == 3 else tensor.shape[0]
+
+
 def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gathers: bool) -> int:
-    """What a GPU's stage keeps beside weights and KV: hidden states that come in (a step for each slot) and go out,
-    cuBLAS', the kernels' and FlashInfer's workspaces."""
-    rows = 2 * CAPTURED_ROWS + (devices * workload.max_batch_tokens if devices > 1 else 0)
-    kept = rows * footprint.geometry.hidden * dtype_bytes(footprint.dtype) + _CUBLAS_BYTES
+    """What a GPU's stage keeps beside weights and KV: the ids, positions and cache slots of a step (int64), hidden
+    states that come in (a step for each slot) and go out, cuBLAS', the kernels' and FlashInfer's workspaces."""
+    step = workload.max_batch_tokens
+    rows = 2 * workload.captured_rows + (devices * step if devices > 1 else 0)
+    kept = 24 * step + rows * footprint.geometry.hidden * dtype_bytes(footprint.dtype) + _CUBLAS_BYTES
     if footprint.quantization in _QUANTISE_BYTES:
         kept += _KERNEL_BYTES + min(_DEQUANTISED_MOST, 2 * dtype_bytes(footprint.dtype) * _largest_quantised(footprint))
     return kept if gathers else kept + _flashinfer_bytes(footprint, workload)
 
 
 def _flashinfer_bytes(footprint: Footprint, workload: Workload) -> int:
-    """Parts of split sequences before they are merged, float32, and block tables."""
-    heads = footprint.geometry.heads
-    parts = max(
-        (max(1, _CTAS_PER_SM * _SMS // kv.kv_heads) * (kv.head_dim + 1) for kv in footprint.geometry.kv if kv.kv_heads),
-        default=0,
-    )
-    return 4 * (_TILE * heads * parts + workload.most_blocks + 4 * workload.max_batch_tokens)
+    """Tables of a step, int32; for each kind of layer the plan of a step; and for each size of heads the parts of
+    split sequences before they are merged, float32, which layers share. Upper bounds of what the engine takes for them
+    (`deployments.engine.flashinfer_fit.Room`)."""
+    heads, rows = footprint.geometry.heads, workload.max_batch_tokens
+    tables = workload.max_sequences * -(-(workload.max_context + 1) // workload.block_size) + 8 * rows + 64
+    kinds = {kv for kv in footprint.geometry.kv if kv.kv_heads}
+    plans = sum(_plan_bytes(heads, kv.kv_heads, rows) for kv in kinds)
+    parts = sum(_part_bytes(heads, *size) for size in {(kv.kv_heads, kv.head_dim) for kv in kinds})
+    return 4 * tables + plans + parts
+
+
+def _plan_bytes(heads: int, kv_heads: int, rows: int) -> int:
+    """For each block of threads three indices and a flag, for each row and sequence an offset."""
+    ctas = max(2, _MOST_CTAS_PER_SM * _SMS // kv_heads, rows * heads // (16 * kv_heads) + rows + 1)
+    return 13 * ctas + 8 * rows + 1024
+
+
+def _part_bytes(heads: int, kv_heads: int, head_dim: int) -> int:
+    """Heads of more than 64 to a KV head fill the tiles of a decode too, two to a block."""
+    rows = _TILE * (2 if heads // kv_heads > 64 else 1)
+    return 4 * rows * heads * max(1, _CTAS_PER_SM * _SMS // kv_heads) * (head_dim + 1) + 512
 
 
 def _activation_bytes(footprint: Footprint) -> int:
     """Per token: input, residual, normed and output in the compute dtype and twice in float32 (norms), every
     projection's result, and once more the widest (the activation function's)."""
     size, hidden = dtype_bytes(footprint.dtype), footprint.geometry.hidden
-    outs = [[t.shape[0] for t in layer.tensors if len(t.shape) > 1] for layer in footprint.layers]
-    widest = max(sum(out) + max(out, default=0) for out in outs)
+    outs = [_widths(layer) for layer in footprint.layers]
+    widest = max((sum(out) + max(out, default=0) for out in outs), default=0)
     per_token = size * (4 * hidden + widest) + 2 * 4 * hidden
     if footprint.quantization == "int8":
         # Inputs once more in float16 and int8, results once more in int32 and float16.
@@ -214,10 +280,13 @@ def _activation_bytes(footprint: Footprint) -> int:
 
 
 def _logit_bytes(footprint: Footprint, workload: Workload) -> int:
-    """Logits of all rows in the compute dtype, and the sampler's scratch for `SAMPLE_ROWS` of them."""
-    rows = min(workload.max_sequences, workload.max_batch_tokens)
-    vocab = -(-footprint.geometry.vocab // 256) * 256
-    return vocab * (rows * dtype_bytes(footprint.dtype) + min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
+    """A step's last hidden states, those of the sampled rows and their logits in the compute dtype, and the sampler's
+    scratch for `SAMPLE_ROWS` of them."""
+    size, step = dtype_bytes(footprint.dtype), workload.max_batch_tokens
+    rows = min(workload.max_sequences, step)
+    vocab = -(-footprint.geometry.vocab // _SEGMENT) * _SEGMENT
+    hidden = (step + rows) * footprint.geometry.hidden * size
+    return hidden + vocab * (rows * size + min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
 
 
 def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
@@ -225,12 +294,17 @@ def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
     mask as kept (bool, per kind of window), per query head of one KV head (bool), and as SDPA adds it."""
     geometry, size = footprint.geometry, dtype_bytes(footprint.dtype)
     pairs = workload.max_batch_tokens * workload.max_context
-    windows = len({kv.window for kv in geometry.kv})
+    kinds = {kv for kv in geometry.kv if kv.kv_heads}
+    windows = len({kv.window for kv in kinds})
+    scores = pairs * geometry.heads * (2 * size + 2 * 4) if geometry.softcap else 0
     return max(
-        pairs * (windows + (1 + size) * (geometry.heads // max(kv.kv_heads, 1)))
-        + workload.max_context * (kv.elements_per_token * size * (1 + geometry.heads // max(kv.kv_heads, 1)))
-        + (pairs * geometry.heads * (2 * size + 2 * 4) if geometry.softcap else 0)
-        for kv in set(geometry.kv)
+        (
+            pairs * (windows + (1 + size) * (geometry.heads // kv.kv_heads))
+            + workload.max_context * kv.elements_per_token * size * (1 + geometry.heads // kv.kv_heads)
+            + scores
+            for kv in kinds
+        ),
+        default=0,
     )
 
 

@@ -66,9 +66,11 @@ def without_needless_resort(problem: Problem) -> Problem:
     """`problem` without its last resort where the other devices suffice, else with the fewest layers for it."""
     if not problem.question.last_resort:
         return problem
-    alone = problem.alone()
-    reached, _ = _reach(alone, problem.question.least_blocks, alone.ever)
-    return alone if max(reached) == problem.layers else problem.confined(max(reached))
+    least, alone = problem.question.least_blocks, problem.alone()
+    if alone is not None and pack(alone, least, alone.ever) is not None:
+        return alone
+    *reached, _ = _reach(problem, least, problem.ever)[0]  # by the sets without the last resort, which comes last
+    return problem.confined(max(reached))
 
 
 def pack(problem: Problem, blocks: int, time: int) -> Cuts | None:

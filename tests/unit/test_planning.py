@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import Lfm2Config
 
+from deployments.engine import flashinfer_fit
 from deployments.errors import ConfigError
 from deployments.planning import plan_pool
 from deployments.settings import PoolSettings
@@ -72,12 +73,12 @@ def test_a_cpu_with_bf16_computes_in_it(folder: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("two_gpus")
 def test_gpus_are_taken_where_they_are(folder: Path) -> None:
-    plan, device_type = plan_pool("tiny", folder, pool(stages=2, max_memory={0: "100MB"}))
+    plan, device_type = plan_pool("tiny", folder, pool(stages=2, max_memory={0: "500MB"}))
     assert device_type == "cuda"
     assert plan.dtype == "bfloat16"
     assert [stage.gpu.name for stage in plan.stages] == ["Toy", "Toy"]
     context = next(term.bytes for term in plan.stages[0].reserve if term.name == "context")
-    assert plan.stages[0].budget_bytes == 100_000_000 + context, "a cap bounds everything but the context"
+    assert plan.stages[0].budget_bytes == 500_000_000 + context, "a cap bounds everything but the context"
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -148,3 +149,14 @@ def test_checkpoints_that_the_engine_cannot_load_are_refused_by_name(folder: Pat
     MULTIMODAL["gemma3_vision"].save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"other parts than text \(model.vision_tower, .*serve a text model"):
         plan_pool("tiny", tmp_path, pool())
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(("here", "head_dim", "graphs"), [(True, 64, True), (True, 16, False), (False, 64, False)])
+def test_a_plan_counts_on_the_attention_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool, head_dim: int, graphs: bool
+) -> None:
+    monkeypatch.setattr(flashinfer_fit, "why_not_here", lambda: None if here else "it is not installed")
+    llama(head_dim=head_dim).save_pretrained(tmp_path)
+    (stage,) = plan_pool("tiny", tmp_path, pool())[0].stages
+    assert ("graphs" in {term.name for term in stage.reserve}) == graphs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +17,16 @@ from placement.kv import LayerKv
 from placement.plan import STATE, Plan, answer, solve
 from placement.question import ask
 from placement.reserve import CUDA_CONTEXT_BYTES
-from tests.unit.placement.toy import KV_PER_TOKEN, toy_footprint
+from tests.unit.placement.toy import KV_PER_TOKEN, small_sampler, toy_footprint
 
 MODEL = toy_footprint([10_000] * 4, embedding=30_000)
 WISHES: dict[str, Any] = {"block_size": 4, "max_batch_tokens": 8, "max_sequences": 4, "max_context": 32}
+
+
+@pytest.fixture(autouse=True)
+def _small_sampler() -> Iterator[None]:
+    with small_sampler():
+        yield
 
 
 def plan_on(*sizes: str | int, **wishes: Any) -> Plan:
@@ -39,12 +47,20 @@ def test_blocks_stop_at_what_sequences_can_use() -> None:
     assert plan_on("100MB").num_blocks == 4 * 32 // 4
 
 
+BLOCK = 4 * 4 * KV_PER_TOKEN + 4 * 4
+"""Bytes of a block of 4 tokens in 4 layers and of its tokens' ids, where the chunks are long: prefill attention is then
+the largest temporary, which does not depend on the blocks."""
+
+
+def fixed_bytes() -> int:
+    plan = plan_on("100MB", max_batch_tokens=64)
+    (stage,) = plan.stages
+    return stage.weight_bytes + stage.reserve_bytes + plan.kv_bytes(stage) - (plan.num_blocks + 1) * BLOCK
+
+
 def test_max_context_is_at_most_the_capacity() -> None:
-    # A block is 4 tokens * 4 layers * 4 bytes = 64 bytes: 3 blocks and the scratch block on top of all else,
-    # which does not depend on the blocks when the chunks are long (prefill attention is the largest temporary).
-    full = plan_on("100MB", max_batch_tokens=64).stages[0]
-    fixed = full.weight_bytes + full.reserve_bytes
-    plan = plan_on(fixed + 4 * 64, max_batch_tokens=64)
+    # 3 blocks and the scratch block on top of all that does not depend on them.
+    plan = plan_on(fixed_bytes() + 4 * BLOCK, max_batch_tokens=64)
     assert (plan.num_blocks, plan.capacity_tokens, plan.max_context) == (3, 12, 12)
 
 
@@ -62,8 +78,8 @@ def test_kv_dtype_doubles_the_block() -> None:
 
 def test_a_cap_bounds_all_but_the_cuda_context() -> None:
     gpu = Gpu("toy", 10**10)
-    plan = solve(MODEL, [gpu], **WISHES, max_memory={0: "50MB"})
-    assert plan.stages[0].budget_bytes == 50 * 10**6 + CUDA_CONTEXT_BYTES
+    plan = solve(MODEL, [gpu], **WISHES, max_memory={0: "500MB"})
+    assert plan.stages[0].budget_bytes == 500 * 10**6 + CUDA_CONTEXT_BYTES
     assert {term.name for term in plan.stages[0].reserve} >= {"context", "fragmentation"}
     # Cap and context together are more than there is: the device is the bound.
     assert solve(MODEL, [gpu], **WISHES, max_memory={0: 10**10}).stages[0].budget_bytes == 10**10
@@ -141,8 +157,14 @@ def test_pins_against_the_order_are_kept_in_the_best_order() -> None:
         plan_on("1MB", "1MB", pins={"layers.0": 0, "layers.1": 1, "layers.2": 0}, order="best")
 
 
+def gpu_with(room: int) -> Gpu:
+    """A GPU with `room` bytes, or some MB more, beside what a toy's reserve takes."""
+    taken = solve(MODEL, [Gpu("toy", 2 * CUDA_CONTEXT_BYTES)], **WISHES).stages[0].reserve_bytes
+    return Gpu("toy", taken + room)
+
+
 def test_the_cpu_is_the_last_resort() -> None:
-    gpu = Gpu("toy", CUDA_CONTEXT_BYTES + 20 * 2**20)
+    gpu = gpu_with(10 * 2**20)
     big = toy_footprint([4 * 2**20] * 4)
     assert [s.gpu.device_type for s in solve(MODEL, [gpu], **WISHES, allow_cpu="1GB").stages] == ["cuda"]
     with pytest.raises(DoesNotFit):
@@ -153,6 +175,35 @@ def test_the_cpu_is_the_last_resort() -> None:
     assert first.budget_bytes - first.weight_bytes - first.reserve_bytes < 4 * 2**20, "no further layer fits the GPU"
     at = modules_of(solve(big, [gpu], **WISHES, allow_cpu="1GB", pins={"layers.1": "cpu"}))
     assert (at["layers.0"], at["layers.1"], at["head"]) == (0, 1, 1)
+
+
+def test_the_cpu_is_not_taken_for_what_only_a_longer_pipeline_needs() -> None:
+    # 8 tokens of 2 bytes * 10**6 would come in for each of two slots, 32 MB: the GPU has room for all else.
+    wide = replace(MODEL, geometry=replace(MODEL.geometry, hidden=10**6))
+    roomy = solve(wide, [Gpu("toy", 2 * CUDA_CONTEXT_BYTES)], **WISHES)
+    gpu = Gpu("toy", roomy.stages[0].weight_bytes + roomy.stages[0].reserve_bytes + 8 * 10**6)
+    plan = solve(wide, [gpu], **WISHES)
+    for goal in ("throughput", "capacity", "latency"):
+        assert solve(wide, [gpu], goal=goal, **WISHES, allow_cpu="10GB") == plan
+
+
+def test_attention_reaches_the_reserve() -> None:
+    gpu, heads = Gpu("toy", 10**10), toy_footprint([10_000] * 4, kv=(LayerKv(1, 64),) * 4)
+    plans = {how: solve(heads, [gpu], **WISHES, attention=how) for how in (None, "flashinfer", "torch")}
+    graphs = {how: [term.name for term in plan.stages[0].reserve].count("graphs") for how, plan in plans.items()}
+    assert graphs == {None: 1, "flashinfer": 1, "torch": 0}
+    assert plans[None] == plans["flashinfer"]
+
+
+def test_attention_that_can_not_be_is_refused() -> None:
+    gpu = Gpu("toy", 10**10)
+    with pytest.raises(PlacementError, match="attention 'sdpa' is not known; use one of flashinfer, torch"):
+        solve(MODEL, [gpu], **WISHES, attention="sdpa")  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(PlacementError, match=r"does not serve toy: .* 64, 128, 256, not 1; use torch"):
+        solve(MODEL, [gpu], **WISHES, attention="flashinfer")
+    with pytest.raises(PlacementError, match="attention flashinfer needs a GPU"):
+        plan_on("100MB", attention="flashinfer")
+    assert plan_on("100MB", attention="torch") == plan_on("100MB")
 
 
 def test_what_is_demanded_is_there() -> None:
@@ -210,8 +261,7 @@ def knob(caught: pytest.ExceptionInfo[DoesNotFit], pattern: str) -> int:
 
 
 def test_the_longest_context_that_fits_is_a_knob() -> None:
-    full = plan_on("1MB", max_batch_tokens=64).stages[0]
-    size = full.weight_bytes + full.reserve_bytes + 6 * 64  # 5 blocks and the scratch block
+    size = fixed_bytes() + 6 * BLOCK  # 5 blocks and the scratch block
     with pytest.raises(DoesNotFit) as caught:
         plan_on(size, max_batch_tokens=64, min_context=32)
     assert knob(caught, r"min_context: (\d+) instead of 32") == 20
@@ -222,7 +272,7 @@ def test_the_longest_context_that_fits_is_a_knob() -> None:
 
 
 def test_raising_one_cap_is_a_knob() -> None:
-    gpu = Gpu("toy", CUDA_CONTEXT_BYTES + 200 * 10**6)
+    gpu = gpu_with(200 * 10**6)
     big = toy_footprint([20 * 10**6] * 4)
     caps = {0: "30MB", 1: "35MB"}
     with pytest.raises(DoesNotFit) as caught:
@@ -240,19 +290,20 @@ def test_raising_one_cap_is_a_knob() -> None:
 
 
 def test_a_device_that_is_shut_has_a_refusal_too() -> None:
-    gpu = Gpu("toy", CUDA_CONTEXT_BYTES + 200 * 10**6)
+    gpu = gpu_with(200 * 10**6)
     with pytest.raises(DoesNotFit, match="MB more for device 0"):
         solve(MODEL, [gpu, gpu], **WISHES, max_memory={0: 0, 1: 0})
 
 
 def test_fp8_for_the_cache_is_a_knob() -> None:
     cached = toy_footprint([10] * 2, kv=(LayerKv(1, 500_000),) * 2)  # 2 MB a token and layer in 16 bits
-    size = CUDA_CONTEXT_BYTES + 130 * 10**6
+    # 16 tokens and 4 of scratch are 80 MB, gathered 64 more; with fp8 40 MB, and prefill attention still takes 64.
+    gpu = gpu_with(120 * 10**6)
     wishes = WISHES | {"max_batch_tokens": 1, "max_sequences": 1, "max_context": 16, "min_context": 16}
     with pytest.raises(DoesNotFit) as caught:
-        solve(cached, [Gpu("toy", size)], **wishes)
+        solve(cached, [gpu], **wishes)
     assert "kv_dtype: fp8 instead of float16" in caught.value.knobs
-    assert solve(cached, [Gpu("toy", size)], **wishes, kv_dtype="fp8").kv_dtype == "float8_e4m3fn"
+    assert solve(cached, [gpu], **wishes, kv_dtype="fp8").kv_dtype == "float8_e4m3fn"
 
 
 def test_more_devices_of_the_largest_kind_are_a_knob() -> None:

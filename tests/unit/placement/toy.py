@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
+from placement import reserve
 from placement.footprint import Footprint, Geometry, Module, Role, Tensor
 from placement.hardware import Gpu
 from placement.kv import LayerKv
@@ -16,7 +20,7 @@ from placement.reserve import Reserve, Workload
 KV_PER_TOKEN = 4
 """Bytes per token and layer of `toy_footprint` with a float16 cache: 2 * 1 head * 1 element * 2 bytes."""
 
-NOTHING = Reserve(*(11 * [0]))
+NOTHING = Reserve(*(12 * [0]))
 ONE_TOKEN_BLOCKS = Workload(block_size=1, max_batch_tokens=1, max_sequences=8, max_context=64, kv_dtype="float16")
 
 
@@ -83,5 +87,23 @@ def toy_problem(
     devices = tuple(
         Gpu(f"toy{i}", max(budget, 1), speed=rates[i], device_type="cpu") for i, budget in enumerate(budgets)
     )
-    priced = Problem.of(Question(footprint, devices, tuple(budgets), ONE_TOKEN_BLOCKS, **question))
-    return replace(priced, reserves=(NOTHING,) * len(budgets))
+    return _Free.of(Question(footprint, devices, tuple(budgets), ONE_TOKEN_BLOCKS, **question))
+
+
+class _Free(Problem):
+    """Without any reserve."""
+
+    @classmethod
+    def of(cls, question: Question) -> Problem:
+        priced = super().of(question)
+        return replace(priced, reserves=(NOTHING,) * len(priced.reserves))
+
+
+@contextmanager
+def small_sampler() -> Iterator[None]:
+    """The sampler's table and the padding of its vocabulary suit real models: for toys they shrink to 8 bytes and to
+    nothing, so that a reserve on the CPU is some hundred bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reserve, "_WEIGHT_TABLE_BYTES", 8)
+        patch.setattr(reserve, "_SEGMENT", 1)
+        yield
