@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, permutations
 from typing import Any
 
-from hypothesis import given
+import pytest
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from placement.errors import DoesNotFit, PlacementError
@@ -19,12 +21,18 @@ from placement.problem import Cut, Problem
 from placement.question import LAST_RESORT, Demand, Order, Question
 from placement.reserve import Workload
 from placement.solver import Cuts, Goal, best
-from tests.unit.placement.toy import toy_encoder_decoder, toy_footprint
+from tests.unit.placement.toy import small_sampler, toy_encoder_decoder, toy_footprint
 
 WORKLOAD = Workload(block_size=2, max_batch_tokens=3, max_sequences=4, max_context=9, kv_dtype="float16")
 GOALS: tuple[Goal, ...] = ("throughput", "capacity", "latency")
 ORDERS: tuple[Order, ...] = ("given", "best")
 MODULES = ("embed", "head", *(f"layers.{i}" for i in range(6)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_sampler() -> Iterator[None]:
+    with small_sampler():
+        yield
 
 
 @st.composite
@@ -118,6 +126,7 @@ def test_the_solver_equals_brute_force(question: Question, goal: Goal) -> None:
     problem = Problem.of(question)
     possible = [(cuts, n) for cuts in splits(question) if (n := blocks_of(problem, cuts)) >= question.least_blocks]
     found = best(problem, goal)
+    event(f"possible: {bool(possible)}")
     if not possible:
         assert found is None
         return

@@ -14,6 +14,8 @@ from placement.export import from_json
 from placement.svg import svg
 from tests.unit.placement.tiny_models import save
 
+LLAMA_8B = Path(__file__).parents[2] / "configs" / "llama-8b"
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,6 +34,22 @@ def test_table_and_explanation(model: Path, capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "KV capacity" in out
     assert "hidden states" in out
+
+
+def test_attention_changes_the_reserve_on_gpus_alone(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Its heads are of 32: by default no FlashInfer.
+    assert main([str(model), "--gpus", "L4"]) == 0
+    default = capsys.readouterr().out
+    assert main([str(model), "--gpus", "L4", "--attention", "torch"]) == 0
+    assert capsys.readouterr().out == default
+    assert "graphs" not in default
+    assert main([str(LLAMA_8B), "--gpus", "H100"]) == 0
+    default = capsys.readouterr().out
+    assert "graphs" in default
+    assert main([str(LLAMA_8B), "--gpus", "H100", "--attention", "flashinfer"]) == 0
+    assert capsys.readouterr().out == default
+    assert main([str(LLAMA_8B), "--gpus", "H100", "--attention", "torch"]) == 0
+    assert "graphs" not in capsys.readouterr().out
 
 
 def test_named_gpus_come_with_an_estimate(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +121,9 @@ def test_an_inventory_file_and_caps(model: Path, tmp_path: Path, capsys: pytest.
         (["--cpu", "1GB", "--pin", "lm_head=0", "--pin", "lm_head=0"], "pinned twice"),
         (["--cpu", "1GB", "--pin", "lm_haed=0"], "lm_head"),
         (["--cpu", "1GB", "--kv-dtype", "fp9"], "fp9"),
+        (["--cpu", "1GB", "--attention", "sdpa"], "invalid choice"),
+        (["--cpu", "1GB", "--attention", "flashinfer"], "attention flashinfer needs a GPU"),
+        (["--gpus", "L4", "--attention", "flashinfer"], "does not serve"),
         (["--cpu", "1GB", "--svg", "/no/such/folder/plan.svg"], "can't be written"),
     ],
 )
