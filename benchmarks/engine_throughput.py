@@ -105,6 +105,8 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
     model = load(folder, plan, device_type=plan.stages[0].gpu.device_type, limits=limits)
     loaded = time.monotonic()
     engine = Engine(model, plan, limits)
+    gc.collect()
+    gc.freeze()  # as the engine's process does
     print(
         f"\n{quantization}, {len(plan.stages)} stages of {[b - a for a, b in (s.layers for s in plan.stages)]} layers, "
         f"attention by {model.attention}: loaded in {loaded - began:.1f} s, "
@@ -126,6 +128,7 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
         _profile(engine, concurrency, options)
     engine.close()
     del engine, model
+    gc.unfreeze()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint import SHAPES, write
-from deployments.engine.client import ALLOCATOR
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
@@ -159,8 +157,7 @@ def _used(when: str, *, devices_count: int) -> str:
             f"GPU {device}: {total - free:,} taken, {total - free - reserved:,} of it outside torch's allocator, "
             f"which has {reserved:,} ({allocated:,} in use, {peak:,} at most)"
         )
-    expandable = any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot())
-    return f"{when}{' (segments expand)' if expandable else ''}: " + "; ".join(parts)
+    return f"{when}: " + "; ".join(parts)
 
 
 def _in_child(case: str, folder: Path) -> dict[str, Any]:
@@ -175,7 +172,7 @@ def _in_child(case: str, folder: Path) -> dict[str, Any]:
         "--folder",
         str(folder),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ALLOCATOR | os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -57,7 +57,7 @@ _QUANTISE_BYTES = {"nf4": 20, "fp4": 20, "int8": 12}
 8 bits: float16 copy and its absolute, float32 scaled and rounded."""
 _PADDING = 2
 """Decodes are gathered in groups padded to at most twice their length."""
-_FRAGMENTATION_BYTES, _FRAGMENTATION = 128 * 2**20, 512
+_FRAGMENTATION_BYTES, _FRAGMENTATION = 256 * 2**20, 512
 """Left to the allocator, whose segments expand by pages of 20 MiB: a sum, and one part in so many of a CUDA budget."""
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -74,10 +74,6 @@ class Scoring:
     softcap: float | None
 
 
-_ALIGN = 256
-"""Bytes that keys and values start at a multiple of."""
-
-
 class PagedKv:
     """KV blocks of one layer: keys and values, each [blocks + 1 scratch, block_size, kv_heads, head_dim].
 
@@ -85,43 +81,14 @@ class PagedKv:
     """
 
     def __init__(
-        self,
-        blocks: int,
-        block_size: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        store: Tensor | None = None,
+        self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (2, blocks + 1, block_size, kv_heads, head_dim)
-        both = torch.zeros(shape, dtype=dtype, device=device) if store is None else store.view(shape)
-        self.keys: Tensor = both[0]
-        self.values: Tensor = both[1]
+        shape = (blocks + 1, block_size, kv_heads, head_dim)
+        # Two storages: of views of one, torch.compile would not write to either in place but copy the whole cache.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.scratch = blocks
         """Block id of padding; no sequence owns it."""
-
-    @classmethod
-    def layers(
-        cls,
-        blocks: int,
-        block_size: int,
-        heads: Sequence[tuple[int, int]],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> tuple[PagedKv, ...]:
-        """The blocks of several layers in one allocation, since an allocator may waste a page of 20 MiB on each.
-
-        Args:
-            heads: (kv_heads, head_dim) of each layer.
-        """
-        sizes = [2 * (blocks + 1) * block_size * kv_heads * head_dim for kv_heads, head_dim in heads]
-        if any(size // 2 * dtype.itemsize % _ALIGN for size in sizes):
-            return tuple(cls(blocks, block_size, *shape, dtype, device) for shape in heads)
-        stores: tuple[Tensor, ...] = torch.split(torch.zeros(sum(sizes), dtype=dtype, device=device), sizes)
-        return tuple(
-            cls(blocks, block_size, *shape, dtype, device, store) for shape, store in zip(heads, stores, strict=True)
-        )
 
     @cached_property
     def bytes(self) -> int:

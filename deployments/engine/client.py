@@ -16,9 +16,6 @@ from deployments.engine.messages import Commands, EngineSpec, Failed, Started, S
 from deployments.errors import ConfigError
 from deployments.protocol import GenerationRequest, TokenChunk
 
-ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""Blocks freed while loading then serve any other size: the plan leaves little to fragmentation."""
-
 
 class EngineClient:
     """One engine process. All methods belong to one event loop.
@@ -57,7 +54,7 @@ class EngineClient:
         """
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
-        environment = ALLOCATOR | os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-m", "deployments.engine.process", str(theirs.fileno())]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()

@@ -26,6 +26,8 @@ MOST_CAPTURED_ROWS = 768
 _WARM_UPS = 2
 """Runs before a capture: libraries choose algorithms and take their workspaces at the first ones."""
 _TIMED_RUNS = 5
+_SMALL_STEP_BYTES = 256 * 2**20
+"""More than a step of a few rows takes: libraries make their workspaces in it, and weights are dequantised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +179,21 @@ class Lane:
         return self.stage.hidden(source, self._positions[None, :rows])
 
     def _attempt(self) -> None:
-        """Steps of one row and of several, over the scratch block."""
+        """Steps of one row and of several, over the scratch block.
+
+        Raises:
+            RuntimeError: they took memory as if they had copied KV blocks, as compiled code may that can't tell that
+                it may write in place.
+        """
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
         for rows in (1, 2, 3):
             self._prepare_scratch(Form(rows))
             self._compute(rows, self._incoming)
         torch.cuda.synchronize(self.device)
+        taken, blocks = torch.cuda.max_memory_allocated(self.device) - before, self.stage.kv[0].bytes // 2
+        if taken > max(blocks, _SMALL_STEP_BYTES):
+            raise RuntimeError(f"three rows took {taken:,} bytes, and a layer's keys are {blocks:,}: they were copied")
 
     def _capture(self, form: Form, pool: Any) -> torch.cuda.CUDAGraph:
         self._prepare_scratch(form)

@@ -97,9 +97,7 @@ def load(
     elif device_type == "cpu":
         _shorten_linears(model)
     if device_type == "cuda":
-        # What loading took must not lie between the blocks that stay: the KV cache takes what the plan says is free.
-        gc.collect()
-        torch.cuda.empty_cache()
+        _settle_memory()
     config._attn_implementation = model.config._attn_implementation = IMPLEMENTATION
     # GPT-2 and others have names of their own for some of the standard ones.
     shapes = layer_kv(config.to_dict() | {name: getattr(config, name) for name in config.attribute_map})
@@ -197,6 +195,19 @@ def _exact_allocations() -> Iterator[None]:
         yield
     finally:
         modeling_utils.caching_allocator_warmup = warm_up
+
+
+def _settle_memory() -> None:
+    """Give back what loading took, before the KV cache is made of what the plan says is free.
+
+    Until here each large tensor has a segment of its own, which is given back whole. From here on segments expand, so
+    that steps of ever other sizes share them: while tensors are replaced, those keep holes of up to a page of 20 MiB.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    private: Any = torch._C
+    set_allocator = getattr(private, "_accelerator_setAllocatorSettings", None)  # its name from some torch on
+    (set_allocator or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 def _use_kernels(model: nn.Module) -> None:
@@ -297,8 +308,10 @@ def _stage(
         if name.startswith(f"{decoder_name}.")
     }
     dtype = getattr(torch, plan.kv_dtype)
-    heads = [(shape.kv_heads, shape.head_dim) for shape in shapes[slice(*planned.layers)]]
-    kv = PagedKv.layers(plan.num_blocks, plan.block_size, heads, dtype, device)
+    kv = tuple(
+        PagedKv(plan.num_blocks, plan.block_size, shape.kv_heads, shape.head_dim, dtype, device)
+        for shape in shapes[slice(*planned.layers)]
+    )
     have, want = sum(cache.bytes for cache in kv), plan.kv_bytes(planned)
     if have != want:
         raise ConfigError(f"stage {index} of {plan.model} needs {have:,} bytes of KV cache, but its plan says {want:,}")
