@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, Node
+from placement.reserve import Workload, reserve
 from placement.wishes import Wish
 from tests.unit.placement.toy import toy_footprint
 
-GB = 10**9
-SMALL, LARGE = Gpu.of("small", 3 * GB, accelerator_type="S"), Gpu.of("large", 8 * GB, accelerator_type="L")
+GB, MB = 10**9, 10**6
+TAKEN = reserve(
+    toy_footprint([1]), Workload(4, 8, 256, 64, "float16"), device_type="cuda", budget_bytes=4 * GB, devices=2
+).held(last=True, blocks=1024, kv_block_bytes=0)
+"""What a GPU's reserve takes, more or less, whatever the constants of the day."""
+SMALL = Gpu.of("small", TAKEN + 2300 * MB, accelerator_type="S")
+LARGE = Gpu.of("large", TAKEN + 7300 * MB, accelerator_type="L")
 PART = {"bf16": 4, "int8": 2, "nf4": 1}
 """Bytes of a model at a quantisation, over its bytes at nf4."""
 
@@ -27,4 +33,4 @@ def cluster(*nodes: tuple[Gpu, ...]) -> Inventory:
 
 def wish(name: str = "m", megabytes: int = 1000, **options: object) -> Wish:
     """A wish that `weigh` knows; 64 tokens is what a toy was made for."""
-    return Wish(name, str(megabytes), **{"context": 16, "max_batch_tokens": 8, "block_size": 4, **options})  # type: ignore[arg-type]  # fields by name
+    return Wish(name, str(megabytes), **{"context": 16, "max_batch_tokens": 8, "block_size": 4, **options})  # type: ignore[arg-type]
