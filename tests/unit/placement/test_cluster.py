@@ -127,11 +127,11 @@ def test_no_row_of_the_frontier_surpasses_another() -> None:
 
 
 def test_gpus_that_differ_by_some_pages_are_alike() -> None:
-    gpus = tuple(Gpu.of("small", 3 * GB, free_bytes=3 * GB - 100 * page) for page in range(4))
+    gpus = tuple(Gpu.of("small", 4 * GB, free_bytes=4 * GB - 100 * page) for page in range(4))
     found = plan(cluster(gpus), wish(megabytes=3000))
     assert pools(found.chosen) == [("m", 2, "2xsmall", "nf4")]
     for pool in found.chosen.pools:
-        assert all(stage.budget_bytes <= 3 * GB - 300 for stage in pool.plan.stages)
+        assert all(stage.budget_bytes <= 4 * GB - 300 for stage in pool.plan.stages)
 
 
 def test_only_gpus_are_planned_for() -> None:

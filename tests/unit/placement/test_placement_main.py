@@ -99,7 +99,7 @@ def _tight(model: Path, capsys: pytest.CaptureFixture[str]) -> str:
 def test_an_inventory_file_and_caps(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inventory = tmp_path / "gpus.yaml"
     inventory.write_text("gpus: [{name: L4, memory: 24GB, count: 2}]")
-    assert main([str(model), "--inventory", str(inventory), "--max-memory", "0=500MB,1=2GB", "--json"]) == 0
+    assert main([str(model), "--inventory", str(inventory), "--max-memory", "0=1GB,1=2.5GB", "--json"]) == 0
     budgets = [stage["budget_bytes"] for stage in json.loads(capsys.readouterr().out)["plan"]["stages"]]
     assert budgets[1] - budgets[0] == 1_500_000_000
 

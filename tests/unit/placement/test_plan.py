@@ -12,6 +12,7 @@ import pytest
 
 from placement.errors import DoesNotFit, PlacementError
 from placement.export import explain
+from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, Node, virtual_cpu_devices
 from placement.kv import LayerKv
 from placement.plan import STATE, Plan, answer, solve
@@ -78,8 +79,8 @@ def test_kv_dtype_doubles_the_block() -> None:
 
 def test_a_cap_bounds_all_but_the_cuda_context() -> None:
     gpu = Gpu("toy", 10**10)
-    plan = solve(MODEL, [gpu], **WISHES, max_memory={0: "500MB"})
-    assert plan.stages[0].budget_bytes == 500 * 10**6 + CUDA_CONTEXT_BYTES
+    plan = solve(MODEL, [gpu], **WISHES, max_memory={0: "1GB"})
+    assert plan.stages[0].budget_bytes == 10**9 + CUDA_CONTEXT_BYTES
     assert {term.name for term in plan.stages[0].reserve} >= {"context", "fragmentation"}
     # Cap and context together are more than there is: the device is the bound.
     assert solve(MODEL, [gpu], **WISHES, max_memory={0: 10**10}).stages[0].budget_bytes == 10**10
@@ -157,10 +158,12 @@ def test_pins_against_the_order_are_kept_in_the_best_order() -> None:
         plan_on("1MB", "1MB", pins={"layers.0": 0, "layers.1": 1, "layers.2": 0}, order="best")
 
 
-def gpu_with(room: int) -> Gpu:
-    """A GPU with `room` bytes, or some MB more, beside what a toy's reserve takes."""
-    taken = solve(MODEL, [Gpu("toy", 2 * CUDA_CONTEXT_BYTES)], **WISHES).stages[0].reserve_bytes
-    return Gpu("toy", taken + room)
+def gpu_with(room: int, model: Footprint = MODEL) -> Gpu:
+    """A GPU with `room` bytes, more or less, beside what the reserve of a toy with some KB of weights takes."""
+    gpu = Gpu("toy", 10**10)
+    for _ in range(2):  # a part of it is for fragmentation
+        gpu = Gpu("toy", solve(model, [gpu], **WISHES).stages[0].reserve_bytes + room)
+    return gpu
 
 
 def test_the_cpu_is_the_last_resort() -> None:
@@ -180,8 +183,7 @@ def test_the_cpu_is_the_last_resort() -> None:
 def test_the_cpu_is_not_taken_for_what_only_a_longer_pipeline_needs() -> None:
     # 8 tokens of 2 bytes * 10**6 would come in for each of two slots, 32 MB: the GPU has room for all else.
     wide = replace(MODEL, geometry=replace(MODEL.geometry, hidden=10**6))
-    roomy = solve(wide, [Gpu("toy", 2 * CUDA_CONTEXT_BYTES)], **WISHES)
-    gpu = Gpu("toy", roomy.stages[0].weight_bytes + roomy.stages[0].reserve_bytes + 8 * 10**6)
+    gpu = gpu_with(8 * 10**6, wide)
     plan = solve(wide, [gpu], **WISHES)
     for goal in ("throughput", "capacity", "latency"):
         assert solve(wide, [gpu], goal=goal, **WISHES, allow_cpu="10GB") == plan
