@@ -12,6 +12,7 @@ sequences at half of the output) over the bandwidth of a large copy on this GPU.
 from __future__ import annotations
 
 import argparse
+import csv
 import gc
 import json
 import random
@@ -61,6 +62,17 @@ class Measured:
     """Median over requests."""
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call of the engine's `step`."""
+
+    ms: float
+    tokens: int
+    """Produced by the requests together."""
+    running: int
+    """Sequences in the pipeline afterwards, those in the middle of their prompts among them."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = _arguments().parse_args(argv)
@@ -69,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {"shape": options.shape, "input": options.input, "output": options.output, "runs": {}}
     bandwidth = copy_bandwidth()
     print(f"{_machine()}; a large copy moves {bandwidth / 1e12:.2f} TB/s", flush=True)
+    if options.steps:
+        options.steps.write_text("quantization,ms,tokens,running\n")
     for quantization in options.quantization.split(","):
         results["runs"][quantization] = _measure(folder, quantization, options, bandwidth)
     if options.json:
@@ -93,6 +107,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--generate", default="", help="concurrencies for transformers' generate() as well")
     parser.add_argument("--profile", default="", help="concurrencies whose decode step is shown by kernel class")
     parser.add_argument("--trace", type=Path, help="write a Chrome trace of the profiled steps here")
+    parser.add_argument("--steps", type=Path, help="write a CSV line per step of the largest concurrency here")
     parser.add_argument("--json", type=Path)
     return parser
 
@@ -114,10 +129,12 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
         flush=True,
     )
     results: dict[str, Any] = {"load_s": loaded - began, "engine": [], "generate": []}
-    _run(engine, 2, options.input, 8, tag="warm-up")
+    _run(engine, 2, options.input, min(8, options.output), tag="warm-up")
     for concurrency in concurrencies:
         floor = _floor_s(plan, concurrency, options.input + options.output // 2, bandwidth)
-        measured = _run(engine, concurrency, options.input, options.output, floor_s=floor)
+        measured, steps = _run(engine, concurrency, options.input, options.output, floor_s=floor)
+        if options.steps and concurrency == max(concurrencies):
+            _append(options.steps, quantization, steps)
         results["engine"].append(asdict(measured))
         print(
             f"{concurrency:5d} requests: {measured.tokens_per_s:8.0f} tokens/s, step {measured.step_ms:6.2f} ms, "
@@ -169,7 +186,7 @@ def _limits(options: argparse.Namespace, most: int) -> EngineLimits:
 
 def _run(
     engine: Engine, concurrency: int, inputs: int, outputs: int, *, floor_s: float = 0.0, tag: str = ""
-) -> Measured:
+) -> tuple[Measured, list[Step]]:
     """All requests at once, to their end."""
     seed = f"{tag}{concurrency}"
     for i, prompt in enumerate(_prompts(engine, concurrency, inputs, seed)):
@@ -177,23 +194,32 @@ def _run(
         engine.submit(GenerationRequest(f"{seed}-{i}", prompt, sampling))
     began = now = time.perf_counter()
     first: dict[str, float] = {}
-    steps: list[float] = []
+    steps: list[Step] = []
+    decoding: list[float] = []
     while engine.has_work():
         chunks = engine.step()
         before, now = now, time.perf_counter()
         for chunk in chunks:
             first.setdefault(chunk.request_id, now - began)
+        ms = 1e3 * (now - before)
+        steps.append(Step(ms, sum(len(chunk.token_ids) for chunk in chunks), engine.scheduler.running))
         if len(first) == concurrency and chunks:
-            steps.append(now - before)
+            decoding.append(ms)
     if engine.blocks.held_blocks:
         raise RuntimeError(f"{engine.blocks.held_blocks} blocks are held while idle")
-    return Measured(
+    measured = Measured(
         concurrency,
         concurrency * outputs / (now - began),
-        1e3 * statistics.median(steps[len(steps) // 4 :]),
+        statistics.median(decoding[len(decoding) // 4 :]),
         1e3 * floor_s,
         statistics.median(first.values()),
     )
+    return measured, steps
+
+
+def _append(path: Path, quantization: str, steps: Sequence[Step]) -> None:
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerows((quantization, f"{step.ms:.3f}", step.tokens, step.running) for step in steps)
 
 
 def _prompts(engine: Engine, count: int, length: int, seed: str) -> Iterator[tuple[int, ...]]:
