@@ -187,7 +187,7 @@ async def test_the_engine_ends_with_its_parent(spec: EngineSpec) -> None:
     ("folder", "memory", "reason"),
     [
         ("llama", "200KB", r"^pool default: tiny does not fit: device 0 needs [\d,]+ bytes and has 200,000\."),
-        ("nowhere", "40MB", r"^pool default: .*/nowhere/config\.json does not exist"),
+        ("nowhere", "40MB", r"^pool default: .*/nowhere does not exist; give a folder"),
     ],
     ids=["does not fit", "no such folder"],
 )
