@@ -9,7 +9,10 @@ from placement.export import PlanDocument
 
 def plan_schema() -> str:
     """JSON Schema (draft 2020-12) of what `to_json` writes, indented."""
-    return json.dumps(PlanDocument.model_json_schema(by_alias=True, mode="serialization"), indent=2)
+    schema = PlanDocument.model_json_schema(by_alias=True, mode="serialization")
+    for definition in schema["$defs"].values():  # what reading forbids, which pydantic 2.12 leaves unsaid
+        definition["additionalProperties"] = False
+    return json.dumps(schema, indent=2)
 
 
 if __name__ == "__main__":

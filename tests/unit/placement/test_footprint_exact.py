@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -142,15 +144,22 @@ def test_skipped_modules(folders: dict[str, Path], quantization: str, skip: tupl
     assert weighed.bytes != footprint(folder, quantization=quantization).bytes
 
 
+# In a dtype other than the stored one, older versions of transformers load these with other dtypes.
+_CAST = [
+    ("llama", "nf4", True, "float32"),
+    ("llama", "fp4", False, "float32"),
+    ("llama_tied", "int8", False, "float32"),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "quantization", "double_quant", "dtype"),
     [
         ("llama", "nf4", False, "bfloat16"),
-        ("llama", "nf4", True, "float32"),
-        ("llama", "fp4", False, "float32"),
+        ("llama", "nf4", True, "bfloat16"),
         ("llama", "int8", False, "bfloat16"),
-        ("llama_tied", "int8", False, "float32"),
         ("gpt2", "nf4", True, "bfloat16"),
+        *(_CAST if Version(transformers.__version__) >= Version("5.23") else ()),
     ],
 )
 def test_checkpoints_that_are_quantised_already(
