@@ -1,0 +1,136 @@
+"""The replica's end of the pipe, against an engine that is only a connection; the process is the contract tests'."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+from deployments.engine.client import EngineClient, _how_it_ended
+from deployments.engine.messages import Commands, Failed, StepReport
+from deployments.protocol import TokenChunk
+from tests.unit.engine.tiny import request
+
+
+class Wired:
+    """A client whose engine is the other end of a pipe."""
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[dict[str, int], str | None]] = []
+        self.client = EngineClient(lambda: self.reports.append((self.client.held, self.client.failure)))
+        self.engine, ours = Pipe()
+        self.client._connection = ours
+        asyncio.get_running_loop().add_reader(ours.fileno(), self.client._read)
+
+    async def received(self) -> Any:
+        """The client's next message."""
+        assert await asyncio.to_thread(self.engine.poll, 5.0), "the client sent nothing"
+        return self.engine.recv()
+
+    def say(self, *chunks: TokenChunk, held: tuple[tuple[str, int], ...] = ()) -> None:
+        self.engine.send(StepReport(chunks, held, cached_blocks=3, preemptions=2))
+
+    def close(self) -> None:
+        ours = self.client._connection
+        assert isinstance(ours, Connection)
+        asyncio.get_running_loop().remove_reader(ours.fileno())
+        self.client._writer.shutdown()
+        ours.close()
+        self.engine.close()
+
+
+@pytest.fixture
+async def wired() -> AsyncIterator[Wired]:
+    made = Wired()
+    yield made
+    made.close()
+
+
+def read(wired: Wired, name: str) -> asyncio.Task[list[TokenChunk]]:
+    async def all_of() -> list[TokenChunk]:
+        return [chunk async for chunk in wired.client.generate(request(name))]
+
+    return asyncio.create_task(all_of())
+
+
+async def test_what_comes_together_goes_in_one_message(wired: Wired) -> None:
+    readers = [read(wired, name) for name in "abc"]
+    message = await wired.received()
+    assert [each.request_id for each in message.submit] == ["a", "b", "c"]
+    assert not wired.engine.poll()
+    wired.say(*(TokenChunk(name, (7,), finish_reason="length") for name in "abc"))
+    assert [len(chunks) for chunks in await asyncio.gather(*readers)] == [1, 1, 1]
+
+
+async def test_each_stream_gets_its_own_chunks(wired: Wired) -> None:
+    a, b = read(wired, "a"), read(wired, "b")
+    await wired.received()
+    wired.say(TokenChunk("a", (1,)), TokenChunk("b", (2,)), TokenChunk("gone", (9,)), held=(("a", 4), ("b", 1)))
+    wired.say(TokenChunk("b", (3,), finish_reason="stop"), held=(("a", 4),))
+    wired.say(TokenChunk("a", (5,), finish_reason="length"))
+    assert [chunk.token_ids for chunk in await a] == [(1,), (5,)]
+    assert [chunk.token_ids for chunk in await b] == [(2,), (3,)]
+    assert wired.reports == [({"a": 4, "b": 1}, None), ({"a": 4}, None), ({}, None)]
+    assert (wired.client.cached_blocks, wired.client.preemptions) == (3, 2)
+
+
+async def test_who_leaves_is_aborted_once_and_who_ended_is_not(wired: Wired) -> None:
+    leaves, ends = read(wired, "leaves"), read(wired, "ends")
+    await wired.received()
+    wired.say(TokenChunk("ends", (1,), finish_reason="stop"))
+    await ends
+    leaves.cancel()
+    assert await wired.received() == Commands(abort=("leaves",))
+    assert not wired.engine.poll()
+
+
+async def test_a_full_pipe_does_not_hold_up_the_event_loop(wired: Wired) -> None:
+    """The engine reads nothing while it computes a step."""
+
+    def read_late() -> Any:
+        time.sleep(1.0)
+        return wired.engine.recv()
+
+    long = request("long", [1] * 1_000_000)  # more than a pipe holds
+    with ThreadPoolExecutor(1) as pool:
+        late, began = pool.submit(read_late), time.monotonic()
+        stream = wired.client.generate(long)
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.05)
+        assert time.monotonic() - began < 0.8
+        assert (await asyncio.wrap_future(late)).submit == (long,)
+    wired.say(TokenChunk("long", (1,), finish_reason="length"))
+    assert (await first).token_ids == (1,)
+    await stream.aclose()
+
+
+async def test_what_the_engine_says_last_ends_every_stream(wired: Wired) -> None:
+    readers = [read(wired, name) for name in "ab"]
+    await wired.received()
+    wired.engine.send(Failed("RuntimeError: CUDA error"))
+    for (chunk,) in await asyncio.gather(*readers):
+        assert (chunk.finish_reason, chunk.error) == ("error", "the engine failed: RuntimeError: CUDA error")
+    assert wired.reports[-1] == ({}, "RuntimeError: CUDA error")
+    (after,) = await read(wired, "after")
+    assert after.finish_reason == "error"
+    assert not wired.engine.poll(), "nothing is sent to an engine that is gone"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (3, ["exit code 3", "log"]),
+        (-signal.SIGKILL, ["SIGKILL", "out of memory"]),
+        (-signal.SIGSEGV, ["SIGSEGV"]),
+    ],
+)
+def test_how_a_process_ended(code: int, words: list[str]) -> None:
+    assert all(word in _how_it_ended(code) for word in words)
+    assert ("memory" in _how_it_ended(code)) == (code == -signal.SIGKILL)
