@@ -2,14 +2,16 @@
 
 On the CPU each stage has a lane, a thread that works on its steps in launch order, as a GPU has a stream. A step waits
 for the stage before, and for the ids that the step before it drew, by a future, as a stream waits by an event. What it
-waits for was launched earlier, so the oldest step can always go on.
+waits for was launched earlier, so the oldest step can always go on. One stage alone, with no step launched ahead, needs
+no thread: it works at launch.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from deployments.engine.sampler import Sampler
 from deployments.engine.sampling import SampledToken
 from deployments.engine.stages import Stage, StepRows
 from placement.plan import Plan
+
+T = TypeVar("T")
 
 CPU_LOOKAHEAD: Literal[0, 1] = 0
 """SmolLM2 135M in NF4, 1 and 8 sequences, one and two stages: with lookahead a token takes 0.99 to 1.02 times as long,
@@ -104,6 +108,18 @@ class _Passing:
     hidden: Tensor
 
 
+class _AtLaunch(Executor):
+    """Works in the thread that submits: two hand-overs between threads cost a step of a small model a twentieth."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - handed on by Future.result(), like any executor does
+            future.set_exception(error)
+        return future
+
+
 class LanePipeline:
     """The stages on the CPU, a lane each.
 
@@ -127,9 +143,14 @@ class LanePipeline:
         self._sampler = sampler
         self._drawn: dict[int, Future[list[SampledToken]]] = {}
         """By slot: what its latest step draws."""
-        self._lanes = [
-            ThreadPoolExecutor(1, f"stage-{i}", torch.set_num_threads, (threads,)) for i in range(len(stages))
-        ]
+        self._lanes: list[Executor]
+        if len(stages) == 1 and lookahead == 0:
+            torch.set_num_threads(threads)
+            self._lanes = [_AtLaunch()]
+        else:
+            self._lanes = [
+                ThreadPoolExecutor(1, f"stage-{i}", torch.set_num_threads, (threads,)) for i in range(len(stages))
+            ]
 
     def launch(self, slot: int, rows: StepRows, draw: Draw) -> Future[list[SampledToken]]:
         """See `Pipeline`."""
