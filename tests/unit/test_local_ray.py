@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import stat
 import tempfile
@@ -44,25 +43,3 @@ def test_environment_is_our_own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(first) == 64
     local_ray.set_environment(tmp_path)
     assert token.read_text(encoding="ascii") == first
-
-
-def test_haproxy_keeps_its_files_and_ports_to_itself(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    first, second = (local_ray.haproxy_environment(tmp_path / name) for name in "ab")
-    files = [name for name, value in first.items() if value.startswith(str(tmp_path / "a"))]
-    assert {"RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", "RAY_SERVE_HAPROXY_SOCKET_PATH"} <= set(files)
-    assert all(first[name] != second[name] for name in files)
-    ports = [
-        environment[f"RAY_SERVE_HAPROXY_{name}_PORT"]
-        for environment in (first, second)
-        for name in ("METRICS", "STATS")
-    ]
-    assert first["RAY_SERVE_HAPROXY_METRICS_PORT"] != first["RAY_SERVE_HAPROXY_STATS_PORT"]
-    assert all(1024 < int(port) < 65536 for port in ports)
-
-
-def test_every_haproxy_setting_is_one_that_serve_reads(tmp_path: Path) -> None:
-    constants = Path(str(importlib.util.find_spec("ray").submodule_search_locations[0])) / "serve/_private/constants.py"  # type: ignore[union-attr, index]  # ray is installed
-    text = constants.read_text(encoding="utf-8")
-    assert [name for name in local_ray.haproxy_environment(tmp_path) if f'"{name}"' not in text] == []
