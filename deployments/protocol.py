@@ -15,6 +15,12 @@ PROTOCOL_VERSION = 1
 REFUSED = "not taken up: "
 """How the error of a replica's first and only chunk begins when it refuses a grant; the request is then retried."""
 
+LOST = "the engine is gone: "
+"""How the error of a request's last chunk begins when its replica can't go on with it, but another may."""
+
+LOCAL_EPOCH = 0
+"""`Grant.ledger_epoch` of a grant that an ingress made by itself because the ledger gave no answer."""
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 """How a request ended: an end token or stop string, the token limit, the client's leaving, a failure."""
 
@@ -63,7 +69,8 @@ class Grant:
     """Serve's unique id of the replica."""
     replica_epoch: int
     ledger_epoch: int
-    """Start time in ns of the ledger that made it; a replica refuses grants older than the newest ledger it knows."""
+    """Start time in ns of the ledger that made it; a replica refuses grants older than the newest ledger it knows.
+    `LOCAL_EPOCH`: no ledger made it, and the replica takes it up only if it has that many blocks free."""
     blocks: int
     expires_at: float
     """Unix seconds until which the replica takes the grant up; afterwards it refuses it."""
@@ -110,7 +117,15 @@ class GenerationRequest:
     """None only in process (tests, benchmarks): a replica refuses a request without a grant."""
     salt: str = ""
     """Tenant salt of the prefix cache: blocks are shared only between equal salts."""
+    resumed_tokens: int = 0
+    """How many of the last `prompt_ids` are output that an earlier attempt produced. They count as output: for
+    penalties, `min_tokens`, `max_tokens` and random numbers. Chunks bring what comes after them."""
     version: int = PROTOCOL_VERSION
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt as the client sent it."""
+        return len(self.prompt_ids) - self.resumed_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +153,18 @@ class TokenChunk:
     error: str | None = None
     """Message for the client when `finish_reason` is "error"."""
     cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache; set on a request's first chunk."""
+    """Prompt tokens found in the prefix cache; set on a request's first chunk, and 0 where it resumes."""
+
+    def joined(self, later: TokenChunk) -> TokenChunk:
+        """This chunk and the one after it as one: what a reader that fell behind gets."""
+        return TokenChunk(
+            self.request_id,
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            later.finish_reason,
+            later.error,
+            max(self.cached_tokens, later.cached_tokens),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +194,32 @@ class ReplicaState:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaSpot:
+    """What an ingress needs to know of a replica to place a request by itself. Counts are blocks."""
+
+    replica_id: str
+    pool: str
+    epoch: int
+    block_size: int
+    capacity_blocks: int
+    headroom_blocks: int
+    max_context: int
+
+
+@dataclass(frozen=True, slots=True)
 class LedgerNews:
     """The ledger's answer to an ingress's notice."""
 
     epoch: int
     max_context: int | None
     """Longest prompt + output in tokens that a known replica holds; None while none is known."""
+    warming: bool = False
+    """Whether the ledger is new and waits for the replicas' reports."""
+    expected_output_tokens: int = 0
+    spots: tuple[ReplicaSpot, ...] = ()
+    """Replicas that can take work now."""
+    silent: tuple[tuple[str, int], ...] = ()
+    """(replica id, epoch) of replicas whose heartbeats stopped: frozen, cut off or dead."""
 
 
 @dataclass(frozen=True, slots=True)
