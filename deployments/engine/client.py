@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 from deployments.engine.messages import Commands, EngineSpec, Failed, Started, StepReport
 from deployments.errors import ConfigError
-from deployments.protocol import GenerationRequest, TokenChunk
+from deployments.protocol import LOST, GenerationRequest, TokenChunk
 
 
 class EngineClient:
@@ -79,6 +79,8 @@ class EngineClient:
         try:
             while True:
                 chunk = await stream.get()
+                while chunk.finish_reason is None and not stream.empty():  # a reader that fell behind gets less often
+                    chunk = chunk.joined(stream.get_nowait())
                 if chunk.finish_reason is not None:
                     self._streams.pop(request.request_id, None)
                 yield chunk
@@ -169,7 +171,7 @@ class EngineClient:
 
 
 def _failed(request_id: str, reason: str) -> TokenChunk:
-    return TokenChunk(request_id, finish_reason="error", error=f"the engine failed: {reason}")
+    return TokenChunk(request_id, finish_reason="error", error=LOST + reason)
 
 
 def _how_it_ended(code: int) -> str:

@@ -32,7 +32,8 @@ class _Live:
 
     request: GenerationRequest
     row: Row
-    produced: int = 0
+    produced: int
+    """Tokens of the output, those that an earlier attempt produced included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +95,21 @@ class Engine:
         outside = [token for token in request.prompt_ids if not 0 <= token < self._vocab_size]
         if outside:
             raise ValueError(f"prompt has token {outside[0]}, but the model's ids are 0 to {self._vocab_size - 1}")
-        tokens = len(request.prompt_ids) + request.sampling.max_tokens
+        left = request.sampling.max_tokens - request.resumed_tokens
+        if request.resumed_tokens and not (0 < request.resumed_tokens < len(request.prompt_ids) and left > 0):
+            raise ValueError(
+                f"{request.resumed_tokens} tokens to resume from must be fewer than the {len(request.prompt_ids)} ids "
+                f"given and than max_tokens, {request.sampling.max_tokens}"
+            )
+        tokens = request.prompt_tokens + request.sampling.max_tokens
         if tokens > self._max_context:
             raise ValueError(
                 f"prompt and max_tokens are {tokens} tokens, and a request has at most {self._max_context} here; "
                 "lower max_tokens, shorten the prompt, or raise the pool's max_context"
             )
-        row = Row(request.sampling, len(request.prompt_ids), self._vocab_size)
-        self._scheduler.add(
-            request.request_id, request.prompt_ids, max_tokens=request.sampling.max_tokens, salt=request.salt
-        )
-        self._live[request.request_id] = _Live(request, row)
+        row = Row(request.sampling, request.prompt_tokens, self._vocab_size)
+        self._scheduler.add(request.request_id, request.prompt_ids, max_tokens=left, salt=request.salt)
+        self._live[request.request_id] = _Live(request, row, request.resumed_tokens)
 
     def abort(self, request_id: str) -> None:
         """End a request without another chunk; unknown ids and ended requests are left alone."""

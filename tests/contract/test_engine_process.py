@@ -21,7 +21,7 @@ from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits, EngineSpec, Started
 from deployments.errors import ConfigError
-from deployments.protocol import GenerationRequest, TokenChunk
+from deployments.protocol import LOST, GenerationRequest, TokenChunk
 from deployments.settings import PoolSettings
 from tests.unit.engine.tiny import VOCAB, drain, llama, request, save
 
@@ -153,7 +153,7 @@ async def test_a_killed_engine_ends_its_streams_with_an_error(spec: EngineSpec) 
     assert client.held == {}
     assert reports[-1] == client.failure, "the replica is told"
     (after,) = await all_of(client, request("after"))
-    assert (after.finish_reason, after.error) == ("error", f"the engine failed: {client.failure}")
+    assert (after.finish_reason, after.error) == ("error", LOST + str(client.failure))
     client.stop()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from deployments.engine.client import EngineClient, _how_it_ended
 from deployments.engine.messages import Commands, Failed, StepReport
-from deployments.protocol import TokenChunk
+from deployments.protocol import LOST, TokenChunk
 from tests.unit.engine.tiny import request
 
 
@@ -81,6 +81,21 @@ async def test_each_stream_gets_its_own_chunks(wired: Wired) -> None:
     assert (wired.client.cached_blocks, wired.client.preemptions) == (3, 2)
 
 
+async def test_a_reader_that_fell_behind_gets_what_it_missed_as_one_chunk(wired: Wired) -> None:
+    stream = wired.client.generate(request("a"))
+    first = asyncio.create_task(anext(stream))
+    await wired.received()
+    wired.say(TokenChunk("a", (1,), cached_tokens=4))
+    assert await first == TokenChunk("a", (1,), cached_tokens=4)
+    for token in (2, 3):
+        wired.say(TokenChunk("a", (token,)))
+    wired.say(TokenChunk("a", (4,), finish_reason="stop"))
+    wired.say(TokenChunk("a"))  # to nobody: "a" has ended
+    while len(wired.reports) < 5:
+        await asyncio.sleep(0.01)
+    assert [chunk async for chunk in stream] == [TokenChunk("a", (2, 3, 4), finish_reason="stop")]
+
+
 async def test_who_leaves_is_aborted_once_and_who_ended_is_not(wired: Wired) -> None:
     leaves, ends = read(wired, "leaves"), read(wired, "ends")
     await wired.received()
@@ -116,7 +131,7 @@ async def test_what_the_engine_says_last_ends_every_stream(wired: Wired) -> None
     await wired.received()
     wired.engine.send(Failed("RuntimeError: CUDA error"))
     for (chunk,) in await asyncio.gather(*readers):
-        assert (chunk.finish_reason, chunk.error) == ("error", "the engine failed: RuntimeError: CUDA error")
+        assert (chunk.finish_reason, chunk.error) == ("error", LOST + "RuntimeError: CUDA error")
     assert wired.reports[-1] == ({}, "RuntimeError: CUDA error")
     (after,) = await read(wired, "after")
     assert after.finish_reason == "error"

@@ -243,6 +243,48 @@ def test_refuses_an_id_in_use_and_leaves_its_owner(single: Engine) -> None:
     assert len(ids(drain(single)["a"])) == 3
 
 
+# Resuming
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "drawn": {"temperature": 1.0, "seed": 7, "choice": 2, "top_p": 0.95},
+    "repetition": {"temperature": 0.9, "repetition_penalty": 1.7},
+    "frequency": {"temperature": 0.9, "frequency_penalty": 1.5, "presence_penalty": 0.7},
+    "logprobs": {"temperature": 0.7, "logprobs": 2},
+}
+
+
+@pytest.mark.parametrize("sampling", RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize("cut", [1, 9, 19])
+def test_a_resumed_request_goes_on_as_if_nothing_had_happened(single: Engine, sampling: Any, cut: int) -> None:
+    whole = request("a", range(30, 43), max_tokens=20, salt="1", **sampling)
+    uncut = generate(single, whole)["a"]
+    resumed = replace(whole, prompt_ids=whole.prompt_ids + ids(uncut)[:cut], resumed_tokens=cut, salt="2")
+    rest = generate(single, resumed)["a"]
+    assert ids(rest) == ids(uncut)[cut:]
+    assert rest[-1].finish_reason == "length"
+    ranked = [(log.token_id, pytest.approx(log.logprob, abs=1e-3)) for c in uncut[cut:] for log in c.logprobs]
+    assert [(log.token_id, log.logprob) for c in rest for log in c.logprobs] == ranked
+
+
+def test_what_was_produced_before_counts_for_min_tokens_and_not_as_cached(single: Engine) -> None:
+    free = run(single, range(50, 60), max_tokens=9, temperature=1.0)
+    wish = {"max_tokens": 9, "temperature": 1.0, "end_ids": (free[6],), "min_tokens": 7}
+    whole = request("a", range(50, 60), **wish)
+    uncut = ids(generate(single, whole)["a"])
+    rest = generate(single, replace(whole, prompt_ids=whole.prompt_ids + uncut[:5], resumed_tokens=5))["a"]
+    assert ids(rest) == uncut[5:]
+    assert rest[0].cached_tokens == 0  # blocks of the first run are there: they are not the client's prompt alone
+
+
+@pytest.mark.parametrize(("resumed", "max_tokens"), [(13, 20), (4, 4), (-1, 20)])
+def test_refuses_to_resume_what_has_nothing_left_to_do(single: Engine, resumed: int, max_tokens: int) -> None:
+    with pytest.raises(ValueError, match="to resume from"):
+        single.submit(replace(request("a", range(13), max_tokens=max_tokens), resumed_tokens=resumed))
+    assert not single.has_work()
+
+
 # Failures
 
 
