@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deployments.protocol import Grant, ReplicaState
+from deployments.protocol import Grant, ReplicaSpot, ReplicaState
 
 
 @dataclass(slots=True)
@@ -57,6 +57,19 @@ class ReplicaAccount:
     def held_blocks(self) -> int:
         """Blocks in the replica's last report."""
         return sum(self._held.values())
+
+    def spot(self) -> ReplicaSpot:
+        """What an ingress is told of the replica."""
+        state = self.state
+        return ReplicaSpot(
+            replica_id=state.replica_id,
+            pool=state.pool,
+            epoch=state.epoch,
+            block_size=state.block_size,
+            capacity_blocks=state.capacity_blocks,
+            headroom_blocks=self.headroom_blocks,
+            max_context=state.max_context,
+        )
 
     def promise(self, grant: Grant) -> None:
         """Charge a new grant."""

@@ -204,7 +204,16 @@ class Ledger:
 
     def news(self) -> LedgerNews:
         """What an ingress is told each second."""
-        return LedgerNews(self.epoch, max((account.max_context for account in self._accounts.values()), default=None))
+        accounts = self._accounts.values()
+        quiet = [a.state for a in accounts if self._now - a.heard_at > self.config.silence_s]
+        return LedgerNews(
+            epoch=self.epoch,
+            max_context=max((account.max_context for account in accounts), default=None),
+            warming=self._still_warming(self._now),
+            expected_output_tokens=self._lengths.expected(),
+            spots=tuple(account.spot() for account in accounts if self._sells(account)),
+            silent=tuple((state.replica_id, state.epoch) for state in quiet),
+        )
 
     def view(self, now: float) -> LedgerView:
         """A snapshot."""

@@ -309,3 +309,26 @@ def test_news_name_the_longest_request_that_a_known_replica_holds() -> None:
     small, large = state(), state("r1")
     book = ledger(small, replace(large, max_context=2 * large.max_context))
     assert book.news().max_context == 2 * large.max_context
+
+
+def test_news_tells_what_an_ingress_needs_to_place_requests_by_itself() -> None:
+    book = ledger(state("a"), state("b"), state("c", draining=True))
+    granted(book.reserve(wish("q"), 0.0))
+    news = book.news()
+    assert {(spot.replica_id, spot.pool, spot.epoch) for spot in news.spots} == {
+        ("a", "default", 1),
+        ("b", "default", 1),
+    }
+    assert sorted(spot.headroom_blocks for spot in news.spots) == [8, 10]
+    assert (news.warming, news.silent, news.expected_output_tokens) == (False, (), 256)
+
+
+def test_news_names_replicas_that_fell_silent_and_not_those_that_were_lost() -> None:
+    book = ledger(state("a"), state("b"), state("c"))
+    book.replica_gone("c", 1)
+    book.report(state("b", 2), 4.0)
+    book.report(state("c", 2), 4.0)
+    book.replica_gone("c", 1)
+    book.tick(4.0)
+    assert book.news().silent == (("a", 1),)
+    assert [spot.replica_id for spot in book.news().spots] == ["b"]
