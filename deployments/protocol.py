@@ -88,6 +88,10 @@ class ReserveRequest:
     """How long the request may wait in the queue before it is refused."""
     pool: str | None = None
     """Insists on one pool; None lets the policy choose."""
+    tenant: str = ""
+    """Who asks: those who wait share the room between tenants, by weight."""
+    priority: int = 0
+    """Orders a tenant's own requests: lower is served first."""
     version: int = PROTOCOL_VERSION
 
 
@@ -120,6 +124,10 @@ class GenerationRequest:
     resumed_tokens: int = 0
     """How many of the last `prompt_ids` are output that an earlier attempt produced. They count as output: for
     penalties, `min_tokens`, `max_tokens` and random numbers. Chunks bring what comes after them."""
+    tenant: str = ""
+    """As in `ReserveRequest`."""
+    priority: int = 0
+    """As in `ReserveRequest`."""
     version: int = PROTOCOL_VERSION
 
     @property
