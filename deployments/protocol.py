@@ -72,8 +72,21 @@ class Grant:
     """Start time in ns of the ledger that made it; a replica refuses grants older than the newest ledger it knows.
     `LOCAL_EPOCH`: no ledger made it, and the replica takes it up only if it has that many blocks free."""
     blocks: int
+    """Without those that it is expected to share."""
     expires_at: float
     """Unix seconds until which the replica takes the grant up; afterwards it refuses it."""
+    shared_blocks: int = 0
+    """Blocks of the request's prefix that running requests hold there already: it needs `blocks` and these together,
+    and these are paid for once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A prompt's leading whole granules as a chain of hashes (`deployments.granules`): equal means equal tokens."""
+
+    granule_tokens: int
+    hashes: tuple[int, ...]
+    """Unsigned 64-bit; each covers the prompt from its first token, the tenant's salt and the granule's size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,8 @@ class ReserveRequest:
     """Who asks: those who wait share the room between tenants, by weight."""
     priority: int = 0
     """Orders a tenant's own requests: lower is served first."""
+    prefix: Prefix | None = None
+    """What the prompt begins with, to find replicas that have it cached; None: not looked for."""
     version: int = PROTOCOL_VERSION
 
 
@@ -176,6 +191,19 @@ class TokenChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedGranules:
+    """Which granules of prompts a replica has cached: all of them, or only those that changed. By hash, see `Prefix`."""
+
+    whole: bool = False
+    """What is not named is not cached; otherwise it is as it was."""
+    used: tuple[int, ...] = ()
+    """Running requests hold their blocks, and those of all granules before them in their chain."""
+    idle: tuple[int, ...] = ()
+    """Kept for as long as nobody needs the room."""
+    gone: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaState:
     """A replica's report to the ledger: on change, at most every 100 ms, and a heartbeat each second."""
 
@@ -198,6 +226,10 @@ class ReplicaState:
     ledger_epoch: int = 0
     """Newest ledger epoch that the replica knows (from the answers to its reports). A ledger sells nothing on a replica
     that does not know it yet: grants of the ledger before could still be taken up there."""
+    shared_blocks: int = 0
+    """How much less than the sum of `held` is really held, because requests share prefixes; whole granules count."""
+    granules: CachedGranules = CachedGranules()
+    """Every change since the last report that this ledger acknowledged, or the whole for one that has none yet."""
     version: int = PROTOCOL_VERSION
 
 
