@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,16 +77,25 @@ class Scoring:
 class PagedKv:
     """KV blocks of one layer: keys and values, each [blocks + 1 scratch, block_size, kv_heads, head_dim].
 
-    In float8_e4m3fn they are stored at scale 1; what lies outside its range saturates.
+    In float8_e4m3fn they are stored at scale 1; what lies outside its range saturates. A latent (MLA) is one vector
+    that stands for both: it is in the keys, and the values are of size 0.
     """
 
     def __init__(
-        self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        latent: bool = False,
     ) -> None:
         shape = (blocks + 1, block_size, kv_heads, head_dim)
         # Two storages: of views of one, torch.compile would not write to either in place but copy the whole cache.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros((*shape[:3], 0) if latent else shape, dtype=dtype, device=device)
         self.scratch = blocks
         """Block id of padding; no sequence owns it."""
 
@@ -96,20 +105,54 @@ class PagedKv:
         return self.keys.nbytes + self.values.nbytes
 
 
-class AttentionBackend(ABC):
-    """Computes attention over the KV blocks of one device's layers, one step at a time."""
+class Attention(ABC):
+    """Runs a stage's layers for a step, so that they attend over the KV blocks of one device."""
 
     name: ClassVar[str]
     capturable: ClassVar[bool]
-    """Whether `attend` may be captured in a CUDA graph, and replayed after another `prepare` of as many rows."""
+    """Whether a run may be captured in a CUDA graph, and replayed after another `prepare` of as many rows."""
+    compilable: ClassVar[bool] = True
+    """Whether torch.compile may have the layers."""
 
     def __init__(self) -> None:
         self.calls: Counter[int] = Counter()
         """Calls by the address of the layer's keys; replays of a graph are not among them."""
+        self.runs = 0
+        """Forwards; each calls every layer's attention once."""
 
     @abstractmethod
     def prepare(self, layout: StepLayout) -> None:
         """Make ready for a step: work on the host and uploads on the current stream, never captured."""
+
+    @abstractmethod
+    def run(
+        self, forward: Callable[..., Tensor], source: Tensor, positions: Tensor, kv: Mapping[int, PagedKv]
+    ) -> Tensor:
+        """Run the layers on all rows of the step that was prepared.
+
+        Args:
+            forward: (ids [B, n] or hidden states [B, n, hidden], positions int64 [B, n], and by name what else the
+                model's decoder takes) -> [B, n, hidden].
+            source: [1, T] or [1, T, hidden], as the stage has it.
+            positions: int64 [1, T].
+            kv: the stage's blocks by the layer's index in the model.
+
+        Returns:
+            [1, T, hidden].
+        """
+
+
+class AttentionBackend(Attention):
+    """Computes attention over the blocks themselves, for models that call transformers' attention function."""
+
+    def run(
+        self, forward: Callable[..., Tensor], source: Tensor, positions: Tensor, kv: Mapping[int, PagedKv]
+    ) -> Tensor:
+        """One forward over all rows; the layers find their blocks by `attach_kv`."""
+        del kv
+        self.runs += 1
+        with self.step():
+            return forward(source, positions, use_cache=False)
 
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, how: Scoring) -> Tensor:
@@ -173,19 +216,24 @@ def paged_attention(
         raise UnsupportedAttention(f"{type(module).__name__} passes {reason}, which paged attention does not compute")
     kv: PagedKv = module.headroom_kv  # type: ignore[assignment]  # as `attach_kv` left it
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    key, value = _stored(key, kv.keys.dtype), _stored(value, kv.values.dtype)
+    key, value = stored(key, kv.keys.dtype), stored(value, kv.values.dtype)
     out: Tensor = torch.ops.headroom.paged_attention(
         query, key, value, kv.keys, kv.values, scale, sliding_window, softcap
     )
     return out, None
 
 
-def _stored(rows: Tensor, dtype: torch.dtype) -> Tensor:
+def stored(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """`rows` as the blocks keep them. Not in the operator, so that a compiled layer fuses it with what comes before."""
     if dtype == torch.float8_e4m3fn:  # saturate, whatever the device's conversion does with what lies outside
         limit = torch.finfo(dtype).max
         rows = rows.clamp(-limit, limit)
     return rows.to(dtype)
+
+
+def indexable(tensor: Tensor) -> Tensor:
+    """float8 as bytes: PyTorch's indexing does not know it everywhere."""
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
 
 
 def _attend(

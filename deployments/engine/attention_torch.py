@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from deployments.engine.attention import AttentionBackend, RowSpan, Scoring, StepLayout
+from deployments.engine.attention import AttentionBackend, RowSpan, Scoring, StepLayout, indexable
 
 
 @dataclass(frozen=True)
@@ -169,15 +169,10 @@ def _decode_group(
 
 def _write(blocks: Tensor, rows: Tensor, geometry: Geometry) -> None:
     """Store the step's [1, kv_heads, T, head_dim] rows, and clear what stays unwritten of new blocks."""
-    flat, rows = _indexable(blocks).flatten(0, 1), _indexable(rows[0].transpose(0, 1))
+    flat, rows = indexable(blocks).flatten(0, 1), indexable(rows[0].transpose(0, 1))
     flat.index_copy_(0, geometry.slots, rows)
     if geometry.unwritten is not None:
         flat.index_fill_(0, geometry.unwritten, 0)
-
-
-def _indexable(tensor: Tensor) -> Tensor:
-    """float8 as bytes: PyTorch's indexing does not know it everywhere."""
-    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
 
 
 @dataclass(frozen=True)
@@ -194,7 +189,7 @@ class _Gathered:
         return self._gather(self.keys, tables, rows), self._gather(self.values, tables, rows)
 
     def _gather(self, blocks: Tensor, tables: Tensor, rows: int) -> Tensor:
-        found = _indexable(blocks).index_select(0, tables).view(blocks.dtype).to(self.dtype)
+        found = indexable(blocks).index_select(0, tables).view(blocks.dtype).to(self.dtype)
         return found.view(rows, -1, *blocks.shape[2:]).transpose(1, 2)
 
 

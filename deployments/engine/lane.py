@@ -96,7 +96,12 @@ class Lane:
     @torch.inference_mode()
     def warm(self, progress: Callable[[int, int], None]) -> None:
         """Compile the layers and capture the graphs; `progress` hears (done, all)."""
-        self.compile_error = compile_layers(self.stage.layer_modules, self._attempt)
+        if self.stage.attention.compilable:
+            self.compile_error = compile_layers(self.stage.layer_modules, self._attempt)
+        else:
+            self.compile_error = (
+                f"attention by {self.stage.attention.name} is no operator that compiled code could call"
+            )
         if not self.stage.attention.capturable:
             log.info("attention by %s can't be captured: steps run without CUDA graphs", self.stage.attention.name)
             return

@@ -16,6 +16,7 @@ scaling and soft caps stay transformers' code as well.
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deployments.engine.attention import AttentionBackend, PagedKv, RowSpan, StepLayout
+from deployments.engine.attention import Attention, PagedKv, RowSpan, StepLayout
 
 
 class Absent(nn.Module):
@@ -105,7 +106,7 @@ class Stage:
         own: the stage's own copies of the decoder's submodules (rotary tables), by name.
         device: where the stage's tensors are.
         kv: KV blocks of each of its layers, in order.
-        attention: computes attention over them.
+        attention: runs the layers so that they attend over them.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Stage:
         own: dict[str, nn.Module],
         device: torch.device,
         kv: tuple[PagedKv, ...],
-        attention: AttentionBackend,
+        attention: Attention,
     ) -> None:
         decoder_name, decoder = find_decoder(model)
         list_name, every_layer = find_layers(decoder)
@@ -131,6 +132,8 @@ class Stage:
         self.is_last = layers[1] == len(every_layer)
         self.hidden_size: int = decoder.config.hidden_size  # type: ignore[union-attr, assignment]  # a config's attribute
         self.layer_modules: list[nn.Module] = list(every_layer[layers[0] : layers[1]])
+        self._kv_by_layer = dict(zip(range(*layers), kv, strict=True))
+        self._takes_positions = _takes(decoder, "position_ids")
         run = list(self.layer_modules)
         for layer, cache in zip(run, kv, strict=True):
             attach_kv(layer, cache)
@@ -183,13 +186,17 @@ class Stage:
         Returns:
             [1, T, hidden].
         """
-        with self.attention.step():
-            if self._entry is None:
-                out = self._decoder(input_ids=source, position_ids=positions, use_cache=False)
-            else:
-                self._entry.incoming = source
-                out = self._decoder(inputs_embeds=source, position_ids=positions, use_cache=False)
-                self._entry.incoming = None
+        return self.attention.run(self._forward, source, positions, self._kv_by_layer)
+
+    def _forward(self, source: Tensor, positions: Tensor, **options: Any) -> Tensor:
+        """The decoder's forward on ids [B, n] or hidden states [B, n, hidden]."""
+        options |= {"position_ids": positions} if self._takes_positions else {}
+        if self._entry is None:
+            out = self._decoder(input_ids=source, **options)
+        else:
+            self._entry.incoming = source
+            out = self._decoder(inputs_embeds=source, **options)
+            self._entry.incoming = None
         if self._exit is None:
             hidden: Tensor = out.last_hidden_state
             return hidden
@@ -240,11 +247,23 @@ def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     raise LookupError(f"{type(decoder).__name__} has no list of {count} layers")
 
 
+def _takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward has a parameter of a name."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
 def attach_kv(layer: nn.Module, cache: PagedKv) -> None:
     """Let the attention modules in `layer` find their KV blocks."""
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
             module.headroom_kv = cache  # type: ignore[assignment]  # an attribute, no submodule
+
+
+def detach_kv(model: nn.Module) -> None:
+    """Undo `attach_kv` for all layers."""
+    for module in model.modules():
+        module.__dict__.pop("headroom_kv", None)
 
 
 def _shallow(module: nn.Module) -> nn.Module:
