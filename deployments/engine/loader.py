@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,29 +20,18 @@ from typing import Any, Literal
 import torch
 from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, modeling_utils
 
-from deployments.engine.attention import IMPLEMENTATION, AttentionBackend, PagedKv, RowSpan, UnsupportedAttention
-from deployments.engine.attention_choice import choose
-from deployments.engine.flashinfer_fit import Kind
+from deployments.engine.cut import Cut
+from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits
-from deployments.engine.stages import Stage, StepRows, find_decoder, find_layers, run_stages
+from deployments.engine.stages import Stage
 from deployments.errors import ConfigError
 from deployments.once import make_once
 from placement.export import device_map
-from placement.kv import LayerKv, layer_kv
 from placement.plan import Plan
 
 log = logging.getLogger(__name__)
-
-PROBE_TOKENS = 41
-"""Enough for a prefill, a prefill with context, a decode and several blocks; odd, so that no block is just full."""
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
-"""Bound on RMS(paged - plain) / RMS(plain) of the logits. Rounding stays an order below; a missing mask or bias
-does not."""
-_FP8_TOLERANCE = 0.15
-"""The same with KV in fp8, whose rounding of 1/16 at most is above that of all compute dtypes."""
-
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -80,8 +68,7 @@ def load(
     model = _read(model_dir, plan, quantization, device_map(plan, device_type))
     if plan.dtype == "float32":
         _keep_float32(model)
-    config = model.config.get_text_config()
-    ids = _probe_ids(config.vocab_size, plan)
+    ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     devices = [
         torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
     ]
@@ -90,7 +77,7 @@ def load(
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
     if kernels and plan.quantization == "int8":
         _use_kernels(model)  # before the plain forward: bitsandbytes would round its activations to 8 bits
-    expected = _plain_logits(model, ids)
+    expected = plain_logits(model, ids)
     remove_hook_from_submodules(model)
     if kernels:
         _use_kernels(model)
@@ -98,15 +85,8 @@ def load(
         _shorten_linears(model)
     if device_type == "cuda":
         _settle_memory()
-    config._attn_implementation = model.config._attn_implementation = IMPLEMENTATION
-    # GPT-2 and others have names of their own for some of the standard ones.
-    shapes = layer_kv(config.to_dict() | {name: getattr(config, name) for name in config.attribute_map})
-    attention = choose(plan, _attention_kinds(config, shapes, plan), devices, limits)
-    stages = tuple(
-        _stage(model, plan, i, devices[i], shapes, copies, backend) for i, backend in enumerate(attention.backends)
-    )
-    _probe(type(model).__name__, stages, plan, ids, expected)
-    return LoadedModel(stages, int(expected.shape[-1]), attention.shown)
+    stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
+    return LoadedModel(stages, int(expected.shape[-1]), attention)
 
 
 def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
@@ -282,101 +262,3 @@ def _own_modules(model: PreTrainedModel, plan: Plan, devices: list[torch.device]
         for i, stage in enumerate(plan.stages)
         for name in stage.copies
     }
-
-
-def _stage(
-    model: PreTrainedModel,
-    plan: Plan,
-    index: int,
-    device: torch.device,
-    shapes: tuple[LayerKv, ...],
-    copies: dict[str, nn.Module],
-    attention: AttentionBackend,
-) -> Stage:
-    planned = plan.stages[index]
-    decoder_name, decoder = find_decoder(model)
-    layer_list, _ = find_layers(decoder)
-    held = {*planned.modules, *planned.copies}
-    absent = frozenset(
-        name
-        for name, child in decoder.named_children()
-        if name != layer_list and f"{decoder_name}.{name}" not in held and _has_tensors(child)
-    )
-    own = {
-        name.removeprefix(f"{decoder_name}."): copies[f"{index}:{name}"]
-        for name in planned.copies
-        if name.startswith(f"{decoder_name}.")
-    }
-    dtype = getattr(torch, plan.kv_dtype)
-    kv = tuple(
-        PagedKv(plan.num_blocks, plan.block_size, shape.kv_heads, shape.head_dim, dtype, device)
-        for shape in shapes[slice(*planned.layers)]
-    )
-    have, want = sum(cache.bytes for cache in kv), plan.kv_bytes(planned)
-    if have != want:
-        raise ConfigError(f"stage {index} of {plan.model} needs {have:,} bytes of KV cache, but its plan says {want:,}")
-    return Stage(model, planned.layers, absent=absent, own=own, device=device, kv=kv, attention=attention)
-
-
-def _attention_kinds(config: PreTrainedConfig, shapes: tuple[LayerKv, ...], plan: Plan) -> tuple[Kind, ...]:
-    """How each layer attends, as far as a config tells; the first step shows what is really asked."""
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    dtype, kv_dtype = getattr(torch, plan.dtype), getattr(torch, plan.kv_dtype)
-    heads = config.num_attention_heads
-    return tuple(Kind(heads, s.kv_heads, s.head_dim, dtype, kv_dtype, s.window, softcap) for s in shapes)
-
-
-def _has_tensors(module: nn.Module) -> bool:
-    return any(True for _ in (*module.parameters(), *module.buffers()))
-
-
-def _probe_ids(vocab_size: int, plan: Plan) -> list[int]:
-    count = min(PROBE_TOKENS, plan.capacity_tokens, plan.max_context)
-    return [(7919 * (i + 1)) % vocab_size for i in range(count)]
-
-
-@torch.inference_mode()
-def _plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """float32 [tokens, vocab] on the CPU, of transformers' own forward."""
-    device = next(model.get_input_embeddings().parameters()).device
-    logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
-    return logits[0].float().cpu()
-
-
-def _probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], expected: Tensor) -> None:
-    """Run `ids` as a prefill, a prefill with context and a decode, and compare with the plain forward.
-
-    Raises:
-        ConfigError: the forward failed, the attention hook did not run once per layer, or the logits differ.
-    """
-    table = tuple(range(-(-len(ids) // plan.block_size)))
-    cuts = sorted({0, len(ids) // 2, len(ids) - 1, len(ids)})
-    rows = []
-    try:
-        for start, end in itertools.pairwise(cuts):
-            span = RowSpan(start, end - start, table)
-            step = StepRows(tuple(ids[start:end]), tuple(range(start, end)), (span,), tuple(range(end - start)))
-            rows.append(run_stages(stages, step, plan.block_size).float().cpu())
-    except UnsupportedAttention as error:
-        raise ConfigError(f"{name} can't be served: {error}") from error
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"{name} can't be served yet: its forward fails on paged attention ({reason}); "
-            "choose a model of another architecture"
-        ) from error
-    calls = {calls for stage in stages for calls in stage.attention_calls()}
-    if calls != {len(cuts) - 1}:
-        raise ConfigError(
-            f"{name} can't be served yet: its layers do not call transformers' attention hook "
-            f"({sorted(calls)} calls in {len(cuts) - 1} steps); choose a model of another architecture"
-        )
-    error_ratio = float((torch.cat(rows) - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
-    bound = _FP8_TOLERANCE if plan.kv_dtype == "float8_e4m3fn" else _TOLERANCE[getattr(torch, plan.dtype)]
-    if not error_ratio <= bound:
-        raise ConfigError(
-            f"{name} can't be served: its logits on paged attention differ from the plain forward's by "
-            f"{error_ratio:.2g} (relative RMS), over the bound of {bound:g}"
-        )
-    backend = stages[0].attention.name
-    log.info("%s on paged attention (%s): relative RMS error of the logits %.1e", name, backend, error_ratio)
