@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from deployments.metrics.vitals import IngressVitals, ReplicaVitals
+
 PROTOCOL_VERSION = 1
 """Raised when a message changes shape; a receiver refuses by name a version that it does not know."""
 
@@ -192,7 +194,7 @@ class TokenChunk:
 
 @dataclass(frozen=True, slots=True)
 class CachedGranules:
-    """Which granules of prompts a replica has cached: all of them, or only those that changed. By hash, see `Prefix`."""
+    """Which granules of prompts a replica has cached: all, or only those that changed. By hash, see `Prefix`."""
 
     whole: bool = False
     """What is not named is not cached; otherwise it is as it was."""
@@ -230,6 +232,8 @@ class ReplicaState:
     """How much less than the sum of `held` is really held, because requests share prefixes; whole granules count."""
     granules: CachedGranules = CachedGranules()
     """Every change since the last report that this ledger acknowledged, or the whole for one that has none yet."""
+    vitals: ReplicaVitals | None = None
+    """For the metrics page; about once a second."""
     version: int = PROTOCOL_VERSION
 
 
@@ -273,4 +277,6 @@ class IngressNotice:
     """Request ids whose client left before the ledger's answer came."""
     lost: tuple[tuple[str, int], ...] = ()
     """(replica id, epoch) of replicas that a call found dead or gone."""
+    vitals: IngressVitals | None = None
+    """For the metrics page; about once a second."""
     version: int = PROTOCOL_VERSION

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 from deployments.engine.messages import Commands, EngineSpec, Failed, Started, StepReport
+from deployments.engine.tally import EngineTally
 from deployments.errors import ConfigError
 from deployments.protocol import LOST, GenerationRequest, TokenChunk
 
@@ -29,6 +30,7 @@ class EngineClient:
         """KV blocks by request id, as of the last report."""
         self.cached_blocks = 0
         self.preemptions = 0
+        self.tally = EngineTally()
         self.failure: str | None = None
         """Why the engine is gone; None while it lives."""
         self._on_report = on_report
@@ -75,6 +77,7 @@ class EngineClient:
             return
         stream: asyncio.Queue[TokenChunk] = asyncio.Queue()
         self._streams[request.request_id] = stream
+        self.tally.submitted(request)
         self._send(submit=(request,))
         try:
             while True:
@@ -146,6 +149,7 @@ class EngineClient:
     def _take(self, report: StepReport) -> None:
         self.held = dict(report.held)
         self.cached_blocks, self.preemptions = report.cached_blocks, report.preemptions
+        self.tally.reported(report)
         for chunk in report.chunks:
             stream = self._streams.get(chunk.request_id)
             if stream is not None:

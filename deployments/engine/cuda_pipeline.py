@@ -63,6 +63,8 @@ class CudaPipeline:
     """
 
     lookahead = 1
+    busy_s: tuple[float, ...] = ()
+    """Not measured: the host does not wait for stages one by one."""
 
     def __init__(
         self,

@@ -86,6 +86,11 @@ class Engine:
         """Token ids are 0 to this, exclusive."""
         return self._vocab_size
 
+    @property
+    def busy_s(self) -> tuple[float, ...]:
+        """Seconds that each stage has computed since the start; empty where it is not measured."""
+        return self._pipeline.busy_s
+
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; its chunks come out of later steps.
 

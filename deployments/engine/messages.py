@@ -71,6 +71,22 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """How the engine stands after a step."""
+
+    step_s: float = 0.0
+    """Seconds that the step took; 0 where there was none."""
+    held_blocks: int = 0
+    """In use, each once however many requests share it."""
+    running: int = 0
+    waiting: int = 0
+    busy_s: tuple[float, ...] = ()
+    """Seconds that each stage has computed since the start; empty where it is not measured (CUDA)."""
+    gpu_bytes: tuple[int, ...] = ()
+    """Taken on each stage's GPU by all processes, a few seconds ago; empty on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """Engine to replica after each step."""
 
@@ -81,3 +97,4 @@ class StepReport:
     """Blocks that only the prefix cache keeps."""
     preemptions: int
     """Since the start."""
+    measured: Measured = Measured()

@@ -8,8 +8,10 @@ no thread: it works at launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -59,6 +61,11 @@ class Pipeline(Protocol):
     @property
     def chunk_tokens(self) -> int:
         """Prompt tokens in a step that others decode in, where nobody has set it."""
+        ...
+
+    @property
+    def busy_s(self) -> tuple[float, ...]:
+        """Seconds that each stage has computed since the start; empty where it is not measured."""
         ...
 
     def launch(self, slot: int, rows: StepRows, draw: Draw) -> Landing:
@@ -143,6 +150,8 @@ class LanePipeline:
         self._sampler = sampler
         self._drawn: dict[int, Future[list[SampledToken]]] = {}
         """By slot: what its latest step draws."""
+        self._busy_s = [0.0] * len(stages)
+        """Each written by its stage's thread alone."""
         self._lanes: list[Executor]
         if len(stages) == 1 and lookahead == 0:
             torch.set_num_threads(threads)
@@ -155,10 +164,15 @@ class LanePipeline:
     def launch(self, slot: int, rows: StepRows, draw: Draw) -> Future[list[SampledToken]]:
         """See `Pipeline`."""
         passing = self._lanes[0].submit(self._enter, rows, self._drawn.get(slot))
-        for stage, lane in zip(self._stages[1:], self._lanes[1:], strict=True):
-            passing = lane.submit(self._pass, stage, passing)
+        for index, lane in enumerate(self._lanes[1:], start=1):
+            passing = lane.submit(self._pass, index, passing)
         self._drawn[slot] = self._lanes[-1].submit(self._leave, passing, draw)
         return self._drawn[slot]
+
+    @property
+    def busy_s(self) -> tuple[float, ...]:
+        """See `Pipeline`."""
+        return tuple(self._busy_s)
 
     def close(self) -> None:
         """Let the lanes end; steps in flight are finished first."""
@@ -170,17 +184,26 @@ class LanePipeline:
             assert before is not None, "the first step of a slot has no step before it"
             drawn = before.result()
             rows = replace(rows, ids=tuple(t if t >= 0 else drawn[-1 - t].token_id for t in rows.ids))
-        return _Passing(rows, self._stages[0].run(rows, None, self._block_size))
+        with self._busy(0):
+            return _Passing(rows, self._stages[0].run(rows, None, self._block_size))
 
-    def _pass(self, stage: Stage, before: Future[_Passing]) -> _Passing:
+    def _pass(self, index: int, before: Future[_Passing]) -> _Passing:
         passing = before.result()
-        return _Passing(passing.rows, stage.run(passing.rows, passing.hidden, self._block_size))
+        with self._busy(index):
+            return _Passing(passing.rows, self._stages[index].run(passing.rows, passing.hidden, self._block_size))
 
     @torch.inference_mode()
     def _leave(self, last: Future[_Passing], draw: Draw) -> list[SampledToken]:
         passing = last.result()
-        self._sampler.note_inputs(*_inputs(passing.rows, self._block_size, passing.hidden.device))
-        return self._sampler.draw(passing.hidden, draw).read()
+        with self._busy(-1):
+            self._sampler.note_inputs(*_inputs(passing.rows, self._block_size, passing.hidden.device))
+            return self._sampler.draw(passing.hidden, draw).read()
+
+    @contextmanager
+    def _busy(self, stage: int) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._busy_s[stage] += time.perf_counter() - began
 
 
 def _inputs(rows: StepRows, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

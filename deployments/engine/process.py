@@ -19,7 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
-from deployments.engine.messages import Commands, EngineLimits, EngineSpec, Failed, Started, StepReport
+from deployments.engine.memory_watch import MemoryWatch
+from deployments.engine.messages import Commands, EngineLimits, EngineSpec, Failed, Measured, Started, StepReport
 from deployments.errors import HeadroomError
 from deployments.planning import plan_pool
 from deployments.protocol import TokenChunk
@@ -71,13 +72,28 @@ def run(connection: Connection) -> None:
     gc.collect()
     gc.freeze()
     connection.send(Started(plan, model.attention, time.monotonic() - began))
+    memory = MemoryWatch([stage.device for stage in model.stages])
     while True:
         chunks = _take_commands(connection, engine)
+        idle, stepped_at = not engine.has_work(), time.monotonic()
         chunks += engine.step()
+        measured = _measure(engine, memory, 0.0 if idle else time.monotonic() - stepped_at)
         if not engine.has_work():
             engine.check_integrity()
         held = tuple(engine.held())
-        connection.send(StepReport(tuple(chunks), held, engine.blocks.cached_blocks, engine.scheduler.preemptions))
+        blocks, preemptions = engine.blocks, engine.scheduler.preemptions
+        connection.send(StepReport(tuple(chunks), held, blocks.cached_blocks, preemptions, measured))
+
+
+def _measure(engine: Engine, memory: MemoryWatch, step_s: float) -> Measured:
+    return Measured(
+        step_s=step_s,
+        held_blocks=engine.blocks.held_blocks,
+        running=engine.scheduler.running,
+        waiting=engine.scheduler.waiting,
+        busy_s=engine.busy_s,
+        gpu_bytes=memory.taken(),
+    )
 
 
 def _limits(spec: EngineSpec, plan: Plan, device_type: str) -> EngineLimits:

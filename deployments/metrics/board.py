@@ -1,0 +1,69 @@
+"""What the processes of one model last said of themselves, kept beside the ledger. Pure; time comes from the caller."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from deployments.metrics.vitals import IngressVitals, ReplicaVitals
+from deployments.protocol import IngressNotice, Refusal, RefusalKind, ReplicaState
+from deployments.routing.view import LedgerView
+
+FORGET_S = 30.0
+"""Of silence: a process that said nothing for so long is not shown any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One model at one instant."""
+
+    view: LedgerView
+    expected_replicas: int
+    """By the settings."""
+    replicas: dict[str, ReplicaVitals]
+    """By replica id, of those that the view has."""
+    ingresses: tuple[IngressVitals, ...]
+    refusals: tuple[tuple[RefusalKind, int], ...]
+    """Since the ledger's start."""
+
+
+class Board:
+    """Takes in what comes along with reports and notices, and counts refusals."""
+
+    def __init__(self) -> None:
+        self._replicas: dict[str, tuple[ReplicaVitals, float]] = {}
+        self._ingresses: dict[str, tuple[IngressVitals, float]] = {}
+        self._refusals: Counter[RefusalKind] = Counter()
+
+    def hear_replica(self, state: ReplicaState, now: float) -> None:
+        """A replica reported; not every report has vitals."""
+        if state.vitals is not None:
+            self._replicas[state.replica_id] = (state.vitals, now)
+
+    def hear_ingress(self, notice: IngressNotice, now: float) -> None:
+        """An ingress gave notice; not every notice has vitals."""
+        if notice.vitals is not None:
+            self._ingresses[notice.ingress_id] = (notice.vitals, now)
+        self._forget(now)
+
+    def count(self, outcome: object) -> None:
+        """Count an answer, if it is a refusal."""
+        if isinstance(outcome, Refusal):
+            self._refusals[outcome.kind] += 1
+
+    def observe(self, view: LedgerView, expected_replicas: int, now: float) -> Observation:
+        """Everything at once, without those that fell silent."""
+        self._forget(now)
+        known = {replica.replica_id for replica in view.replicas}
+        return Observation(
+            view=view,
+            expected_replicas=expected_replicas,
+            replicas={key: vitals for key, (vitals, _) in self._replicas.items() if key in known},
+            ingresses=tuple(vitals for vitals, _ in self._ingresses.values()),
+            refusals=tuple(sorted(self._refusals.items())),
+        )
+
+    def _forget(self, now: float) -> None:
+        for said in (self._replicas, self._ingresses):
+            for key in [key for key, (_, heard_at) in said.items() if now - heard_at > FORGET_S]:
+                del said[key]
