@@ -7,10 +7,9 @@ which would copy the layers' shared arguments again at every layer, are removed:
 from __future__ import annotations
 
 import copy
-import gc
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,13 +24,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from deployments.engine.cut import Cut
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits
-from deployments.engine.stages import Stage
+from deployments.engine.residents import resident_bytes
+from deployments.engine.settle import expand_segments, settle_layers
+from deployments.engine.stages import Stage, find_decoder, find_layers
 from deployments.errors import ConfigError
 from deployments.once import make_once
+from placement.arena import QUANTISED
 from placement.export import device_map
 from placement.plan import Plan
 
 log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -75,16 +78,16 @@ def load(
     copies = _own_modules(model, plan, devices)
     verify_bytes(model, plan, copies)
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
-    if kernels and plan.quantization == "int8":
-        _use_kernels(model)  # before the plain forward: bitsandbytes would round its activations to 8 bits
+    if early := kernels and plan.quantization == "int8":
+        _settle(model, plan, kernels=kernels)  # before the plain forward, where bitsandbytes would round activations
     expected = plain_logits(model, ids)
     remove_hook_from_submodules(model)
-    if kernels:
-        _use_kernels(model)
-    elif device_type == "cpu":
+    if device_type == "cpu":
         _shorten_linears(model)
-    if device_type == "cuda":
-        _settle_memory()
+    else:
+        if not early:
+            _settle(model, plan, kernels=kernels)
+        expand_segments()
     stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
     return LoadedModel(stages, int(expected.shape[-1]), attention)
 
@@ -107,16 +110,6 @@ def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
     return None
 
 
-def resident_tensors(modules: Iterable[nn.Module]) -> dict[tuple[int, int], Tensor]:
-    """Parameters, buffers and quantisation state held by `modules`, each storage once, by address and size."""
-    found: dict[tuple[int, int], Tensor] = {}
-    for module in modules:
-        for tensor in [*module.parameters(), *module.buffers(), *_quantization_state(module)]:
-            if tensor.numel():
-                found[tensor.data_ptr(), tensor.nbytes] = tensor
-    return found
-
-
 def verify_bytes(model: PreTrainedModel, plan: Plan, copies: dict[str, nn.Module]) -> None:
     """Compare what each stage holds with the plan, before the first forward repacks CPU weights.
 
@@ -129,7 +122,7 @@ def verify_bytes(model: PreTrainedModel, plan: Plan, copies: dict[str, nn.Module
     for i, stage in enumerate(plan.stages):
         names = [*stage.modules, *stage.copies]
         modules = [copies.get(f"{i}:{name}") or model.get_submodule(name) for name in names]
-        have = sum(tensor.nbytes for tensor in resident_tensors(modules).values())
+        have = resident_bytes(modules)
         if have != stage.weight_bytes:
             raise ConfigError(
                 f"stage {i} of {plan.model} holds {have:,} bytes of weights, but its plan says {stage.weight_bytes:,}; "
@@ -177,28 +170,9 @@ def _exact_allocations() -> Iterator[None]:
         modeling_utils.caching_allocator_warmup = warm_up
 
 
-def _settle_memory() -> None:
-    """Give back what loading took, before the KV cache is made of what the plan says is free.
-
-    Until here each large tensor has a segment of its own, which is given back whole. From here on segments expand, so
-    that steps of ever other sizes share them: while tensors are replaced, those keep holes of up to a page of 20 MiB.
-    """
-    gc.collect()
-    torch.cuda.empty_cache()
-    private: Any = torch._C
-    set_allocator = getattr(private, "_accelerator_setAllocatorSettings", None)  # its name from some torch on
-    (set_allocator or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
-
-
-def _use_kernels(model: nn.Module) -> None:
-    """Put this project's kernels in place of bitsandbytes' linears, and make linears of one input one product; what is
-    done already stays."""
-    from deployments.engine.kernels.fuse import fuse_linears
-    from deployments.engine.kernels.modules import replace_linears
-
-    replaced, fused = replace_linears(model), fuse_linears(model)
-    if replaced or fused:
-        log.info("%d linears on Headroom's kernels, %d groups of linears fused", replaced, fused)
+def _settle(model: PreTrainedModel, plan: Plan, *, kernels: bool) -> None:
+    layers = find_layers(find_decoder(model)[1])[1]
+    settle_layers(model, layers, kernels=kernels, arenas=plan.quantization in QUANTISED)
 
 
 def _shorten_linears(model: nn.Module) -> None:
@@ -230,20 +204,6 @@ def _keep_float32(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # bitsandbytes' flag
-
-
-def _quantization_state(module: nn.Module) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    for parameter in module.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            tensors += [state.absmax, state.code]
-            if state.nested:
-                tensors += [state.offset, state.state2.absmax, state.state2.code]
-        scales = getattr(parameter, "SCB", None)
-        if scales is not None:
-            tensors.append(scales)
-    return tensors
 
 
 def _own_modules(model: PreTrainedModel, plan: Plan, devices: list[torch.device]) -> dict[str, nn.Module]:

@@ -1,0 +1,54 @@
+"""A loaded model's layers as they will be served: on this project's kernels, each in one allocation."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from deployments.engine.residents import move_to_arena
+
+log = logging.getLogger(__name__)
+
+
+def settle_layers(model: nn.Module, layers: Iterable[nn.Module], *, kernels: bool, arenas: bool) -> None:
+    """Put this project's kernels in place of bitsandbytes' linears, make linears of one input one product, and move
+    each layer into an arena; on GPUs.
+
+    One layer after the other, so that memory peaks at one layer more: what a layer leaves is given back before the
+    next.
+    """
+    done = [0, 0]
+    for part in (*layers, model):  # the model last, for what is beside its layers
+        if kernels:
+            done = [sum(pair) for pair in zip(done, _use_kernels(part), strict=True)]
+        if arenas and part is not model:
+            move_to_arena(part)
+            torch.cuda.empty_cache()
+    if any(done):
+        log.info("%d linears on Headroom's kernels, %d groups of linears fused", *done)
+
+
+def expand_segments() -> None:
+    """Give back what loading took, before the KV cache is made of what the plan says is free.
+
+    Until here each large tensor has a segment of its own, which is given back whole. From here on segments expand, so
+    that steps of ever other sizes share them: while tensors are replaced, those keep holes of up to a page of 20 MiB.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    private: Any = torch._C
+    set_allocator = getattr(private, "_accelerator_setAllocatorSettings", None)  # its name from some torch on
+    (set_allocator or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+
+
+def _use_kernels(part: nn.Module) -> tuple[int, int]:
+    """How many linears were replaced, and how many groups fused."""
+    from deployments.engine.kernels.fuse import fuse_linears
+    from deployments.engine.kernels.modules import replace_linears
+
+    return replace_linears(part), fuse_linears(part)
