@@ -205,6 +205,10 @@ class CachedGranules:
     gone: tuple[int, ...] = ()
 
 
+NO_CHANGE = CachedGranules()
+"""Nothing new about any granule."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaState:
     """A replica's report to the ledger: on change, at most every 100 ms, and a heartbeat each second."""
@@ -230,7 +234,7 @@ class ReplicaState:
     that does not know it yet: grants of the ledger before could still be taken up there."""
     shared_blocks: int = 0
     """How much less than the sum of `held` is really held, because requests share prefixes; whole granules count."""
-    granules: CachedGranules = CachedGranules()
+    granules: CachedGranules = NO_CHANGE
     """Every change since the last report that this ledger acknowledged, or the whole for one that has none yet."""
     vitals: ReplicaVitals | None = None
     """For the metrics page; about once a second."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deployments.errors import ConfigError
+from deployments.granules import granule_tokens
 from placement.errors import PlacementError
 from placement.hardware import parse_bytes
 from placement.solver import Goal
@@ -117,6 +118,11 @@ class ModelSettings(_Strict):
     wait_limit_s: Annotated[float, Field(gt=0)] = 60.0
     """Longest wait for blocks; afterwards 429."""
 
+    @property
+    def granule_tokens(self) -> int:
+        """The unit in which prefixes are compared between prompts and replicas, whole blocks in every pool."""
+        return granule_tokens(pool.block_size for pool in self.pools)
+
     @field_validator("name", "aliases")
     @classmethod
     def _nameable(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -145,6 +151,9 @@ class ApiSettings(_Strict):
     """From the request's arrival to its last token; afterwards it is cancelled."""
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 10_000
     """Serve's limit per ingress replica; must exceed running plus waiting requests."""
+    ledger_limit_s: Annotated[float, Field(gt=0)] = 2.0
+    """A ledger that gives no sign for this long is done without: an ingress then places requests by what it last knew
+    of the replicas, which take up what they have room for."""
 
 
 class Settings(_Strict):

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, KeysView, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from struct import Struct
 
+from deployments import granules
+from deployments.engine.prefix_index import PrefixIndex
 from deployments.errors import HeadroomError
+from deployments.protocol import CachedGranules
 
 _DIGEST_BYTES = 32
 
@@ -47,6 +50,13 @@ class _Table:
     """Chain of the sequence's full blocks, as far as it was computed; may run ahead of `settled`."""
     settled: int
     """Leading blocks that need no commit any more: matched, hashed, or left un-hashed as duplicates."""
+    matchable: int
+    """Leading blocks that are found by their digests themselves, not as duplicates of blocks that are."""
+    hashes: list[int] = field(default_factory=list)
+    """Chain of the sequence's granules, as far as it was computed."""
+    using: list[int] = field(default_factory=list)
+    """Blocks that complete the granules among the matchable blocks, while the sequence uses them."""
+    retired: bool = False
 
 
 class BlockManager:
@@ -59,15 +69,29 @@ class BlockManager:
         block_size: tokens per block.
         namespace: what else makes KV differ (model, KV dtype); part of every digest.
         prefix_cache: False matches nothing and keeps nothing.
+        granule_tokens: a multiple of `block_size`: follows which granules of prompts are cached; None doesn't.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, namespace: bytes = b"", prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        namespace: bytes = b"",
+        prefix_cache: bool = True,
+        granule_tokens: int | None = None,
+    ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"need at least one block of one token, got num_blocks={num_blocks}, {block_size=}")
+        if granule_tokens is not None and (granule_tokens < 1 or granule_tokens % block_size):
+            raise ValueError(f"a granule must be whole blocks of {block_size} tokens, got {granule_tokens=}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._namespace = namespace
         self._prefix_cache = prefix_cache
+        self._granule_tokens = granule_tokens or block_size
+        self._granule_blocks = granule_tokens // block_size if granule_tokens else 0
+        self._index = PrefixIndex()
         self._ids_format = Struct(f"<{block_size}q")
         self._references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -90,6 +114,11 @@ class BlockManager:
     def cached_blocks(self) -> int:
         """Blocks in no table whose content may be matched again."""
         return len(self._evictable)
+
+    @property
+    def shared_blocks(self) -> int:
+        """How much less than the sum of their tables the sequences not retired hold; whole granules count."""
+        return self._index.shared * self._granule_blocks
 
     @property
     def open_tables(self) -> KeysView[str]:
@@ -137,7 +166,8 @@ class BlockManager:
             if self._references[block] == 0:
                 del self._evictable[block]
             self._references[block] += 1
-        self._tables[seq_id] = _Table(shared, salt, chain, settled=len(shared))
+        table = self._tables[seq_id] = _Table(shared, salt, chain, settled=len(shared), matchable=len(shared))
+        self._use_granules(table)
         return len(shared) * self.block_size
 
     def can_grow(self, seq_id: str, num_tokens: int) -> bool:
@@ -170,14 +200,28 @@ class BlockManager:
         if not self._prefix_cache:
             return
         for index in range(table.settled, computed // self.block_size):
-            digest = self._digest(table.digests, index, ids, table.salt)
-            if digest not in self._block_of:
-                self._block_of[digest] = table.blocks[index]
-                self._digest_of[table.blocks[index]] = digest
+            digest, block = self._digest(table.digests, index, ids, table.salt), table.blocks[index]
+            new = digest not in self._block_of
+            if new:
+                self._block_of[digest] = block
+                self._digest_of[block] = digest
             table.settled = index + 1
+            self._follow(table, index, ids, new)
+
+    def retire(self, seq_id: str) -> None:
+        """The sequence ended, though a step in flight names its blocks: nobody may count on sharing them any more."""
+        table = self._tables[seq_id]
+        for block in table.using:
+            self._index.leave(block)
+        table.using, table.retired = [], True
+
+    def take_granule_news(self) -> CachedGranules:
+        """Which granules came into the cache, into use, out of use, or were evicted since the last call."""
+        return self._index.take_news()
 
     def close(self, seq_id: str) -> None:
         """Drop the table. Blocks that nobody else holds become evictable if hashed, free if not."""
+        self.retire(seq_id)
         # Last block first: a prefix is evicted from its tail, since without its head the tail can't be matched.
         for block in reversed(self._tables.pop(seq_id).blocks):
             self._references[block] -= 1
@@ -204,6 +248,7 @@ class BlockManager:
             _require(found == counts[block], f"block {block}: {found} references, in {counts[block]} tables")
         _require(len(places) == self.num_blocks, f"{len(places)} block ids are known of {self.num_blocks}")
         self._check_hashes()
+        self._check_granules()
 
     def _check_hashes(self) -> None:
         _require(_inverse(self._block_of.items()) == self._digest_of, "digests and blocks don't map both ways")
@@ -211,6 +256,37 @@ class BlockManager:
             _require(block not in self._digest_of, f"free block {block} can be matched")
         for block in self._evictable:
             _require(block in self._digest_of, f"evictable block {block} has no digest")
+
+    def _check_granules(self) -> None:
+        users = self._index.users()
+        _require(users.keys() <= self._digest_of.keys(), "a block completes a granule, but can't be matched")
+        found = Counter(block for table in self._tables.values() for block in table.using)
+        _require(found == Counter({b: n for b, n in users.items() if n}), "users of granules differ from the tables")
+        extra = sum(count - 1 for count in found.values())
+        _require(extra == self._index.shared, f"{self._index.shared} granules are shared, the tables share {extra}")
+        for seq_id, table in self._tables.items():
+            leading = table.blocks[: len(table.using) * self._granule_blocks]
+            digests = table.digests[: len(leading)]
+            _require([self._block_of.get(d) for d in digests] == leading, f"{seq_id} uses what can't be matched")
+
+    def _follow(self, table: _Table, index: int, ids: Sequence[int], new: bool) -> None:
+        """Block `index` was committed, and is found by its digest if it is `new`."""
+        if new and self._granule_blocks and (index + 1) % self._granule_blocks == 0:
+            count = (index + 1) // self._granule_blocks
+            granules.extend(table.hashes, ids, table.salt, self._granule_tokens, until=count)
+            self._index.add(table.blocks[index], table.hashes[count - 1])
+        if new and table.matchable == index:
+            table.matchable += 1
+            self._use_granules(table)
+
+    def _use_granules(self, table: _Table) -> None:
+        """Enter the sequence as a user of all granules among its matchable blocks."""
+        if not self._granule_blocks or table.retired:
+            return
+        for number in range(len(table.using), table.matchable // self._granule_blocks):
+            block = table.blocks[(number + 1) * self._granule_blocks - 1]
+            self._index.enter(block)
+            table.using.append(block)
 
     def _match(self, ids: Sequence[int], salt: str, digests: list[bytes]) -> list[int]:
         blocks: list[int] = []
@@ -246,6 +322,7 @@ class BlockManager:
         else:
             block, _ = self._evictable.popitem(last=False)
             del self._block_of[self._digest_of.pop(block)]
+            self._index.drop(block)
         self._references[block] = 1
         return block
 

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from deployments.engine.messages import Commands, EngineSpec, Failed, Started, StepReport
 from deployments.engine.tally import EngineTally
 from deployments.errors import ConfigError
-from deployments.protocol import LOST, GenerationRequest, TokenChunk
+from deployments.protocol import LOST, NO_CHANGE, CachedGranules, GenerationRequest, TokenChunk
 
 
 class EngineClient:
@@ -28,6 +28,10 @@ class EngineClient:
     def __init__(self, on_report: Callable[[], None] = lambda: None) -> None:
         self.held: dict[str, int] = {}
         """KV blocks by request id, as of the last report."""
+        self.shared_blocks = 0
+        """By how many blocks the sum of `held` is too much, because requests share prefixes."""
+        self.granules = NO_CHANGE
+        """What the last report said to have changed in the prefix cache."""
         self.cached_blocks = 0
         self.preemptions = 0
         self.tally = EngineTally()
@@ -148,6 +152,7 @@ class EngineClient:
 
     def _take(self, report: StepReport) -> None:
         self.held = dict(report.held)
+        self.shared_blocks, self.granules = report.shared_blocks, report.granules
         self.cached_blocks, self.preemptions = report.cached_blocks, report.preemptions
         self.tally.reported(report)
         for chunk in report.chunks:
@@ -159,7 +164,7 @@ class EngineClient:
     def _fail(self, reason: str) -> None:
         if self.failure is not None:
             return
-        self.failure, self.held = reason, {}
+        self.failure, self.held, self.shared_blocks, self.granules = reason, {}, 0, NO_CHANGE
         for request_id, stream in self._streams.items():
             stream.put_nowait(_failed(request_id, reason))
         if self._started is not None and not self._started.done():

@@ -55,7 +55,11 @@ class Engine:
     def __init__(self, model: LoadedModel, plan: Plan, limits: EngineLimits, pipeline: Pipeline | None = None) -> None:
         namespace = f"{plan.model}:{plan.quantization}:{plan.dtype}:{plan.kv_dtype}".encode()
         self._blocks = BlockManager(
-            plan.num_blocks, plan.block_size, namespace=namespace, prefix_cache=limits.prefix_cache
+            plan.num_blocks,
+            plan.block_size,
+            namespace=namespace,
+            prefix_cache=limits.prefix_cache,
+            granule_tokens=limits.granule_tokens,
         )
         self._pipeline = open_pipeline(model, plan, limits) if pipeline is None else pipeline
         self._scheduler = Scheduler(

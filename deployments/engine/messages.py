@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deployments.protocol import GenerationRequest, TokenChunk
+from deployments.protocol import NO_CHANGE, CachedGranules, GenerationRequest, TokenChunk
 from deployments.settings import PoolSettings
 from placement.plan import Plan
 
@@ -20,6 +20,8 @@ class EngineLimits:
     prefix_cache: bool
     threads: int
     """Torch threads of each stage on the CPU."""
+    granule_tokens: int | None = None
+    """A multiple of the block size: reports say which granules of prompts are cached; None: they don't."""
     prefill_chunk_tokens: int | None = None
     """Prompt tokens in a step while other sequences decode; None: as the pipeline finds best."""
     kernels: bool = True
@@ -41,6 +43,8 @@ class EngineSpec:
     """Replicas that share this machine's cores."""
     cache_dir: Path
     """Where checkpoints quantised on the CPU are kept."""
+    granule_tokens: int | None = None
+    """In which cached prefixes are reported; a multiple of the pool's block size. None: they aren't."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +101,8 @@ class StepReport:
     """Blocks that only the prefix cache keeps."""
     preemptions: int
     """Since the start."""
+    shared_blocks: int = 0
+    """How much less than the sum of `held` is really held, because requests share prefixes; whole granules count."""
+    granules: CachedGranules = NO_CHANGE
+    """Changes since the report before."""
     measured: Measured = Measured()

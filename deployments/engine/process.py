@@ -80,9 +80,20 @@ def run(connection: Connection) -> None:
         measured = _measure(engine, memory, 0.0 if idle else time.monotonic() - stepped_at)
         if not engine.has_work():
             engine.check_integrity()
-        held = tuple(engine.held())
-        blocks, preemptions = engine.blocks, engine.scheduler.preemptions
-        connection.send(StepReport(tuple(chunks), held, blocks.cached_blocks, preemptions, measured))
+        connection.send(_report(engine, chunks, measured))
+
+
+def _report(engine: Engine, chunks: list[TokenChunk], measured: Measured) -> StepReport:
+    blocks = engine.blocks
+    return StepReport(
+        chunks=tuple(chunks),
+        held=tuple(engine.held()),
+        cached_blocks=blocks.cached_blocks,
+        preemptions=engine.scheduler.preemptions,
+        shared_blocks=blocks.shared_blocks,
+        granules=blocks.take_granule_news(),
+        measured=measured,
+    )
 
 
 def _measure(engine: Engine, memory: MemoryWatch, step_s: float) -> Measured:
@@ -102,6 +113,7 @@ def _limits(spec: EngineSpec, plan: Plan, device_type: str) -> EngineLimits:
         max_batch_tokens=spec.pool.batch_tokens(device_type),
         max_sequences=spec.pool.max_sequences,
         prefix_cache=spec.pool.prefix_cache,
+        granule_tokens=spec.granule_tokens,
         threads=spec.pool.threads or share,
         prefill_chunk_tokens=spec.pool.prefill_chunk_tokens,
         kernels=spec.pool.kernels == "headroom",

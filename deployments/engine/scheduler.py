@@ -69,9 +69,7 @@ class Scheduler:
         """The oldest sequence that needs a block and waits for one: nobody else takes any."""
         self._yielding: TokenSequence | None = None
         """The one that will be preempted for `_starved` once it isn't in flight: it is not launched again."""
-        self._arrivals = count()
-        self._steps = count(1)
-        self._turns = count(1)
+        self._arrivals, self._steps, self._turns = count(), count(1), count(1)
 
     @property
     def running(self) -> int:
@@ -381,7 +379,9 @@ class Scheduler:
         else:
             self._leave_slot(sequence)
         sequence.state = "finished"
-        if not sequence.in_flight:
+        if sequence.in_flight:
+            self._blocks.retire(sequence.request_id)
+        else:
             self._release(sequence)
 
     def _release(self, sequence: TokenSequence) -> None:
