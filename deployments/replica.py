@@ -17,6 +17,9 @@ from deployments.engine.client import EngineClient
 from deployments.engine.messages import EngineSpec
 from deployments.errors import EngineFailed
 from deployments.home import state_folder
+from deployments.metrics.pacing import seldom
+from deployments.metrics.replica import vitals_of
+from deployments.metrics.vitals import ReplicaVitals
 from deployments.protocol import PROTOCOL_VERSION, REFUSED, GenerationRequest, TokenChunk
 from deployments.routing.admission import Admission
 from deployments.routing.reports import ReportSender
@@ -92,7 +95,7 @@ class Replica:
             started.load_s,
             plan.capacity_tokens,
         )
-        sender = ReportSender(self._admission, self._ledger)
+        sender = ReportSender(self._admission, self._ledger, vitals=seldom(self._vitals))
         self._reporting = asyncio.get_running_loop().create_task(sender.run())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
@@ -148,6 +151,17 @@ class Replica:
         if self._reporting is not None:
             self._reporting.cancel()
         self._engine.stop()
+
+    def _vitals(self) -> ReplicaVitals:
+        assert self._plan is not None
+        engine = self._engine
+        return vitals_of(
+            engine.tally,
+            self._plan,
+            cached_blocks=engine.cached_blocks,
+            preemptions=engine.preemptions,
+            grants=self._admitted().grants,
+        )
 
     def _admitted(self) -> Admission:
         assert self._admission is not None, "start() comes first"

@@ -17,6 +17,11 @@ class GrantCounts:
     beyond: int = 0
     """Needed beyond the grant."""
 
+    def with_ended(self, granted: int, needed: int) -> GrantCounts:
+        """One more request ended. What it needed counts in full, blocks that it shared with others too."""
+        unused, beyond = max(0, granted - needed), max(0, needed - granted)
+        return GrantCounts(self.granted + granted, self.unused + unused, self.beyond + beyond)
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaVitals:

@@ -2,11 +2,15 @@
 
 A replica takes up a grant once, before `expires_at`, when it names this replica in this life and no newer ledger
 is known. All that it took up is in its reports until a report that says it ended has been acknowledged.
+
+While the ledger is gone, ingresses make grants by themselves. Such a local grant is taken up only if its blocks are
+free here; and as long as one runs, the ledger's grants are held to that too, because it could not know of it yet.
 """
 
 from __future__ import annotations
 
-from deployments.protocol import Grant, ReplicaState
+from deployments.metrics.vitals import GrantCounts
+from deployments.protocol import LOCAL_EPOCH, Grant, ReplicaState
 
 
 class Admission:
@@ -32,15 +36,24 @@ class Admission:
         self.max_context = max_context
         self.ledger_epoch = 0
         self.draining = False
+        self.grants = GrantCounts()
+        """How the grants of ended requests compared with what they came to need."""
         self.changed = True
         """Whether something happened since the last report, which is then due."""
         self._sequence = 0
         self._held: dict[str, tuple[int, int]] = {}
         """Grant id -> (blocks granted, blocks held now)."""
+        self._local: set[str] = set()
+        """Those of the held grants that no ledger made."""
         self._ended: dict[str, tuple[int, int, int]] = {}
         """Grant id -> (prompt tokens, output tokens, sequence of the first report with it; 0 before)."""
         self._spent: dict[str, float] = {}
         """Ids of grants taken up -> their expiry: a grant is taken up once."""
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks neither granted nor held; negative when requests grew beyond their grants."""
+        return self.capacity_blocks - sum(max(granted, held) for granted, held in self._held.values())
 
     def take_up(self, grant: Grant | None, now: float) -> str | None:
         """Take a grant up, or say why not.
@@ -59,6 +72,8 @@ class Admission:
             self._forget_spent(now)
             self._spent[grant.grant_id] = grant.expires_at
             self._held[grant.grant_id] = (grant.blocks, 0)
+            if grant.ledger_epoch == LOCAL_EPOCH:
+                self._local.add(grant.grant_id)
             self.changed = True
         return reason
 
@@ -70,14 +85,16 @@ class Admission:
 
     def end(self, grant_id: str, *, prompt_tokens: int, output_tokens: int) -> None:
         """The request of this grant ended and its blocks are free."""
-        del self._held[grant_id]
+        granted, _ = self._held.pop(grant_id)
+        self.grants = self.grants.with_ended(granted, -(-(prompt_tokens + output_tokens) // self.block_size))
+        self._local.discard(grant_id)
         self._ended[grant_id] = (prompt_tokens, output_tokens, 0)
         self.changed = True
 
     def drain(self) -> None:
         """Take no new grants; those taken up run to their end."""
+        self.changed |= not self.draining
         self.draining = True
-        self.changed = True
 
     def report(self) -> ReplicaState:
         """The next report."""
@@ -113,7 +130,8 @@ class Admission:
                 f"the grant names replica {grant.replica_id} in epoch {grant.replica_epoch}, "
                 f"this is {self.replica_id} in {self.epoch}"
             )
-        if grant.ledger_epoch < self.ledger_epoch:
+        local = grant.ledger_epoch == LOCAL_EPOCH
+        if grant.ledger_epoch < self.ledger_epoch and not local:
             return f"the grant is of ledger {grant.ledger_epoch}, and ledger {self.ledger_epoch} has taken over"
         if now >= grant.expires_at:
             return f"the grant expired {now - grant.expires_at:.1f} s ago"
@@ -121,6 +139,8 @@ class Admission:
             return "the replica is draining"
         if grant.grant_id in self._spent:
             return f"grant {grant.grant_id} was taken up before"
+        if (local or self._local) and grant.blocks > self.free_blocks:
+            return f"the request needs {grant.blocks} blocks, and {max(0, self.free_blocks)} are free"
         return None
 
     def _forget_spent(self, now: float) -> None:

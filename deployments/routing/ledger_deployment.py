@@ -10,6 +10,7 @@ import time
 from ray import serve
 from ray.serve import Application
 
+from deployments.metrics.board import Board, Observation
 from deployments.protocol import Grant, IngressNotice, LedgerNews, Refusal, ReplicaState, ReserveRequest
 from deployments.routing.ledger import Ledger, Outcome, Queued
 from deployments.routing.refusals import LedgerConfig
@@ -30,6 +31,7 @@ class LedgerService:
         epoch = time.time_ns()
         self._ledger = Ledger(config, epoch=epoch, now=time.time(), rng=random.Random(epoch))
         self._answers: dict[str, asyncio.Future[Outcome]] = {}
+        self._board = Board()
         self._ticking: asyncio.Task[None] | None = None
         logger.info("ledger of %s starts in epoch %d", config.model, epoch)
 
@@ -37,6 +39,7 @@ class LedgerService:
         """Wait for a grant or a refusal. Cancelling the call ends the waiting and gives back a grant just made."""
         self._keep_time()
         outcome = self._ledger.reserve(request, time.time())
+        self._board.count(outcome)
         if not isinstance(outcome, Queued):
             return outcome
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -54,6 +57,7 @@ class LedgerService:
         """Take in a replica's report; returns the ledger's epoch."""
         self._keep_time()
         epoch = self._ledger.report(state, time.time())
+        self._board.hear_replica(state, time.time())
         self._admit()
         return epoch
 
@@ -61,6 +65,7 @@ class LedgerService:
         """Take in an ingress's notice."""
         self._keep_time()
         self._ledger.notice(notice, time.time())
+        self._board.hear_ingress(notice, time.time())
         self._admit()
         return self._ledger.news()
 
@@ -68,6 +73,10 @@ class LedgerService:
         """The ledger as it is now."""
         self._keep_time()
         return self._ledger.view(time.time())
+
+    async def observe(self) -> Observation:
+        """What there is to show of this model."""
+        return self._board.observe(await self.snapshot(), self._ledger.config.expected_replicas, time.time())
 
     async def check_health(self) -> None:
         """Called by Serve each health check period: keeps time passing, and fails when the sums are wrong."""
@@ -79,6 +88,7 @@ class LedgerService:
 
     def _answer(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
+            self._board.count(outcome)
             answer = self._answers.get(outcome.request_id)
             if answer is not None and not answer.done():
                 answer.set_result(outcome)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.metrics.vitals import ReplicaVitals
 from deployments.routing.admission import Admission
 from deployments.routing.calls import CallFailed, answer_of
 
@@ -20,10 +23,23 @@ ANSWER_LIMIT_S = 2.0
 
 
 class ReportSender:
-    """One report at a time, so that the ledger counts each ended request once."""
+    """One report at a time, so that the ledger counts each ended request once.
 
-    def __init__(self, admission: Admission, ledger: DeploymentHandle[Any]) -> None:
+    Args:
+        admission: what to report.
+        ledger: where to.
+        vitals: what else to tell with the next report, if anything.
+    """
+
+    def __init__(
+        self,
+        admission: Admission,
+        ledger: DeploymentHandle[Any],
+        *,
+        vitals: Callable[[], ReplicaVitals | None] = lambda: None,
+    ) -> None:
         self._admission = admission
+        self._vitals = vitals
         self._ledger = ledger
         self._reached = True
 
@@ -40,7 +56,7 @@ class ReportSender:
 
     async def send(self) -> None:
         """Send one report and take in the answer."""
-        state = self._admission.report()
+        state = replace(self._admission.report(), vitals=self._vitals())
         try:
             epoch: int = await answer_of(self._ledger.report.remote(state), ANSWER_LIMIT_S)
         except CallFailed as error:

@@ -14,6 +14,7 @@ import pytest
 
 from deployments import replica as replica_module
 from deployments.engine.messages import EngineSpec, Started
+from deployments.engine.tally import EngineTally
 from deployments.errors import EngineFailed
 from deployments.protocol import REFUSED, GenerationRequest, Grant, Sampling, TokenChunk
 from deployments.replica import Replica
@@ -35,6 +36,7 @@ class FakeEngine:
         self.failure: str | None = None
         self.held: dict[str, int] = {}
         self.pid, self.cached_blocks, self.preemptions = 4711, 5, 6
+        self.tally = EngineTally()
         self.script: list[TokenChunk] = []
         self.endless = False
         self.aborted: list[str] = []
@@ -66,7 +68,8 @@ class FakeSender:
 
     broken: asyncio.Event
 
-    def __init__(self, admission: Admission, ledger: Any) -> None:
+    def __init__(self, admission: Admission, ledger: Any, *, vitals: Callable[[], Any]) -> None:
+        assert vitals().steps.total == 0  # at most one a second: the first is due at once
         assert (admission.replica_id, ledger) == ("r1", "the ledger")
         FakeSender.broken = asyncio.Event()
 
