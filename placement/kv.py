@@ -113,8 +113,6 @@ def why_not_served(layers: Sequence[LayerKv]) -> str | None:
     """What of this cache the engine can't hold yet, in a few words; None when it can hold all of it."""
     if any(kv.cross_elements for kv in layers):
         return "cross-attention (an encoder-decoder)"
-    if any(kv.latent for kv in layers):
-        return "the latent of multi-head latent attention"
     if any(kv.conv_elements or kv.recurrent_elements for kv in layers):
         return "recurrent state (Mamba, linear attention or short convolutions)"
     if not all(kv.kv_heads for kv in layers):
@@ -177,7 +175,10 @@ def _attention(config: Mapping[str, Any]) -> LayerKv:
     heads = config.get("decoder_attention_heads") or config.get("num_attention_heads") or 0
     if rank := config.get("kv_lora_rank"):
         return LayerKv(1, rank + config["qk_rope_head_dim"], latent=True)
-    kv_heads = 1 if config.get("multi_query") else config.get("num_key_value_heads") or heads
+    if config.get("new_decoder_architecture"):  # Falcon 40B on, where `multi_query` says nothing
+        kv_heads = config.get("num_kv_heads") or heads
+    else:
+        kv_heads = 1 if config.get("multi_query") else config.get("num_key_value_heads") or heads
     head_dim = config.get("attention_head_dim") or config.get("head_dim")
     return LayerKv(kv_heads, head_dim or config["hidden_size"] // max(heads, 1))
 

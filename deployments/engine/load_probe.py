@@ -64,7 +64,8 @@ def probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], expe
     bound = _FP8_TOLERANCE if plan.kv_dtype == "float8_e4m3fn" else _TOLERANCE[getattr(torch, plan.dtype)]
     if not error_ratio <= bound:
         raise ProbeFailed(
-            f"its logits differ from the plain forward's by {error_ratio:.2g} (relative RMS), and {bound:g} is the bound"
+            f"its logits differ from the plain forward's by {error_ratio:.2g}, over the bound of {bound:g} (both are "
+            "relative RMS)"
         )
     attention = stages[0].attention.name
     log.info("%s on paged attention (%s): relative RMS error of the logits %.1e", name, attention, error_ratio)

@@ -13,14 +13,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from deployments.engine import attention_torch, loader
+from deployments.engine import cut, loader
 from deployments.engine.loader import load, quantization_config, quantized_copy
 from deployments.engine.stages import Stage, run_stages
 from deployments.errors import ConfigError
 from placement.plan import Plan
 from tests.unit.engine.tiny import VOCAB, llama, plan_of, rows, save
-
-_COMMON = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": VOCAB, "max_position_embeddings": 128}
 
 
 @pytest.fixture(scope="module")
@@ -58,60 +56,7 @@ def test_other_kv_than_planned_is_refused(folder: Path) -> None:
         load(folder, with_first_stage(plan, kv_block_bytes=2 * planned), device_type="cpu")
 
 
-# Architectures
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            transformers.BloomConfig(**_COMMON, n_layer=2),
-            r"BloomForCausalLM .* attention hook \(\[0\] calls in 3 steps\)",
-        ),
-        (
-            transformers.FalconConfig(**_COMMON, num_hidden_layers=2),
-            r"FalconForCausalLM .* its forward fails on paged attention \(TypeError",
-        ),
-        (
-            transformers.GptOssConfig(
-                **_COMMON,
-                num_hidden_layers=2,
-                intermediate_size=128,
-                num_key_value_heads=2,
-                head_dim=16,
-                num_local_experts=2,
-                num_experts_per_tok=1,
-                eos_token_id=1,
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            ),
-            "GptOssForCausalLM can't be served: GptOssAttention passes s_aux",
-        ),
-    ],
-    ids=["no hook", "needs a mask", "sinks"],
-)
-def test_what_paged_attention_does_not_compute_is_refused_by_name(
-    tmp_path: Path, config: transformers.PreTrainedConfig, message: str
-) -> None:
-    save(tmp_path, config)
-    with pytest.raises(ConfigError, match=message) as caught:
-        load(tmp_path, plan_of(tmp_path, max_context=64), device_type="cpu")
-    assert "\n" not in str(caught.value)
-
-
-def test_wrong_logits_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that forgets the window is off by more than rounding."""
-    config = transformers.MistralConfig(**llama().to_dict() | {"model_type": "mistral", "sliding_window": 8})
-    save(folder.parent / "mistral", config)
-    plan = plan_of(folder.parent / "mistral")
-    load(folder.parent / "mistral", plan, device_type="cpu")
-
-    def without_window(*args: Any) -> Any:
-        return original(*args[:-1], replace(args[-1], window=None))
-
-    original = attention_torch._attend
-    monkeypatch.setattr(attention_torch, "_attend", without_window)
-    with pytest.raises(ConfigError, match=r"differ from the plain forward's by .* over the bound of 0\.001"):
-        load(folder.parent / "mistral", plan, device_type="cpu")
+# KV in fp8
 
 
 def test_fp8_blocks_pass_the_probe_and_hold_a_quarter_of_float32(folder: Path) -> None:
@@ -133,8 +78,8 @@ def linears(stages: tuple[Stage, ...]) -> list[Any]:
 def test_float32_does_not_round_inside(folder: Path, dtype: str, rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes would take its AVX512-BF16 path wherever the CPU has one."""
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
-    monkeypatch.setattr(loader, "_plain_logits", lambda *_: torch.zeros(1, VOCAB))  # a CPU without the path would crash
-    monkeypatch.setattr(loader, "_probe", lambda *_: None)
+    monkeypatch.setattr(loader, "plain_logits", lambda *_: torch.zeros(1, VOCAB))  # a CPU without the path would crash
+    monkeypatch.setattr(cut, "probe", lambda *_: None)
     found = linears(load(folder, plan_of(folder, dtype=dtype), device_type="cpu").stages)
     assert len(found) == 14
     assert {module.support_avx512bf16_for_cpu for module in found} == {rounds}

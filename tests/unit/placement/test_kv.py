@@ -82,6 +82,8 @@ CACHES: dict[str, PreTrainedConfig] = {
         ({**BASE, "num_key_value_heads": 2}, 2 * 2 * 32),  # GQA
         ({**BASE, "num_key_value_heads": 1}, 2 * 1 * 32),  # MQA
         ({**BASE, "num_key_value_heads": 8, "multi_query": True}, 2 * 1 * 32),
+        # Falcon 40B: its config says multi_query too.
+        ({**BASE, "new_decoder_architecture": True, "multi_query": True, "num_kv_heads": 4}, 2 * 4 * 32),
         ({**BASE, "num_key_value_heads": 2, "head_dim": 128}, 2 * 2 * 128),
         ({**BASE, "kv_lora_rank": 512, "qk_rope_head_dim": 64}, 512 + 64),  # MLA
     ],
@@ -141,7 +143,7 @@ def test_caches_without_a_formula_are_refused_by_name() -> None:
     ("layers", "reason"),
     [
         ((LayerKv(8, 64), LayerKv(8, 64, 100)), None),
-        ((LayerKv(8, 64), LayerKv(1, 576, latent=True)), "latent"),
+        ((LayerKv(8, 64), LayerKv(1, 576, latent=True)), None),
         ((LayerKv(8, 64), LayerKv(conv_elements=9)), "recurrent state"),
         ((LayerKv(8, 64), LayerKv(8, 64, recurrent_elements=9)), "recurrent state"),
         ((LayerKv(8, 64), LayerKv()), "layers without attention"),
