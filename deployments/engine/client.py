@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from deployments.engine.messages import Commands, EngineSpec, Failed, Started, StepReport
 from deployments.engine.tally import EngineTally
 from deployments.errors import ConfigError
-from deployments.protocol import LOST, NO_CHANGE, CachedGranules, GenerationRequest, TokenChunk
+from deployments.protocol import LOST, NO_CHANGE, GenerationRequest, TokenChunk
 
 
 class EngineClient:
