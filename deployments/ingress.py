@@ -17,6 +17,8 @@ from deployments.api.app import create_api
 from deployments.api.codec import TextCodec
 from deployments.api.served import ServedModel
 from deployments.home import state_folder
+from deployments.metrics.meter import IngressMeter
+from deployments.metrics.pacing import seldom
 from deployments.routing.dispatch import ServeDispatcher
 from deployments.settings import ModelSettings, Settings
 
@@ -39,13 +41,18 @@ class Ingress:
     ) -> None:
         self._settings = settings
         ingress_id = uuid.uuid4().hex
+        self._meter = IngressMeter(ingress_id)
+        limit_s = settings.api.ledger_limit_s
         self._models = [
-            await self._served(model, ServeDispatcher(model.name, ingress_id, ledgers[model.name], pools[model.name]))
+            await self._served(
+                model,
+                ServeDispatcher(model.name, ingress_id, ledgers[model.name], pools[model.name], ledger_limit_s=limit_s),
+            )
             for model in settings.models
         ]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._models, self._settings.api)
+        return create_api(self._models, self._settings.api, meter=self._meter)
 
     async def _served(self, model: ModelSettings, dispatcher: ServeDispatcher) -> ServedModel:
         local = await asyncio.to_thread(store.fetch, model.source, revision=model.revision, home=state_folder())

@@ -1,14 +1,17 @@
-"""From the ingress to a replica and back: reserve, send, stream, retry, give back.
+"""From the ingress to a replica and back: reserve, send, stream, try again, resume.
 
 One HTTP request may dispatch many choices at once; each has its own grant. Each ends in exactly one terminal chunk,
-or by the caller's `aclose()` or cancellation.
+or by the caller's `aclose()` or cancellation. A replica that is lost costs its requests time and no token: each is
+sent again with all that it has produced, and goes on where it was.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+import random
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +20,22 @@ from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import BadRequest, ContextLengthExceeded, EngineFailed, NoReplica, Overloaded, RequestError
-from deployments.protocol import REFUSED, GenerationRequest, Grant, Refusal, ReserveRequest, TokenChunk
-from deployments.routing.calls import CallFailed, answer_of, cancel, cancelled_here, one_line
+from deployments.metrics.board import Observation
+from deployments.metrics.vitals import IngressVitals
+from deployments.protocol import (
+    LOCAL_EPOCH,
+    GenerationRequest,
+    Grant,
+    LedgerNews,
+    Refusal,
+    ReserveRequest,
+    TokenChunk,
+)
+from deployments.routing.attempt import Attempt, Lost, NotTakenUp, Refused
+from deployments.routing.calls import CallFailed, answer_of
+from deployments.routing.local import LocalPlacement
 from deployments.routing.notices import NoticeSender
+from deployments.routing.progress import Progress
 from deployments.routing.router import NotSent
 from deployments.routing.view import LedgerView
 
@@ -28,10 +44,11 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
 READY_LIMIT_S = 2.0
-
-
-class NotTakenUp(Exception):
-    """The replica refused the grant, or was lost before it took the grant up."""
+LEDGER_LIMIT_S = 2.0
+MAX_LOSSES = 3
+"""Replicas that one request may lose. A request that kills what it runs on must not go through them all."""
+LOCAL_RETRY_AFTER_S = 5
+"""What a client is told to wait when replicas are full and no ledger knows for how long: a ledger restarts in less."""
 
 
 class ServeDispatcher:
@@ -42,23 +59,37 @@ class ServeDispatcher:
         ingress_id: unique among the ingress processes.
         ledger: handle of the model's ledger.
         pools: pool name -> handle of its deployment, whose router is `GrantRouter`.
+        vitals: what to tell of this ingress with the next notice, if anything.
+        ledger_limit_s: a ledger that gives no sign for this long is done without.
+        rng: for choices that the ledger doesn't make.
     """
 
     def __init__(
-        self, model: str, ingress_id: str, ledger: DeploymentHandle[Any], pools: Mapping[str, DeploymentHandle[Any]]
+        self,
+        model: str,
+        ingress_id: str,
+        ledger: DeploymentHandle[Any],
+        pools: Mapping[str, DeploymentHandle[Any]],
+        *,
+        vitals: Callable[[], IngressVitals | None] = lambda: None,
+        ledger_limit_s: float = LEDGER_LIMIT_S,
+        rng: random.Random | None = None,
     ) -> None:
         self._model = model
         self._ingress_id = ingress_id
         self._ledger = ledger
         self._streams = {name: handle.options(stream=True) for name, handle in pools.items()}
-        self._notices = NoticeSender(ingress_id, ledger)
+        self._notices = NoticeSender(ingress_id, ledger, limit_s=ledger_limit_s, on_news=self._hear, vitals=vitals)
+        self._local = LocalPlacement(ingress_id, rng or random.Random())
+        self._open: set[Attempt] = set()
 
     async def dispatch(self, request: GenerationRequest, *, wait_limit_s: float) -> AsyncGenerator[TokenChunk, None]:
         """Wait until a replica has taken the request up; then stream it.
 
         Args:
             request: one choice, without a grant.
-            wait_limit_s: seconds for all of the waiting, retries after lost replicas included.
+            wait_limit_s: seconds for all of the waiting, retries after lost replicas included; and again as many
+                for each replica that is lost later.
 
         Returns:
             A generator of chunks, the last of which is terminal. `aclose()` cancels the request on its replica.
@@ -66,24 +97,10 @@ class ServeDispatcher:
         Raises:
             RequestError: the request was refused, or no replica took it up in time.
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + wait_limit_s
         self._notices.start()
-        pause = FIRST_PAUSE_S
-        while True:
-            try:
-                grant = await self._reserve(request, max(0.0, deadline - loop.time()))
-                chunks = self._stream(replace(request, grant=grant), grant)
-                await anext(chunks)
-                return chunks
-            except NotTakenUp as reason:
-                logger.warning("request %s was not taken up and is tried again: %s", request.request_id, reason)
-                if loop.time() + pause >= deadline:
-                    raise NoReplica(
-                        f"no replica of {self._model} took the request up within {wait_limit_s:g} s; last: {reason}"
-                    ) from None
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+        chunks = self._run(Progress(request), wait_limit_s)
+        await anext(chunks)
+        return chunks
 
     def start(self) -> None:
         """Begin to renew the lease; on a running event loop."""
@@ -95,82 +112,175 @@ class ServeDispatcher:
         return self._notices.news.max_context if self._notices.news is not None else None
 
     async def is_ready(self) -> bool:
-        """Whether the ledger answers and knows a replica that can take work."""
+        """Whether a replica is known that can take work: by the ledger, or without it by its last news."""
         try:
             view: LedgerView = await answer_of(self._ledger.snapshot.remote(), READY_LIMIT_S)
         except CallFailed as error:
             logger.info("the ledger of %s does not answer: %s", self._model, error)
-            return False
+            return self._local.knows_a_replica
         return view.ready
+
+    async def observe(self) -> Observation | None:
+        """What there is to show of this model; None while the ledger does not answer."""
+        try:
+            seen: Observation = await answer_of(self._ledger.observe.remote(), READY_LIMIT_S)
+        except CallFailed as error:
+            logger.info("the ledger of %s does not answer: %s", self._model, error)
+            return None
+        return seen
 
     async def close(self) -> None:
         """Send what is left to tell and stop the background task."""
         await self._notices.close()
 
-    async def _reserve(self, request: GenerationRequest, wait_limit_s: float) -> Grant:
+    async def _run(self, progress: Progress, wait_limit_s: float) -> AsyncGenerator[TokenChunk, None]:
+        """All attempts of a request. The first item says that a replica took it up; a RequestError comes before it."""
+        attempt = await self._place(progress, wait_limit_s)
+        try:
+            yield TokenChunk(progress.request.request_id)
+            while True:
+                try:
+                    chunk = progress.note(await attempt.read(), attempt.grant.pool)
+                except Lost as loss:
+                    self._close(attempt, loss)
+                    resumed = await self._resume(progress, attempt.grant, loss, wait_limit_s)
+                    if isinstance(resumed, TokenChunk):
+                        yield resumed
+                        return
+                    attempt = resumed
+                    continue
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            self._close(attempt)
+
+    async def _resume(self, progress: Progress, grant: Grant, loss: Lost, wait_limit_s: float) -> Attempt | TokenChunk:
+        """Another attempt after a loss, or the chunk that says why there is none."""
+        progress.losses += 1
+        done = f"replica {grant.replica_id} failed after {len(progress.produced)} tokens: {loss}"
+        logger.warning("request %s: %s", progress.request.request_id, done)
+        if progress.losses > MAX_LOSSES:
+            why = f"{progress.losses} replicas failed while they ran this request, and it is not tried on more"
+        else:
+            try:
+                return await self._place(progress, wait_limit_s)
+            except RequestError as error:
+                why = f"it could not be resumed: {error.message}"
+        text = f"{done}. {why[0].upper() + why[1:]}. Send the request again"
+        return TokenChunk(progress.request.request_id, finish_reason="error", error=text)
+
+    async def _place(self, progress: Progress, wait_limit_s: float) -> Attempt:
+        """Reserve and send until a replica takes the request up.
+
+        Raises:
+            RequestError: it was refused, or none took it up within `wait_limit_s`.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_limit_s
+        pause = FIRST_PAUSE_S
+        while True:
+            request = progress.next_attempt()
+            try:
+                grant = await self._reserve(request, progress.pool, max(0.0, deadline - loop.time()))
+                return await self._send(replace(request, grant=grant), grant)
+            except NotTakenUp as reason:
+                logger.warning("request %s was not taken up and is tried again: %s", request.request_id, reason)
+                if loop.time() + pause >= deadline:
+                    raise self._given_up(reason, wait_limit_s) from None
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def _reserve(self, request: GenerationRequest, pool: str | None, wait_limit_s: float) -> Grant:
         wish = ReserveRequest(
             request_id=request.request_id,
             ingress_id=self._ingress_id,
             prompt_tokens=len(request.prompt_ids),
-            max_tokens=request.sampling.max_tokens,
+            max_tokens=request.sampling.max_tokens - request.resumed_tokens,
             wait_limit_s=wait_limit_s,
+            pool=pool,
         )
         try:
-            answer = await answer_of(self._ledger.reserve.remote(wish))
-        except asyncio.CancelledError:
-            self._notices.cancelled(request.request_id)
-            raise
-        except CallFailed as error:  # no notice: it could arrive after the next try and cancel that
-            raise NotTakenUp(f"the ledger of {self._model} gave no answer: {error}") from error
+            async with self._notices.while_there():
+                answer = await self._ask(wish)
+        except CallFailed as error:
+            self._notices.probe()
+            return self._place_locally(wish, error)
         if isinstance(answer, Refusal):
             raise error_of(answer)
-        if not isinstance(answer, Grant):
+        return answer
+
+    async def _ask(self, wish: ReserveRequest) -> Grant | Refusal:
+        """The ledger's answer. Whatever keeps it from here, the ledger learns that nobody waits for it any more."""
+        answered = False
+        try:
+            answer = await answer_of(self._ledger.reserve.remote(wish))
+            answered = True
+        finally:
+            if not answered:
+                self._notices.cancelled(wish.request_id)
+        if not isinstance(answer, Grant | Refusal):
             raise TypeError(f"the ledger answered with a {type(answer).__name__}, not a Grant or Refusal")
         return answer
 
-    async def _stream(self, request: GenerationRequest, grant: Grant) -> AsyncGenerator[TokenChunk, None]:
-        """One attempt. The first item says that the replica took the grant up; NotTakenUp comes before it or never."""
-        call: Any = self._streams[grant.pool].generate.remote(request)
-        taken_up = ended = False
-        try:
-            async for chunk in call:
-                if not taken_up:
-                    if chunk.finish_reason == "error" and (chunk.error or "").startswith(REFUSED):
-                        self._notices.unused(grant.grant_id)
-                        raise NotTakenUp(chunk.error)
-                    taken_up = True
-                    yield TokenChunk(request.request_id)
-                    if chunk == TokenChunk(request.request_id):
-                        continue
-                ended = chunk.finish_reason is not None
-                yield chunk
-                if ended:
-                    return
-            reason = "its stream stopped without a last chunk"
-        except asyncio.CancelledError:
-            if cancelled_here():
-                raise
-            reason = "it cancelled the request, as a replica that shuts down does"
-        except NotTakenUp:
-            raise
-        except Exception as error:  # noqa: BLE001  whatever failed over there must reach the client as its end
-            reason = self._note_loss(grant, error)
-        finally:
-            if not ended:
-                cancel(call)
-        if not taken_up:
-            raise NotTakenUp(f"replica {grant.replica_id} was lost: {reason}")
-        logger.error("request %s failed on replica %s: %s", request.request_id, grant.replica_id, reason)
-        text = f"replica {grant.replica_id} failed while it generated: {reason}. Send the request again"
-        yield TokenChunk(request.request_id, finish_reason="error", error=text)
+    def _place_locally(self, wish: ReserveRequest, error: CallFailed) -> Grant:
+        grant = self._local.place(wish, time.time())
+        if grant is None:
+            raise NotTakenUp(f"the ledger of {self._model} is gone ({error}), and no replica is known that could serve")
+        return grant
 
-    def _note_loss(self, grant: Grant, error: Exception) -> str:
-        """Tell the ledger what the error says about the grant and its replica; returns the error's text."""
-        if isinstance(error, NotSent):
+    async def _send(self, request: GenerationRequest, grant: Grant) -> Attempt:
+        """Send the request where its grant says.
+
+        Raises:
+            NotTakenUp: the replica refused it or was lost.
+        """
+        attempt = Attempt(request, grant, self._streams[grant.pool].generate.remote(request))
+        self._open.add(attempt)
+        taken_up = False
+        try:
+            await attempt.take_up()
+            taken_up = True
+        except Refused as reason:
+            local = grant.ledger_epoch == LOCAL_EPOCH
+            if not local:
+                self._notices.unused(grant.grant_id)
+            raise NotTakenUp(str(reason), busy=local) from None
+        except Lost as loss:
+            self._note_loss(grant, loss.cause)
+            raise NotTakenUp(f"replica {grant.replica_id} was lost: {loss}") from loss
+        finally:
+            if not taken_up:
+                self._close(attempt)
+        return attempt
+
+    def _close(self, attempt: Attempt, loss: Lost | None = None) -> None:
+        """The attempt is over; any number of times."""
+        attempt.close()
+        self._open.discard(attempt)
+        self._local.ended(attempt.grant.grant_id)
+        if loss is not None:
+            self._note_loss(attempt.grant, loss.cause)
+
+    def _note_loss(self, grant: Grant, cause: Exception | None) -> None:
+        """Tell the ledger what an error says about a grant and its replica."""
+        if isinstance(cause, NotSent):
             self._notices.unused(grant.grant_id)
-        if isinstance(error, (ReplicaUnavailableError, RayActorError)):
+        if isinstance(cause, (ReplicaUnavailableError, RayActorError)):
             self._notices.lost(grant.replica_id, grant.replica_epoch)
-        return one_line(error)
+            self._local.lost(grant.replica_id)
+
+    def _hear(self, news: LedgerNews) -> None:
+        """Take in the ledger's news; streams on replicas that fell silent are resumed elsewhere."""
+        self._local.hear(news)
+        silent = set(news.silent)
+        for attempt in list(self._open):
+            if (attempt.grant.replica_id, attempt.grant.replica_epoch) in silent:
+                attempt.abandon("its heartbeats stopped")
+
+    def _given_up(self, reason: NotTakenUp, wait_limit_s: float) -> RequestError:
+        text = f"no replica of {self._model} took the request up within {wait_limit_s:g} s; last: {reason}"
+        return Overloaded(text, retry_after_s=LOCAL_RETRY_AFTER_S) if reason.busy else NoReplica(text)
 
 
 def error_of(refusal: Refusal) -> RequestError:

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.protocol import Grant
+from deployments.protocol import LOCAL_EPOCH, Grant
 from deployments.routing.admission import Admission
 
 GRANT = Grant("g", "q", "default", "r0", 3, 7, 2, expires_at=10.0)
+
+
+LOCAL = replace(GRANT, grant_id="local", ledger_epoch=LOCAL_EPOCH)
 
 
 def admission(ledger_epoch: int = 7) -> Admission:
@@ -95,3 +98,58 @@ def test_a_new_ledger_is_owed_a_report_that_knows_it() -> None:
     assert own.report().ledger_epoch == 8
     own.acknowledge(2, 7)  # the old ledger lingers
     assert own.report().ledger_epoch == 8
+
+
+# Local grants
+
+
+def test_a_local_grant_is_taken_up_when_its_blocks_are_free_and_reported() -> None:
+    own = admission()
+    own.take_up(replace(GRANT, blocks=6), 0.0)
+    assert own.take_up(replace(LOCAL, blocks=5), 0.0) == "the request needs 5 blocks, and 4 are free"
+    assert own.take_up(replace(LOCAL, blocks=4), 0.0) is None
+    assert own.report().held == (("g", 6), ("local", 4))
+
+
+def test_blocks_that_requests_grew_into_are_not_free() -> None:
+    own = admission()
+    own.take_up(GRANT, 0.0)
+    own.hold("g", 12)
+    assert own.take_up(replace(LOCAL, blocks=1), 0.0) == "the request needs 1 blocks, and 0 are free"
+
+
+def test_a_ledgers_grant_is_held_to_what_local_ones_left() -> None:
+    own = admission()
+    own.take_up(replace(LOCAL, blocks=7), 0.0)
+    assert own.take_up(replace(GRANT, blocks=4), 0.0) == "the request needs 4 blocks, and 3 are free"
+    own.end("local", prompt_tokens=1, output_tokens=1)
+    own.take_up(replace(GRANT, grant_id="large", blocks=9), 0.0)
+    assert own.take_up(replace(GRANT, blocks=4), 0.0) is None  # the ledger counts by itself again
+
+
+@pytest.mark.parametrize(
+    ("grant", "now", "words"),
+    [
+        (replace(LOCAL, replica_id="r1"), 0.0, "names replica r1"),
+        (LOCAL, 10.0, "expired"),
+        (LOCAL, 9.0, "taken up before"),
+    ],
+)
+def test_otherwise_a_local_grant_is_as_any_other(grant: Grant, now: float, words: str) -> None:
+    own = admission()
+    own.take_up(LOCAL, 0.0)
+    assert words in (own.take_up(grant, now) or "")
+
+
+def test_a_draining_replica_takes_no_local_grants() -> None:
+    own = admission()
+    own.drain()
+    assert "draining" in (own.take_up(LOCAL, 0.0) or "")
+
+
+def test_draining_twice_is_reported_once() -> None:
+    own = admission()
+    own.drain()
+    own.report()
+    own.drain()
+    assert not own.changed

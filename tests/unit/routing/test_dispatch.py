@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from deployments.errors import (
     RequestError,
 )
 from deployments.protocol import (
+    LOCAL_EPOCH,
+    LOST,
     REFUSED,
     GenerationRequest,
     Grant,
@@ -25,11 +28,12 @@ from deployments.protocol import (
     LedgerNews,
     Refusal,
     RefusalKind,
+    ReplicaSpot,
     ReserveRequest,
     Sampling,
     TokenChunk,
 )
-from deployments.routing.dispatch import ServeDispatcher, error_of
+from deployments.routing.dispatch import MAX_LOSSES, ServeDispatcher, error_of
 from deployments.routing.router import NotSent
 
 REQUEST = GenerationRequest("q", (1, 2, 3), Sampling(max_tokens=4, seed=0))
@@ -90,7 +94,8 @@ class World:
         self.generate = Method(self._generate)
         self.notice = Method(self._notice)
         self.snapshot = Method(lambda: RayError("no ledger"))
-        self.dispatcher = ServeDispatcher("m", "in", self, {"default": self})  # type: ignore[arg-type, dict-item]  # plays both handles
+        self.news = LedgerNews(7, 4096)
+        self.dispatcher = ServeDispatcher("m", "in", self, {"default": self}, ledger_limit_s=0.05)  # type: ignore[arg-type, dict-item]  # plays both handles
 
     def options(self, *, stream: bool) -> World:
         assert stream
@@ -104,9 +109,9 @@ class World:
         self.sent.append(request)
         return self.streams.pop(0)
 
-    def _notice(self, notice: IngressNotice) -> LedgerNews:
+    def _notice(self, notice: IngressNotice) -> Any:
         self.notices.append(notice)
-        return LedgerNews(7, 4096)
+        return self.news
 
     async def told(self) -> tuple[list[str], list[str], list[tuple[str, int]]]:
         """(unused, cancelled, lost) in all notices."""
@@ -178,18 +183,152 @@ async def test_lost_before_the_take_up_is_tried_again(
     assert await world.told() == (unused, [], lost)
 
 
-@pytest.mark.parametrize(
-    "failure",
-    [[ActorDiedError()], [RayError("x")], [], [asyncio.CancelledError()]],
-    ids=["died", "raised", "ended", "cut"],
-)
-async def test_lost_after_the_take_up_ends_in_one_error_chunk(failure: list[Any]) -> None:
-    world = World([grant()], [[TAKEN, text(5), *failure]])
-    chunks = await run(world)
-    assert chunks[0] == text(5)
-    assert [chunk.finish_reason for chunk in chunks] == [None, "error"]
-    assert "replica r1 failed" in (chunks[-1].error or "")
+LOSSES: dict[str, list[Any]] = {
+    "died": [ActorDiedError()],
+    "raised": [RayError("x")],
+    "ended": [],
+    "cut": [asyncio.CancelledError()],
+    "engine gone": [TokenChunk("q", finish_reason="error", error=LOST + "killed")],
+}
+
+
+@pytest.mark.parametrize("failure", LOSSES.values(), ids=LOSSES)
+async def test_lost_while_it_streams_is_resumed_where_it_was(failure: list[Any]) -> None:
+    rest = [TokenChunk("q~1"), TokenChunk("q~1", (7,)), TokenChunk("q~1", (8,), finish_reason="length")]
+    world = World([grant(1), grant(2)], [[TAKEN, text(5), text(6), *failure], rest])
+    assert await run(world) == [text(5), text(6), text(7), text(8, finish="length")]
+    first, second = world.sent
+    assert (first.request_id, first.prompt_ids, first.resumed_tokens) == ("q", (1, 2, 3), 0)
+    assert (second.request_id, second.prompt_ids, second.resumed_tokens) == ("q~1", (1, 2, 3, 5, 6), 2)
+    assert (second.sampling, second.prompt_tokens, second.grant) == (first.sampling, 3, grant(2))
+    wish = world.wishes[1]
+    assert (wish.request_id, wish.prompt_tokens, wish.max_tokens, wish.pool) == ("q~1", 5, 2, "default")
     await world.dispatcher.close()
+
+
+async def test_lost_before_the_first_token_may_go_to_any_pool() -> None:
+    world = World([grant(1), grant(2)], [[TAKEN, ActorDiedError()], [TokenChunk("q~1", (5,), finish_reason="stop")]])
+    assert await run(world) == [text(5, finish="stop")]
+    assert [wish.pool for wish in world.wishes] == [None, None]
+    assert await world.told() == ([], [], [("r1", 1)])
+
+
+async def test_tokens_that_come_with_the_loss_are_not_lost() -> None:
+    last = TokenChunk("q", (6,), finish_reason="error", error=LOST + "killed")
+    world = World([grant(1), grant(2)], [[TAKEN, text(5), last], [TokenChunk("q~1", (7,), finish_reason="stop")]])
+    assert await run(world) == [text(5), text(6), text(7, finish="stop")]
+    assert world.sent[1].prompt_ids == (1, 2, 3, 5, 6)
+    await world.dispatcher.close()
+
+
+async def test_what_can_not_be_resumed_ends_in_one_error_chunk_that_says_so() -> None:
+    world = World([grant(), Refusal("q~1", "no_replica", "none is alive")], [[TAKEN, text(5), ActorDiedError()]])
+    chunks = await run(world)
+    assert [chunk.finish_reason for chunk in chunks] == [None, "error"]
+    error = chunks[-1].error or ""
+    assert "replica r1 failed after 1 tokens" in error
+    assert "could not be resumed: none is alive" in error
+    await world.dispatcher.close()
+
+
+async def test_a_request_that_kills_what_it_runs_on_is_not_tried_on_every_replica() -> None:
+    world = World([grant(n) for n in range(9)], [[TAKEN, RayError("killed")] for _ in range(9)])
+    (chunk,) = await run(world)
+    assert "not tried on more" in (chunk.error or "")
+    assert len(world.sent) == MAX_LOSSES + 1
+    await world.dispatcher.close()
+
+
+async def test_streams_on_a_replica_whose_heartbeats_stopped_go_on_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.routing.notices.RENEW_S", 0.01)
+    never = asyncio.Event()
+    rest = [TokenChunk("q~1"), TokenChunk("q~1", (6,), finish_reason="stop")]
+    world = World([grant(1), grant(2)], [[TAKEN, text(5), never.wait], rest])
+    chunks = await world.dispatcher.dispatch(REQUEST, wait_limit_s=5.0)
+    assert await anext(chunks) == text(5)
+    world.news = LedgerNews(7, 4096, silent=(("r1", 2), ("r2", 1)))  # another life of it
+    reader = asyncio.create_task(anext(chunks))
+    await asyncio.sleep(0.1)
+    assert not reader.done()
+    world.news = LedgerNews(7, 4096, silent=(("r1", 1),))
+    assert await asyncio.wait_for(reader, 5.0) == text(6, finish="stop")
+    assert world.generate.calls[0].cancelled
+    await chunks.aclose()
+    await world.dispatcher.close()
+
+
+async def test_a_replica_that_says_nothing_until_the_grant_expired_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.routing.attempt.TAKE_UP_SLACK_S", 0.02)
+    frozen = asyncio.Event()
+    expired = replace(grant(1), expires_at=0.0)
+    world = World([expired, grant(2)], [[frozen.wait, TAKEN], [TokenChunk("q~1", (5,), finish_reason="stop")]])
+    assert await asyncio.wait_for(run(world), 5.0) == [text(5, finish="stop")]
+    assert world.generate.calls[0].cancelled
+    await world.dispatcher.close()
+
+
+# Without a ledger
+
+SPOT = ReplicaSpot("r5", "default", 1, 16, 10, 8, 160)
+
+
+async def acquainted(reserves: list[Any], streams: list[Any]) -> World:
+    """A world whose dispatcher has heard of one replica."""
+    world = World(reserves, streams)
+    world.news = LedgerNews(7, 160, expected_output_tokens=9, spots=(SPOT,))
+    world.dispatcher.start()
+    world.dispatcher._notices.probe()
+    while world.dispatcher.max_context is None:
+        await asyncio.sleep(0.001)
+    return world
+
+
+async def test_a_ledger_that_died_is_done_without() -> None:
+    world = await acquainted([ActorDiedError()], [[TAKEN, text(5, finish="stop")]])
+    assert await run(world) == [text(5, finish="stop")]
+    local = world.sent[0].grant
+    assert local is not None
+    assert (local.replica_id, local.replica_epoch, local.ledger_epoch, local.blocks) == ("r5", 1, LOCAL_EPOCH, 1)
+    assert await world.dispatcher.is_ready()
+    await world.dispatcher.close()
+
+
+async def test_a_ledger_that_hangs_is_done_without_in_bounded_time() -> None:
+    world = await acquainted([asyncio.Event().wait], [[TAKEN, text(5, finish="stop")]])
+    asked = world.notice._answer
+    world.notice._answer = lambda _: asyncio.Event().wait
+    world.dispatcher._notices.probe()
+    assert await asyncio.wait_for(run(world), 5.0) == [text(5, finish="stop")]
+    assert world.reserve.calls[0].cancelled
+    world.notice._answer = asked
+    assert (await world.told())[1] == ["q"]  # should it answer after all, nobody waits
+
+
+async def test_it_is_not_asked_while_it_is_gone_and_asked_again_when_it_is_back() -> None:
+    world = await acquainted([grant(1)], [[TAKEN, text(5, finish="stop")]] * 2)
+    asked = world.notice._answer
+    world.notice._answer = lambda _: RayError("gone")
+    world.dispatcher._notices.probe()
+    while not world.dispatcher._notices.gone:
+        await asyncio.sleep(0.001)
+    await run(world)
+    assert world.wishes == []
+    world.notice._answer = asked
+    while world.dispatcher._notices.gone:
+        await asyncio.sleep(0.01)
+    await run(world)
+    assert [wish.request_id for wish in world.wishes] == ["q"]
+    await world.dispatcher.close()
+
+
+async def test_full_replicas_are_tried_until_the_deadline_and_then_it_is_429() -> None:
+    full = TokenChunk("q", finish_reason="error", error=REFUSED + "0 blocks are free")
+    world = await acquainted([RayError("gone")] * 20, [[full]] * 20)
+    with pytest.raises(Overloaded, match="0 blocks are free") as caught:
+        await run(world, wait=0.3)
+    assert caught.value.retry_after_s
+    assert len(world.sent) >= 2
+    assert (await world.told())[0] == []  # no ledger made those grants
 
 
 async def test_an_error_of_the_engine_passes_through() -> None:
@@ -233,18 +372,19 @@ async def test_cancelling_before_the_take_up_cancels_the_call() -> None:
     await world.dispatcher.close()
 
 
-async def test_an_unreachable_ledger_is_tried_until_the_deadline() -> None:
+async def test_without_ledger_and_news_it_is_tried_until_the_deadline() -> None:
     world = World([RayError("gone")] * 20, [])
-    with pytest.raises(NoReplica, match="ledger of m gave no answer"):
+    with pytest.raises(NoReplica, match="ledger of m is gone"):
         await run(world, wait=0.3)
     assert 2 <= len(world.wishes) <= 5  # after 0, 0.05, 0.15 s
-    assert await world.told() == ([], [], [])
+    assert len({wish.request_id for wish in world.wishes}) == len(world.wishes)
 
 
 async def test_a_reserve_cancelled_over_there_is_tried_again() -> None:
     world = World([asyncio.CancelledError(), grant()], [[TAKEN, text(5, finish="stop")]])
     assert await run(world) == [text(5, finish="stop")]
-    assert await world.told() == ([], [], [])  # a late "cancelled" would end the second try
+    assert await world.told() == ([], ["q"], [])
+    assert [wish.request_id for wish in world.wishes] == ["q", "q~1"]  # the notice can't end the second
 
 
 @pytest.mark.parametrize(
