@@ -42,11 +42,18 @@ class Ingress:
         self._settings = settings
         ingress_id = uuid.uuid4().hex
         self._meter = IngressMeter(ingress_id)
-        limit_s = settings.api.ledger_limit_s
         self._models = [
             await self._served(
                 model,
-                ServeDispatcher(model.name, ingress_id, ledgers[model.name], pools[model.name], ledger_limit_s=limit_s),
+                ServeDispatcher(
+                    model.name,
+                    ingress_id,
+                    ledgers[model.name],
+                    pools[model.name],
+                    vitals=seldom(self._meter.vitals),
+                    ledger_limit_s=settings.api.ledger_limit_s,
+                    granule_tokens=model.granule_tokens,
+                ),
             )
             for model in settings.models
         ]

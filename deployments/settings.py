@@ -61,6 +61,10 @@ class PoolSettings(_Strict):
     kernels: Literal["headroom", "bitsandbytes"] = "headroom"
     """Which kernels multiply by quantised weights on GPUs; the CPU always has bitsandbytes'."""
     prefix_cache: bool = True
+    drain_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long a replica that is stopped may finish its streams; those left are resumed on another one."""
+    surge: bool = False
+    """Start a new version's replicas before the old ones stop. Needs the devices twice meanwhile."""
     cpus: Annotated[float, Field(gt=0)] | None = None
     """Ray CPUs a replica asks for; default: a fraction, so that one core starts the whole service."""
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -119,8 +123,10 @@ class ModelSettings(_Strict):
     """Longest wait for blocks; afterwards 429."""
 
     @property
-    def granule_tokens(self) -> int:
-        """The unit in which prefixes are compared between prompts and replicas, whole blocks in every pool."""
+    def granule_tokens(self) -> int | None:
+        """The unit in which prefixes are compared, whole blocks in every pool; None where no pool caches any."""
+        if not any(pool.prefix_cache for pool in self.pools):
+            return None
         return granule_tokens(pool.block_size for pool in self.pools)
 
     @field_validator("name", "aliases")

@@ -10,7 +10,8 @@ free here; and as long as one runs, the ledger's grants are held to that too, be
 from __future__ import annotations
 
 from deployments.metrics.vitals import GrantCounts
-from deployments.protocol import LOCAL_EPOCH, Grant, ReplicaState
+from deployments.protocol import LOCAL_EPOCH, CachedGranules, Grant, ReplicaState
+from deployments.routing.granule_log import GranuleLog
 
 
 class Admission:
@@ -42,7 +43,9 @@ class Admission:
         """Whether something happened since the last report, which is then due."""
         self._sequence = 0
         self._held: dict[str, tuple[int, int]] = {}
-        """Grant id -> (blocks granted, blocks held now)."""
+        """Grant id -> (blocks granted, blocks held now), those that it shares included in both."""
+        self._shared_blocks = 0
+        self._granules = GranuleLog()
         self._local: set[str] = set()
         """Those of the held grants that no ledger made."""
         self._ended: dict[str, tuple[int, int, int]] = {}
@@ -53,7 +56,8 @@ class Admission:
     @property
     def free_blocks(self) -> int:
         """Blocks neither granted nor held; negative when requests grew beyond their grants."""
-        return self.capacity_blocks - sum(max(granted, held) for granted, held in self._held.values())
+        charged = sum(max(granted, held) for granted, held in self._held.values())
+        return self.capacity_blocks - charged + self._shared_blocks
 
     def take_up(self, grant: Grant | None, now: float) -> str | None:
         """Take a grant up, or say why not.
@@ -71,17 +75,32 @@ class Admission:
         if reason is None:
             self._forget_spent(now)
             self._spent[grant.grant_id] = grant.expires_at
-            self._held[grant.grant_id] = (grant.blocks, 0)
+            # Until it shares blocks it is not sure to: what it would share may be given up before it starts.
+            self._held[grant.grant_id] = (grant.blocks + grant.shared_blocks, 0)
             if grant.ledger_epoch == LOCAL_EPOCH:
                 self._local.add(grant.grant_id)
             self.changed = True
         return reason
 
     def hold(self, grant_id: str, blocks: int) -> None:
-        """The request of this grant holds `blocks` now."""
+        """The request of this grant holds `blocks` now, those that it shares included."""
         granted, before = self._held[grant_id]
         self._held[grant_id] = (granted, blocks)
         self.changed |= max(granted, before) != max(granted, blocks)
+
+    def share(self, blocks: int) -> None:
+        """All requests together hold so many blocks less than one by one, because they share prefixes."""
+        self.changed |= blocks != self._shared_blocks
+        self._shared_blocks = blocks
+
+    def note_granules(self, news: CachedGranules) -> None:
+        """What changed in the prefix cache."""
+        self.changed |= self._granules.note(news)
+
+    def lost_touch(self) -> None:
+        """The ledger heard nothing for so long that it may have forgotten this replica."""
+        self._granules.owe_all()
+        self.changed = True
 
     def end(self, grant_id: str, *, prompt_tokens: int, output_tokens: int) -> None:
         """The request of this grant ended and its blocks are free."""
@@ -115,13 +134,18 @@ class Admission:
             ended=tuple((grant_id, prompt, output) for grant_id, (prompt, output, _) in self._ended.items()),
             draining=self.draining,
             ledger_epoch=self.ledger_epoch,
+            shared_blocks=self._shared_blocks,
+            granules=self._granules.report(self._sequence),
         )
 
     def acknowledge(self, sequence: int, ledger_epoch: int) -> None:
         """The ledger of this epoch answered the report of this sequence; a new ledger is owed a report at once."""
         if ledger_epoch > self.ledger_epoch:
             self.ledger_epoch = ledger_epoch
+            self._granules.owe_all()
             self.changed = True
+        elif ledger_epoch == self.ledger_epoch:
+            self._granules.acknowledge(sequence)
         self._ended = {key: entry for key, entry in self._ended.items() if not 0 < entry[2] <= sequence}
 
     def _reason_against(self, grant: Grant, now: float) -> str | None:

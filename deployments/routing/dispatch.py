@@ -20,6 +20,7 @@ from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import BadRequest, ContextLengthExceeded, EngineFailed, NoReplica, Overloaded, RequestError
+from deployments.granules import prefix_of
 from deployments.metrics.board import Observation
 from deployments.metrics.vitals import IngressVitals
 from deployments.protocol import (
@@ -27,6 +28,7 @@ from deployments.protocol import (
     GenerationRequest,
     Grant,
     LedgerNews,
+    Prefix,
     Refusal,
     ReserveRequest,
     TokenChunk,
@@ -61,6 +63,7 @@ class ServeDispatcher:
         pools: pool name -> handle of its deployment, whose router is `GrantRouter`.
         vitals: what to tell of this ingress with the next notice, if anything.
         ledger_limit_s: a ledger that gives no sign for this long is done without.
+        granule_tokens: by which prompts are looked for in the replicas' prefix caches; None: they are not.
         rng: for choices that the ledger doesn't make.
     """
 
@@ -73,9 +76,11 @@ class ServeDispatcher:
         *,
         vitals: Callable[[], IngressVitals | None] = lambda: None,
         ledger_limit_s: float = LEDGER_LIMIT_S,
+        granule_tokens: int | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._model = model
+        self._granule_tokens = granule_tokens
         self._ingress_id = ingress_id
         self._ledger = ledger
         self._streams = {name: handle.options(stream=True) for name, handle in pools.items()}
@@ -191,6 +196,11 @@ class ServeDispatcher:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
+    def _prefix(self, request: GenerationRequest) -> Prefix | None:
+        if self._granule_tokens is None:
+            return None
+        return prefix_of(request.prompt_ids, request.salt, self._granule_tokens)
+
     async def _reserve(self, request: GenerationRequest, pool: str | None, wait_limit_s: float) -> Grant:
         wish = ReserveRequest(
             request_id=request.request_id,
@@ -199,6 +209,7 @@ class ServeDispatcher:
             max_tokens=request.sampling.max_tokens - request.resumed_tokens,
             wait_limit_s=wait_limit_s,
             pool=pool,
+            prefix=self._prefix(request),
         )
         try:
             async with self._notices.while_there():

@@ -20,6 +20,8 @@ LOOK_S = 0.02
 EVERY_S = 0.1
 HEARTBEAT_S = 1.0
 ANSWER_LIMIT_S = 2.0
+TOUCH_S = 3.0
+"""After this long without an answer the ledger may have forgotten the replica; it does so after 16 s at the soonest."""
 
 
 class ReportSender:
@@ -29,6 +31,7 @@ class ReportSender:
         admission: what to report.
         ledger: where to.
         vitals: what else to tell with the next report, if anything.
+        stopping: whether the replica is being stopped; it drains from then on.
     """
 
     def __init__(
@@ -37,17 +40,22 @@ class ReportSender:
         ledger: DeploymentHandle[Any],
         *,
         vitals: Callable[[], ReplicaVitals | None] = lambda: None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._admission = admission
         self._vitals = vitals
+        self._stopping = stopping
         self._ledger = ledger
         self._reached = True
+        self._answered_at: float | None = None
 
     async def run(self) -> None:
         """Report until cancelled. A ledger that doesn't answer is tried again each heartbeat."""
         clock = asyncio.get_running_loop().time
         sent_at = -HEARTBEAT_S
         while True:
+            if self._stopping():
+                self._admission.drain()
             wait_s = EVERY_S if self._admission.changed and self._reached else HEARTBEAT_S
             if clock() - sent_at >= wait_s:
                 sent_at = clock()
@@ -68,3 +76,7 @@ class ReportSender:
             logger.info("replica %s reaches its ledger again", state.replica_id)
         self._reached = True
         self._admission.acknowledge(state.sequence, epoch)
+        now = asyncio.get_running_loop().time()
+        if self._answered_at is not None and now - self._answered_at > TOUCH_S:
+            self._admission.lost_touch()
+        self._answered_at = now
