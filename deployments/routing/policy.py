@@ -1,6 +1,20 @@
 """Which replica a request goes to. Pure: snapshots and a random generator in, a choice out.
 
-    score = (headroom - granted blocks) * block_size        tokens left after the grant
+    shared  = tokens of the prompt that running requests hold there // block_size
+    granted = blocks of prompt and expected output - shared
+    score   = (headroom - granted) * block_size + cached
+
+in tokens: the room that the grant leaves, and what of the prompt need not be computed there (`cached`, used by running
+requests or idle). A token of room and a token of prefill weigh the same, so a prefix has a bounded pull. Let a replica
+have `c` tokens of a prompt cached, `u <= c` of them in use, and another one none. Then the first is preferred just as
+long as the other has less than
+
+    u + c <= 2 c
+
+tokens more room. Each request of `s` tokens that follows a prefix in use takes `s - u` of that difference, so a hot
+prefix draws about `(u + c) / (s - u)` requests more to its replica than others get; the next one goes to another
+replica, which has the prefix too from then on. A long history that one conversation alone has keeps to its replica,
+unless that is behind by more than twice its length.
 
 Absolute tokens compare across pools that differ in precision, block size and capacity; percentages do not.
 Equal scores are broken at random, because the first of equals would otherwise take every burst.
@@ -9,9 +23,11 @@ Equal scores are broken at random, because the first of equals would otherwise t
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+from deployments.routing.prefixes import NO_MATCH, Match
 
 
 class Candidate(Protocol):
@@ -59,25 +75,42 @@ def fits_ever(replica: Candidate, size: Size) -> bool:
     return blocks_for(size.prompt_tokens + size.max_tokens, replica.block_size) <= replica.capacity_blocks
 
 
-def grant_blocks(replica: Candidate, size: Size) -> int:
-    """Blocks to promise on this replica; never more than it has."""
-    return min(blocks_for(size.grant_tokens, replica.block_size), replica.capacity_blocks)
+def shared_blocks(replica: Candidate, match: Match) -> int:
+    """Blocks of the prompt that running requests hold on this replica."""
+    return match.used_tokens // replica.block_size
 
 
-def score(replica: Candidate, size: Size) -> int:
-    """Headroom in tokens that the grant would leave; negative when it doesn't fit now."""
-    return (replica.headroom_blocks - grant_blocks(replica, size)) * replica.block_size
+def grant_blocks(replica: Candidate, size: Size, match: Match = NO_MATCH) -> int:
+    """Blocks to promise on this replica, without those that are shared; never more than it has."""
+    needed = min(blocks_for(size.grant_tokens, replica.block_size), replica.capacity_blocks)
+    return needed - shared_blocks(replica, match)
 
 
-def pick(replicas: Iterable[AnyCandidate], size: Size, rng: random.Random) -> AnyCandidate | None:
+def fits_now(replica: Candidate, size: Size, match: Match = NO_MATCH) -> bool:
+    """Whether the blocks to promise are neither held nor promised."""
+    return grant_blocks(replica, size, match) <= replica.headroom_blocks
+
+
+def score(replica: Candidate, size: Size, match: Match = NO_MATCH) -> int:
+    """Tokens of room that the grant would leave, negative when it doesn't fit, and tokens that are cached."""
+    return (replica.headroom_blocks - grant_blocks(replica, size, match)) * replica.block_size + match.cached_tokens
+
+
+def pick(
+    replicas: Iterable[AnyCandidate],
+    size: Size,
+    rng: random.Random,
+    match_of: Callable[[AnyCandidate], Match] = lambda _: NO_MATCH,
+) -> AnyCandidate | None:
     """The replica with the best score among those where the request fits now; None when there is none."""
     best: list[AnyCandidate] = []
     best_score = 0
     for replica in replicas:
-        if not fits_ever(replica, size):
+        match = match_of(replica)
+        if not fits_ever(replica, size) or not fits_now(replica, size, match):
             continue
-        value = score(replica, size)
-        if value < 0 or (best and value < best_score):
+        value = score(replica, size, match)
+        if best and value < best_score:
             continue
         if not best or value > best_score:
             best, best_score = [], value
