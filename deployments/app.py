@@ -17,8 +17,6 @@ from deployments.settings import ModelSettings, PoolSettings, Settings, parse_se
 
 ACTOR_CPUS = 0.01
 """What each actor asks of Ray: Serve's default of one CPU per actor would wait for ever on a small machine."""
-DRAIN_S = 10.0
-"""How long a replica that Serve stops may finish its streams."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -38,6 +36,9 @@ def build(args: dict[str, Any]) -> Application:
         num_replicas=settings.api.replicas,
         max_ongoing_requests=settings.api.max_ongoing_requests,
         ray_actor_options={"num_cpus": ACTOR_CPUS},
+        # An answer can't move to another ingress: one that Serve stops finishes all, and its successor is there first.
+        graceful_shutdown_timeout_s=settings.api.request_timeout_s,
+        max_surge_percent=100,
     )(Ingress)
     return ingress.bind(settings, ledgers, pools)
 
@@ -67,7 +68,8 @@ def _pool(settings: Settings, model: ModelSettings, pool: PoolSettings, ledger: 
         logging_config={"enable_access_log": False},
         health_check_period_s=2,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=pool.drain_s,
+        max_surge_percent=100 if pool.surge else 0,
     )(ReplicaDeployment)
     return deployment.bind(model, pool, _replicas_on_cpu(settings), ledger)
 

@@ -14,12 +14,13 @@ from deployments.protocol import REFUSED, GenerationRequest, TokenChunk
 from deployments.routing.admission import Admission
 from deployments.routing.policy import blocks_for
 from deployments.routing.reports import ReportSender
+from deployments.stopping import stop_flag
 
 BLOCK_SIZE = 16
 
 
 class FakeReplica:
-    """Produces the tokens 1, 2, 3, ..., one each `sampling.seed` milliseconds."""
+    """Produces the tokens 1, 2, 3, ..., one each `sampling.seed` milliseconds; resumed, it goes on counting."""
 
     def __init__(self, ledger: DeploymentHandle, capacity_blocks: int) -> None:
         self._in_use: dict[str, int] = {}
@@ -34,7 +35,8 @@ class FakeReplica:
             capacity_blocks=capacity_blocks,
             max_context=capacity_blocks * BLOCK_SIZE,
         )
-        self._reporting = asyncio.get_running_loop().create_task(ReportSender(self._admission, ledger).run())
+        sender = ReportSender(self._admission, ledger, stopping=stop_flag())
+        self._reporting = asyncio.get_running_loop().create_task(sender.run())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         reason = self._admission.take_up(request.grant, time.time())
@@ -42,7 +44,7 @@ class FakeReplica:
             yield TokenChunk(request.request_id, finish_reason="error", error=REFUSED + reason)
             return
         assert request.grant is not None
-        grant, produced = request.grant, 0
+        grant, produced = request.grant, request.resumed_tokens
         self._served.append(request.request_id)
         self._in_use[grant.grant_id] = grant.blocks
         self._most = max(self._most, sum(self._in_use.values()))
@@ -51,12 +53,12 @@ class FakeReplica:
             while produced < request.sampling.max_tokens:
                 await asyncio.sleep(request.sampling.seed / 1000)
                 produced += 1
-                self._admission.hold(grant.grant_id, blocks_for(len(request.prompt_ids) + produced, BLOCK_SIZE))
+                self._admission.hold(grant.grant_id, blocks_for(request.prompt_tokens + produced, BLOCK_SIZE))
                 last = produced == request.sampling.max_tokens
                 yield TokenChunk(request.request_id, (produced,), finish_reason="length" if last else None)
         finally:
             del self._in_use[grant.grant_id]
-            self._admission.end(grant.grant_id, prompt_tokens=len(request.prompt_ids), output_tokens=produced)
+            self._admission.end(grant.grant_id, prompt_tokens=request.prompt_tokens, output_tokens=produced)
 
     async def observe(self) -> tuple[str, int, int, int, int]:
         """(replica id, pid, blocks in use, most blocks ever in use, requests served)."""

@@ -124,3 +124,13 @@ def test_pool_settings_reach_the_replica() -> None:
     _, _, pools = parts(build(model("m", {"quantization": "int8", "stages": 2, "max_memory": {"0": "600MB"}})))
     _, pool, _, _ = pools["m"]["default"].init_args
     assert pool == PoolSettings(device="cpu", quantization="int8", stages=2, max_memory={0: "600MB"})
+
+
+def test_what_is_stopped_finishes_its_streams_and_successors_come_first_where_asked() -> None:
+    ingress = build(model("m", {"name": "a", "drain_s": 7}, {"name": "b", "surge": True}))
+    _, _, pools = parts(ingress)
+    a, b = (pools["m"][name]._deployment_config for name in "ab")
+    assert a.graceful_shutdown_timeout_s == 7
+    assert (a.max_surge_percent, b.max_surge_percent) == (0, 100)
+    assert ingress._deployment_config.graceful_shutdown_timeout_s == 600.0  # api.request_timeout_s
+    assert ingress._deployment_config.max_surge_percent == 100

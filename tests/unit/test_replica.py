@@ -68,7 +68,10 @@ class FakeSender:
 
     broken: asyncio.Event
 
-    def __init__(self, admission: Admission, ledger: Any, *, vitals: Callable[[], Any]) -> None:
+    def __init__(
+        self, admission: Admission, ledger: Any, *, vitals: Callable[[], Any], stopping: Callable[[], bool]
+    ) -> None:
+        assert not stopping()
         assert vitals().steps.total == 0  # at most one a second: the first is due at once
         assert (admission.replica_id, ledger) == ("r1", "the ledger")
         FakeSender.broken = asyncio.Event()
@@ -84,6 +87,7 @@ async def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
     monkeypatch.setattr(replica_module, "EngineClient", FakeEngine)
     monkeypatch.setattr(replica_module, "ReportSender", FakeSender)
+    monkeypatch.setattr(replica_module, "stop_flag", lambda: lambda: False)
     monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(replica_module.store, "fetch", lambda *_, **__: SimpleNamespace(path=tmp_path))
     replica = Replica(ModelSettings(name="m", source="demo"), PoolSettings(), 3, "the ledger")  # type: ignore[arg-type]  # no handle
@@ -183,6 +187,19 @@ async def test_a_dead_engine_refuses_and_is_unhealthy(world: Any) -> None:
     assert chunk.error == f"{REFUSED}the engine failed: it was killed"
     with pytest.raises(EngineFailed, match="it was killed"):
         await world.replica.check_health()
+
+
+async def test_a_dead_engine_drains_its_replica_at_once(world: Any) -> None:
+    assert not world.admission.draining
+    world.engine.failure = "it was killed"
+    world.engine.on_report()
+    assert world.admission.report().draining
+
+
+async def test_a_resumed_request_counts_what_was_produced_before_as_output(world: Any) -> None:
+    world.engine.script = [TokenChunk("a", (7, 8), finish_reason="length")]
+    await stream(world, replace(granted(world), prompt_ids=(1, 2, 3, 4, 5, 6), resumed_tokens=2))
+    assert world.admission.report().ended == (("grant-a", 4, 4),)
 
 
 async def test_a_replica_that_can_not_report_is_unhealthy(world: Any) -> None:

@@ -76,3 +76,17 @@ async def test_a_ledger_that_comes_back_hears_what_ended_meanwhile() -> None:
     await reporting.send()
     await reporting.send()
     assert [state.ended for state in ledger.heard] == [(("g", 1, 2),), ()]
+
+
+async def test_a_replica_that_is_stopped_drains_and_says_so_at_once() -> None:
+    own, ledger, _ = sender()
+    stopping: list[bool] = []
+    reporting = ReportSender(own, ledger, stopping=lambda: bool(stopping))  # type: ignore[arg-type]  # a fake ledger
+    task = asyncio.create_task(reporting.run())
+    while len(ledger.heard) < 2:
+        await asyncio.sleep(0.001)
+    stopping.append(True)
+    while not ledger.heard[-1].draining:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    assert not any(state.draining for state in ledger.heard[:-1])
