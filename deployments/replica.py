@@ -24,6 +24,7 @@ from deployments.protocol import PROTOCOL_VERSION, REFUSED, GenerationRequest, T
 from deployments.routing.admission import Admission
 from deployments.routing.reports import ReportSender
 from deployments.settings import ModelSettings, PoolSettings
+from deployments.stopping import stop_flag
 from placement.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Replica:
             started.load_s,
             plan.capacity_tokens,
         )
-        sender = ReportSender(self._admission, self._ledger, vitals=seldom(self._vitals))
+        sender = ReportSender(self._admission, self._ledger, vitals=seldom(self._vitals), stopping=stop_flag())
         self._reporting = asyncio.get_running_loop().create_task(sender.run())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
@@ -119,7 +120,9 @@ class Replica:
         finally:
             await stream.aclose()
             del self._requests[request.request_id]
-            admission.end(grant_id, prompt_tokens=len(request.prompt_ids), output_tokens=produced)
+            admission.end(
+                grant_id, prompt_tokens=request.prompt_tokens, output_tokens=request.resumed_tokens + produced
+            )
 
     async def status(self) -> ReplicaStatus:
         """Who and how this replica is."""
@@ -177,6 +180,8 @@ class Replica:
         return self._admitted().take_up(request.grant, time.time())
 
     def _note_held(self) -> None:
+        if self._engine.failure is not None and self._admission is not None:
+            self._admission.drain()  # until Serve has noticed and replaced this replica, nothing more may come here
         for request_id, blocks in self._engine.held.items():
             grant_id = self._requests.get(request_id)
             if grant_id is not None:
