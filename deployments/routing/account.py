@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deployments.protocol import Grant, ReplicaSpot, ReplicaState
+from deployments.routing.policy import Size
 
 
 @dataclass(slots=True)
@@ -17,6 +18,9 @@ class Promise:
     """One grant that may still cost the replica blocks."""
 
     grant: Grant
+    size: Size
+    blocks: int
+    """What is set aside for it: what was granted, or more once it outgrew that."""
     listed: bool = False
     """The replica has reported to hold it."""
 
@@ -49,6 +53,11 @@ class ReplicaAccount:
         return self.state.max_context
 
     @property
+    def longest_tokens(self) -> int:
+        """The longest request that the empty replica could hold to its last token."""
+        return min(self.state.max_context, self.state.capacity_blocks * self.state.block_size)
+
+    @property
     def headroom_blocks(self) -> int:
         """Blocks neither held nor promised; negative when requests grew beyond their grants."""
         return self.state.capacity_blocks - self.charged_blocks
@@ -71,10 +80,20 @@ class ReplicaAccount:
             max_context=state.max_context,
         )
 
-    def promise(self, grant: Grant) -> None:
+    def promise(self, grant: Grant, size: Size) -> None:
         """Charge a new grant."""
-        self.promises[grant.grant_id] = Promise(grant)
+        self.promises[grant.grant_id] = Promise(grant, size, grant.blocks)
         self.charged_blocks += grant.blocks
+
+    def outgrown(self) -> list[tuple[Promise, int]]:
+        """Promises whose requests hold more than was set aside for them, and how many blocks they hold."""
+        promises, held = self.promises, self._held
+        return [(p, blocks) for key, blocks in held.items() if (p := promises.get(key)) and blocks > p.blocks]
+
+    def set_aside(self, promise: Promise, blocks: int) -> None:
+        """Charge an outgrown promise for so many blocks, because it is expected to go on growing."""
+        promise.blocks = blocks
+        self.charged_blocks = self._charge()
 
     def end(self, grant_id: str) -> int:
         """Drop a grant from the promises; what the last report lists under it stays charged.
@@ -84,21 +103,29 @@ class ReplicaAccount:
         """
         promise = self.promises.pop(grant_id)
         held = self._held.get(grant_id, 0)
-        freed = max(promise.grant.blocks, held) - held
+        freed = max(promise.blocks, held) - held
         self.charged_blocks -= freed
         return freed
 
-    def hear(self, state: ReplicaState, now: float) -> tuple[Grant, ...] | None:
+    def hear(self, state: ReplicaState, now: float) -> tuple[tuple[Grant, Size], ...] | None:
         """Take in a report of this epoch.
 
         Returns:
-            The grants that the report ended; None when the report is a duplicate or older than the last.
+            The grants that the report ended, and their sizes; None for a duplicate or a report older than the last.
+
+        Raises:
+            ValueError: the replica's pool or size is another than in the epoch's first report.
         """
         if state.sequence <= self.state.sequence:
             return None
+        if _shape(state) != _shape(self.state):
+            raise ValueError(
+                f"replica {state.replica_id} reports (pool, block_size, capacity_blocks, max_context) = "
+                f"{_shape(state)}, but {_shape(self.state)} before: another size needs another epoch"
+            )
         return self._adopt(state, now)
 
-    def _adopt(self, state: ReplicaState, now: float) -> tuple[Grant, ...]:
+    def _adopt(self, state: ReplicaState, now: float) -> tuple[tuple[Grant, Size], ...]:
         self.state, self.heard_at, self.alive = state, now, True
         self._held = dict(state.held)
         gone = {grant_id for grant_id, _, _ in state.ended if grant_id in self.promises}
@@ -107,13 +134,13 @@ class ReplicaAccount:
                 promise.listed = True
             elif promise.listed:
                 gone.add(grant_id)
-        ended = tuple(self.promises.pop(grant_id).grant for grant_id in sorted(gone))
+        ended = [self.promises.pop(grant_id) for grant_id in sorted(gone)]
         self.charged_blocks = self._charge()
-        return ended
+        return tuple((promise.grant, promise.size) for promise in ended)
 
     def _charge(self) -> int:
         held = self._held
-        promised = sum(max(p.grant.blocks, held.get(key, 0)) for key, p in self.promises.items())
+        promised = sum(max(p.blocks, held.get(key, 0)) for key, p in self.promises.items())
         return promised + sum(blocks for key, blocks in held.items() if key not in self.promises)
 
     def check_integrity(self) -> None:
@@ -123,3 +150,7 @@ class ReplicaAccount:
             f"replica {self.state.replica_id}: charged {self.charged_blocks} blocks, a fresh sum gives {fresh} "
             f"({len(self.promises)} promises, {len(self._held)} held)"
         )
+
+
+def _shape(state: ReplicaState) -> tuple[str, int, int, int]:
+    return state.pool, state.block_size, state.capacity_blocks, state.max_context

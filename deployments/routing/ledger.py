@@ -17,8 +17,7 @@ clocks of the machines may differ by what is left of that.
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Iterable
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from deployments.protocol import (
@@ -32,10 +31,15 @@ from deployments.protocol import (
 )
 from deployments.routing import refusals
 from deployments.routing.account import ReplicaAccount
-from deployments.routing.policy import Size, grant_blocks, pick
+from deployments.routing.fairness import FairShares
+from deployments.routing.fleet import Fleet
+from deployments.routing.forecast import Forecast
+from deployments.routing.grants import GrantIndex
+from deployments.routing.policy import Size, blocks_for, grant_blocks, pick
 from deployments.routing.refusals import LedgerConfig
-from deployments.routing.sizing import OutputLengths, ReleaseRate
-from deployments.routing.view import LedgerView, ReplicaView
+from deployments.routing.sizing import OutputLengths
+from deployments.routing.turns import Answer, Outcome, Turns
+from deployments.routing.view import LedgerView, view_of
 from deployments.routing.waiting import Waiter, WaitingQueue
 
 
@@ -44,9 +48,6 @@ class Queued:
     """The request waits; `tick` or `admit` will answer it."""
 
     request_id: str
-
-
-Outcome = Grant | Refusal
 
 
 class Ledger:
@@ -66,17 +67,15 @@ class Ledger:
         self._now = now
         self._warm_at = now + config.lease_s
         self._warming = True
-        self._accounts: dict[str, ReplicaAccount] = {}
-        self._account_of: dict[str, ReplicaAccount] = {}
-        """Grant id -> account, while the grant is promised."""
-        self._grant_of: dict[str, str] = {}
-        """Request id -> its newest grant, while that is promised."""
-        self._expiries: deque[tuple[float, str]] = deque()
-        """(instant after which an unlisted grant can't exist, grant id), oldest first."""
-        self._queue = WaitingQueue()
+        self._fleet = Fleet()
+        self._heard: OrderedDict[str, None] = OrderedDict()
+        """Replica ids, the one that has been silent for the longest time first."""
+        self._grants = GrantIndex()
+        self._queue = WaitingQueue(FairShares(dict(config.tenant_weights)))
+        self._turns = Turns(self._queue, self._fleet, rng)
         self._leases: dict[str, float] = {}
         self._lengths = OutputLengths()
-        self._rate = ReleaseRate()
+        self._forecast = Forecast()
         self._granted = 0
 
     # Events
@@ -95,7 +94,8 @@ class Ledger:
             raise ValueError(f"request {request.request_id} waits already; ids must be unique while they are in use")
         self._leases[request.ingress_id] = now + self.config.lease_s
         size = self._lengths.size(request.prompt_tokens, request.max_tokens)
-        if not self._still_warming(now):
+        warming = self._still_warming(now)
+        if not warming:
             refusal = self._hopeless(request, size)
             if refusal is not None:
                 return refusal
@@ -103,16 +103,23 @@ class Ledger:
                 grant = self._try_grant(request, size, now)
                 if grant is not None:
                     return grant
+        tokens = self._tokens_before(request, size)
         if len(self._queue) >= self.config.queue_limit:
-            return refusals.full(self.config, request, len(self._queue), self._forecast(request, size, now))
-        self._queue.join(Waiter(request, now + request.wait_limit_s, size.grant_tokens))
-        return Queued(request.request_id)
+            return refusals.full(self.config, request, len(self._queue), self._forecast.retry_after_s(tokens, now))
+        waiter = Waiter(
+            request,
+            size,
+            joined_at=now,
+            deadline=now + request.wait_limit_s,
+            forecast_ms=self._forecast.wait_ms(tokens, now),
+        )
+        return self._turns.join(waiter, None if warming else self._answer_at(now)) or Queued(request.request_id)
 
     def cancel(self, request_id: str, now: float) -> None:
         """The client left before it had an answer: ends its waiting, or the grant that no replica has heard of."""
         self._advance(now)
-        if self._queue.leave(request_id) is None and request_id in self._grant_of:
-            self.release(self._grant_of[request_id], now)
+        if self._turns.leave(request_id) is None and (grant_id := self._grants.of_request(request_id)) is not None:
+            self.release(grant_id, now)
 
     def release(self, grant_id: str, now: float) -> None:
         """Give back a grant that no replica took up. One that ended, is unknown, or is held by its replica stays as is.
@@ -121,9 +128,9 @@ class Ledger:
         last step that names them may still be running when the ingress has its last token.
         """
         now = self._advance(now)
-        account = self._account_of.get(grant_id)
+        account = self._grants.account_of(grant_id)
         if account is not None and not account.promises[grant_id].listed:
-            self._end(grant_id, now)
+            self._end(account, grant_id, now)
 
     def report(self, state: ReplicaState, now: float) -> int:
         """Take in a replica's report.
@@ -140,10 +147,13 @@ class Ledger:
                 f"replica {state.replica_id} reports in protocol {state.version}, "
                 f"this ledger reads {PROTOCOL_VERSION}: deploy both from one version"
             )
-        account = self._accounts.get(state.replica_id)
+        account = self._fleet.get(state.replica_id)
         if account is None or state.epoch > account.state.epoch:
             self._forget(state.replica_id)
-            self._accounts[state.replica_id] = ReplicaAccount(state, now)
+            account = ReplicaAccount(state, now)
+            self._fleet.add(account)
+            self._place(account)
+            self._heard[state.replica_id] = None
         elif state.epoch == account.state.epoch:
             self._hear(account, state, now)
         self._still_warming(now)
@@ -151,9 +161,9 @@ class Ledger:
 
     def replica_gone(self, replica_id: str, epoch: int) -> None:
         """A call found the replica dead or gone: sell nothing on it until it reports again."""
-        account = self._accounts.get(replica_id)
+        account = self._fleet.get(replica_id)
         if account is not None and account.state.epoch == epoch:
-            account.alive = False
+            self._lose(account)
 
     def renew_lease(self, ingress_id: str, now: float) -> None:
         """The ingress is alive."""
@@ -183,35 +193,24 @@ class Ledger:
         return outcomes + self.admit(now)
 
     def admit(self, now: float) -> list[Outcome]:
-        """Serve the queue from its head for as long as the head can be answered. Cheap when it can't."""
+        """Answer all those who wait and can be answered. Costs nothing when nothing has changed since the last time."""
         now = self._advance(now)
         outcomes: list[Outcome] = []
-        if self._still_warming(now):
-            return outcomes
-        while (waiter := self._queue.head()) is not None:
-            request = waiter.request
-            answer: Outcome | None
-            if waiter.deadline <= now:
-                answer = self._refuse_late(request, now)
-            else:
-                size = self._lengths.size(request.prompt_tokens, request.max_tokens)
-                answer = self._hopeless(request, size) or self._try_grant(request, size, now)
-            if answer is None:
-                break
-            self._queue.leave(request.request_id)
-            outcomes.append(answer)
+        if not self._still_warming(now):
+            answer = self._answer_at(now)
+            while (outcome := self._turns.next(answer)) is not None:
+                outcomes.append(outcome)
         return outcomes
 
     def news(self) -> LedgerNews:
         """What an ingress is told each second."""
-        accounts = self._accounts.values()
-        quiet = [a.state for a in accounts if self._now - a.heard_at > self.config.silence_s]
+        quiet = [a.state for a in self._fleet if self._now - a.heard_at > self.config.silence_s]
         return LedgerNews(
             epoch=self.epoch,
-            max_context=max((account.max_context for account in accounts), default=None),
+            max_context=max((account.max_context for account in self._fleet), default=None),
             warming=self._still_warming(self._now),
             expected_output_tokens=self._lengths.expected(),
-            spots=tuple(account.spot() for account in accounts if self._sells(account)),
+            spots=tuple(account.spot() for account in self._fleet if self._sells(account)),
             silent=tuple((state.replica_id, state.epoch) for state in quiet),
         )
 
@@ -224,27 +223,40 @@ class Ledger:
             waiting=len(self._queue),
             waiting_tokens=self._queue.tokens,
             expected_output_tokens=self._lengths.expected(),
-            replicas=tuple(self._view_replica(account) for account in self._accounts.values()),
+            replicas=tuple(view_of(account, sellable=self._sells(account)) for account in self._fleet),
+            forecast=self._forecast.error,
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with the numbers, when a sum or an index is wrong."""
-        self._queue.check_integrity()
-        owned: dict[str, ReplicaAccount] = {}
-        for account in self._accounts.values():
+        self._turns.check_integrity()
+        for account in self._fleet:
             account.check_integrity()
-            owned.update(dict.fromkeys(account.promises, account))
-        assert owned == self._account_of, f"index of grants: {sorted(owned.keys() ^ self._account_of.keys())} differ"
-        for request_id, grant_id in self._grant_of.items():
-            assert grant_id in owned, f"request {request_id} points at grant {grant_id}, which has ended"
-        pending = {grant_id for _, grant_id in self._expiries}
-        endless = [key for key, a in owned.items() if not a.promises[key].listed and key not in pending]
-        assert not endless, f"grants that nothing would end: {endless}"
+        self._fleet.check_integrity()
+        self._grants.check_integrity(self._fleet)
 
     # Deciding
 
-    def _try_grant(self, request: ReserveRequest, size: Size, now: float) -> Grant | None:
-        account = pick(self._sellable(request.pool), size, self._rng)
+    def _answer_at(self, now: float) -> Answer:
+        def answer(waiter: Waiter, kept: ReplicaAccount | None) -> Outcome | None:
+            request = waiter.request
+            size = self._lengths.size(request.prompt_tokens, request.max_tokens)
+            if waiter.deadline <= now:
+                return self._late(waiter, now)
+            outcome = self._hopeless(request, size) or self._try_grant(request, size, now, kept)
+            if isinstance(outcome, Grant):
+                self._forecast.granted(waiter.forecast_ms, int(1000 * (now - waiter.joined_at)))
+            return outcome
+
+        return answer
+
+    def _try_grant(
+        self, request: ReserveRequest, size: Size, now: float, kept: ReplicaAccount | None = None
+    ) -> Grant | None:
+        candidates = self._fleet.best(size, request.pool, self._rng)
+        if kept is not None:
+            candidates.append(kept)
+        account = pick(candidates, size, self._rng)
         if account is None:
             return None
         self._granted += 1
@@ -258,37 +270,36 @@ class Ledger:
             blocks=grant_blocks(account, size),
             expires_at=now + self.config.grant_ttl_s,
         )
-        account.promise(grant)
-        self._account_of[grant.grant_id] = account
-        self._grant_of[request.request_id] = grant.grant_id
-        self._expiries.append((grant.expires_at + self.config.silence_s, grant.grant_id))
+        account.promise(grant, size)
+        self._place(account)
+        self._grants.add(grant, account, grant.expires_at + self.config.silence_s)
         return grant
-
-    def _sellable(self, pool: str | None) -> Iterable[ReplicaAccount]:
-        return (a for a in self._accounts.values() if self._sells(a) and (pool is None or a.state.pool == pool))
 
     def _sells(self, account: ReplicaAccount) -> bool:
         return account.alive and not account.state.draining and account.state.ledger_epoch == self.epoch
 
     def _still_warming(self, now: float) -> bool:
         if self._warming:
-            known = sum(a.alive and a.state.ledger_epoch == self.epoch for a in self._accounts.values())
+            known = sum(a.alive and a.state.ledger_epoch == self.epoch for a in self._fleet)
             self._warming = now < self._warm_at and known < self.config.expected_replicas
+            self._turns.stir()
         return self._warming
 
     def _hopeless(self, request: ReserveRequest, size: Size) -> Refusal | None:
-        pool = request.pool
-        known = [a for a in self._accounts.values() if pool is None or a.state.pool == pool]
-        return refusals.hopeless(self.config, request, size, known, alive=any(a.alive for a in known))
+        pool, total = request.pool, size.prompt_tokens + size.max_tokens
+        alive = self._fleet.alive(pool) > 0
+        if alive and total <= self._fleet.longest_tokens(pool):
+            return None
+        known = [account for account in self._fleet if pool is None or account.state.pool == pool]
+        return refusals.hopeless(self.config, request, size, known, alive=alive)
 
-    def _refuse_late(self, request: ReserveRequest, now: float) -> Refusal:
-        size = self._lengths.size(request.prompt_tokens, request.max_tokens)
-        return refusals.late(self.config, request, size, self._forecast(request, size, now))
+    def _late(self, waiter: Waiter, now: float) -> Refusal:
+        tokens = self._tokens_before(waiter.request, waiter.size)
+        return refusals.late(self.config, waiter.request, waiter.size, self._forecast.retry_after_s(tokens, now))
 
-    def _forecast(self, request: ReserveRequest, size: Size, now: float) -> int:
-        """Seconds until all that wait, and this request, should have found room."""
-        free = sum(max(0, a.headroom_blocks) * a.block_size for a in self._sellable(request.pool))
-        return self._rate.wait_for(self._queue.tokens + size.grant_tokens - free, now)
+    def _tokens_before(self, request: ReserveRequest, size: Size) -> int:
+        """Tokens that must become free before all that go before this request, and this request, have found room."""
+        return self._queue.tokens_before(request.tenant) + size.grant_tokens - self._fleet.free_tokens(request.pool)
 
     # Time
 
@@ -297,84 +308,86 @@ class Ledger:
         return self._now
 
     def _expire_grants(self, now: float) -> None:
-        while self._expiries and self._expiries[0][0] <= now:
-            grant_id = self._expiries.popleft()[1]
-            account = self._account_of.get(grant_id)
-            if account is not None and not account.promises[grant_id].listed:
-                self._end(grant_id, now)
+        for grant_id in self._grants.expired(now):
+            self.release(grant_id, now)
 
     def _note_silence(self, now: float) -> None:
         forget_after = self.config.grant_ttl_s + 2 * self.config.silence_s
-        for replica_id, account in list(self._accounts.items()):
+        silent: list[tuple[float, ReplicaAccount]] = []
+        for replica_id in self._heard:
+            account = self._fleet.get(replica_id)
+            assert account is not None, f"{replica_id} was heard, but is not known"
             quiet = now - account.heard_at
-            if quiet > self.config.silence_s:
-                account.alive = False
+            if quiet <= self.config.silence_s:
+                break
+            silent.append((quiet, account))
+        for quiet, account in silent:
+            self._lose(account)
             if quiet > forget_after:
-                self._forget(replica_id)
+                self._forget(account.state.replica_id)
 
     def _drop_lapsed(self, now: float) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for ingress_id in [key for key, until in self._leases.items() if until <= now]:
             del self._leases[ingress_id]
             for request_id in self._queue.of_ingress(ingress_id):
-                self._queue.leave(request_id)
+                self._turns.leave(request_id)
                 outcomes.append(refusals.lapsed(self.config, request_id, ingress_id))
         return outcomes
 
     def _refuse_overdue(self, now: float) -> list[Outcome]:
         outcomes: list[Outcome] = []
         while (waiter := self._queue.overdue(now)) is not None:
-            outcomes.append(self._refuse_late(waiter.request, now))
+            self._turns.leave(waiter.request.request_id)
+            outcomes.append(self._late(waiter, now))
         return outcomes
 
     # Accounts
+
+    def _place(self, account: ReplicaAccount) -> None:
+        """After every change of an account."""
+        if self._fleet.place(account, sold=self._sells(account)):
+            self._turns.stir()
+
+    def _lose(self, account: ReplicaAccount) -> None:
+        account.alive = False
+        self._place(account)
 
     def _hear(self, account: ReplicaAccount, state: ReplicaState, now: float) -> None:
         before = account.charged_blocks
         ended = account.hear(state, now)
         if ended is None:
             return
-        for grant in ended:
-            self._unlink(grant)
-        self._learn(state, {grant.grant_id for grant in ended})
-        freed = before - account.charged_blocks
-        if freed > 0:
-            self._rate.add(freed * account.block_size, now)
+        self._heard.move_to_end(state.replica_id)
+        self._learn(state, {grant.grant_id: size for grant, size in ended})
+        for grant, _ in ended:
+            self._grants.remove(grant)
+        self._forecast.freed((before - account.charged_blocks) * account.block_size, now)
+        self._expect_growth(account)
+        self._place(account)
 
-    def _learn(self, state: ReplicaState, ended: set[str]) -> None:
+    def _learn(self, state: ReplicaState, ended: dict[str, Size]) -> None:
         for grant_id, _, output_tokens in state.ended:
             if grant_id in ended:
-                self._lengths.add(output_tokens)
+                self._lengths.add(output_tokens, ended[grant_id].max_tokens)
 
-    def _end(self, grant_id: str, now: float) -> None:
-        account = self._account_of[grant_id]
-        grant = account.promises[grant_id].grant
-        freed = account.end(grant_id)
-        self._unlink(grant)
-        if freed > 0:
-            self._rate.add(freed * account.block_size, now)
+    def _expect_growth(self, account: ReplicaAccount) -> None:
+        """A request that outgrew its promise is charged for what those that got as far went on to produce."""
+        for promise, held in account.outgrown():
+            size = promise.size
+            produced = held * account.block_size - size.prompt_tokens
+            expected = size.prompt_tokens + self._lengths.expected_beyond(produced, size.max_tokens)
+            account.set_aside(promise, max(held, blocks_for(expected, account.block_size)))
+
+    def _end(self, account: ReplicaAccount, grant_id: str, now: float) -> None:
+        self._grants.remove(account.promises[grant_id].grant)
+        self._forecast.freed(account.end(grant_id) * account.block_size, now)
+        self._place(account)
 
     def _forget(self, replica_id: str) -> None:
-        account = self._accounts.pop(replica_id, None)
+        account = self._fleet.remove(replica_id)
         if account is not None:
+            del self._heard[replica_id]
             for promise in account.promises.values():
-                self._unlink(promise.grant)
-
-    def _unlink(self, grant: Grant) -> None:
-        del self._account_of[grant.grant_id]
-        if self._grant_of.get(grant.request_id) == grant.grant_id:
-            del self._grant_of[grant.request_id]
-
-    def _view_replica(self, account: ReplicaAccount) -> ReplicaView:
-        state = account.state
-        return ReplicaView(
-            replica_id=state.replica_id,
-            pool=state.pool,
-            epoch=state.epoch,
-            block_size=state.block_size,
-            capacity_blocks=state.capacity_blocks,
-            charged_blocks=account.charged_blocks,
-            held_blocks=account.held_blocks,
-            promises=len(account.promises),
-            sellable=self._sells(account),
-        )
+                self._grants.remove(promise.grant)
+            self._turns.stir()

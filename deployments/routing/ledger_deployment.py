@@ -12,9 +12,10 @@ from ray.serve import Application
 
 from deployments.metrics.board import Board, Observation
 from deployments.protocol import Grant, IngressNotice, LedgerNews, Refusal, ReplicaState, ReserveRequest
-from deployments.routing.ledger import Ledger, Outcome, Queued
+from deployments.routing.ledger import Ledger, Queued
 from deployments.routing.refusals import LedgerConfig
 from deployments.routing.router import router_config
+from deployments.routing.turns import Outcome
 from deployments.routing.view import LedgerView
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,8 @@ class LedgerConfig:
     expected_replicas: int = 1
     """A new ledger waits one lease time for this many replicas before it sells or refuses."""
     queue_limit: int = 1024
+    tenant_weights: tuple[tuple[str, int], ...] = ()
+    """(tenant, weight) of tenants that get more or less than others when requests wait; 1 for those not named."""
     grant_ttl_s: float = 10.0
     """How long a grant can be taken up."""
     lease_s: float = 5.0

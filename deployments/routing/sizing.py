@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 
 from deployments.routing.policy import Size
 
 
+class Lengths:
+    """The last lengths of one sort of request, sorted too. A number is added in O(window), a rank read in O(1)."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def add(self, tokens: int) -> None:
+        """Remember one, and forget the oldest when there are too many."""
+        if len(self._recent) == self._window:
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+        self._recent.append(tokens)
+        insort(self._sorted, tokens)
+
+    def quantile(self, percent: int, *, above: int = -1) -> int | None:
+        """The quantile by nearest rank of those over `above`; None when there is none."""
+        start = bisect_right(self._sorted, above)
+        count = len(self._sorted) - start
+        return self._sorted[start + max(1, -(-count * percent // 100)) - 1] if count else None
+
+
 class OutputLengths:
     """A running quantile of the output lengths of a model's last finished requests.
+
+    Learnt per model and not per pool: a request is sized before its pool is chosen, and the pool with the longer
+    context gets the longer requests because of it. Requests that allow similar outputs, up to a factor of two in
+    `max_tokens`, are learnt from together once enough of them are known, for two reasons: a low limit cuts outputs off,
+    which says nothing about requests without it; and limits go with uses.
 
     Args:
         prior_tokens: the answer until `enough` lengths are known.
@@ -24,28 +54,42 @@ class OutputLengths:
         self._prior_tokens = prior_tokens
         self._enough = enough
         self._window = window
-        self._quantile_percent = quantile_percent
-        self._recent: deque[int] = deque()
-        self._sorted: list[int] = []
+        self._percent = quantile_percent
+        self._all = Lengths(window)
+        self._alike: dict[int, Lengths] = {}
+        """Bit length of max_tokens -> lengths."""
 
-    def add(self, output_tokens: int) -> None:
+    def add(self, output_tokens: int, max_tokens: int) -> None:
         """Learn from one finished request."""
-        if len(self._recent) == self._window:
-            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-        self._recent.append(output_tokens)
-        insort(self._sorted, output_tokens)
+        self._all.add(output_tokens)
+        self._alike.setdefault(max_tokens.bit_length(), Lengths(self._window)).add(output_tokens)
 
-    def expected(self) -> int:
-        """Tokens: the quantile by nearest rank, at least 1."""
-        count = len(self._sorted)
-        if count < self._enough:
-            return self._prior_tokens
-        rank = -(-count * self._quantile_percent // 100)
-        return max(1, self._sorted[max(rank, 1) - 1])
+    def expected(self, max_tokens: int | None = None) -> int:
+        """Tokens: the quantile by nearest rank, at least 1; of all requests, or of those with such a limit."""
+        known = self._known(max_tokens)
+        quantile = known.quantile(self._percent) if known is not None else None
+        return max(1, quantile) if quantile is not None else self._prior_tokens
+
+    def expected_beyond(self, produced: int, max_tokens: int) -> int:
+        """Output of a request that has produced so many tokens and goes on: the quantile of those that got further.
+
+        Where none did, it is expected to produce what a request does once more.
+        """
+        known = self._known(max_tokens)
+        further = known.quantile(self._percent, above=produced) if known is not None else None
+        return min(max_tokens, further if further is not None else produced + self.expected(max_tokens))
 
     def size(self, prompt_tokens: int, max_tokens: int) -> Size:
         """The size of a request that asks for at most `max_tokens` of output."""
-        return Size(prompt_tokens, max_tokens, prompt_tokens + min(max_tokens, self.expected()))
+        return Size(prompt_tokens, max_tokens, prompt_tokens + min(max_tokens, self.expected(max_tokens)))
+
+    def _known(self, max_tokens: int | None) -> Lengths | None:
+        """What to go by: the lengths of such requests, those of all, or nothing yet."""
+        alike = self._alike.get(max_tokens.bit_length()) if max_tokens is not None else None
+        for lengths in (alike, self._all):
+            if lengths is not None and len(lengths) >= self._enough:
+                return lengths
+        return None
 
 
 class ReleaseRate:
@@ -70,15 +114,15 @@ class ReleaseRate:
         self._sum += tokens
         self._forget(now)
 
-    def wait_for(self, tokens: int, now: float) -> int:
-        """Whole seconds until `tokens` more are expected to be free: 1 to 600; the window when nothing was freed."""
+    def wait_ms(self, tokens: int, now: float) -> int:
+        """Milliseconds until `tokens` more should be free, at most 600 s; the window when nothing was freed."""
         self._forget(now)
         if tokens <= 0:
-            return 1
+            return 0
         if self._sum == 0:
-            return self.WINDOW_S
+            return 1000 * self.WINDOW_S
         span = max(1, int(now) - self._seconds[0][0] + 1)
-        return min(self.LONGEST_S, max(1, -(-tokens * span // self._sum)))
+        return min(1000 * self.LONGEST_S, -(-1000 * tokens * span // self._sum))
 
     def _forget(self, now: float) -> None:
         while self._seconds and self._seconds[0][0] <= int(now) - self.WINDOW_S:

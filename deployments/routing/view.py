@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deployments.routing.account import ReplicaAccount
+from deployments.routing.forecast import ForecastError
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
@@ -31,8 +34,26 @@ class LedgerView:
     waiting_tokens: int
     expected_output_tokens: int
     replicas: tuple[ReplicaView, ...]
+    forecast: ForecastError
+    """Of the waits forecast to those who queued, and then were granted."""
 
     @property
     def ready(self) -> bool:
         """Whether a replica can take work."""
         return any(replica.sellable for replica in self.replicas)
+
+
+def view_of(account: ReplicaAccount, *, sellable: bool) -> ReplicaView:
+    """One replica's view."""
+    state = account.state
+    return ReplicaView(
+        replica_id=state.replica_id,
+        pool=state.pool,
+        epoch=state.epoch,
+        block_size=state.block_size,
+        capacity_blocks=state.capacity_blocks,
+        charged_blocks=account.charged_blocks,
+        held_blocks=account.held_blocks,
+        promises=len(account.promises),
+        sellable=sellable,
+    )

@@ -1,29 +1,120 @@
-"""The queue of requests that wait for blocks: first come, first served, each with a deadline."""
+"""The queue of requests that wait for blocks: fair between tenants, by priority and arrival within one, with deadlines.
+
+The order of all who wait is (tag of the tenant, priority, arrival). They stand in lines of requests that are alike:
+of one pool, and alike in size up to a factor of two. When there is no room for the first of a line, there is hardly any
+for the rest of it, so only the first of each line is looked at: some tens of them, however many wait.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from deployments.protocol import ReserveRequest
+from deployments.routing.fairness import FairShares
+from deployments.routing.policy import Size
+
+Place = tuple[int, int, int]
+"""(tag of the tenant, priority, arrival): the lowest is served first."""
 
 
-@dataclass(frozen=True, slots=True)
+class Kind(NamedTuple):
+    """What the requests of one line have in common."""
+
+    pool: str | None
+    grant_bits: int
+    """Bit length of the grant in tokens."""
+    longest_bits: int
+    """Bit length of prompt + max_tokens."""
+
+
+@dataclass(slots=True, eq=False)
 class Waiter:
     """One waiting request."""
 
     request: ReserveRequest
+    size: Size
+    joined_at: float
     deadline: float
-    tokens: int
-    """Size of its grant when it joined; only the forecast uses it."""
+    forecast_ms: int = 0
+    """How long it was expected to wait."""
+    arrival: int = 0
+    """Its number among all that ever joined; set by the queue."""
+    passed_tokens: int = 0
+    """Tokens granted to requests behind it while it stood first in its line."""
+
+    @property
+    def kind(self) -> Kind:
+        """Its line."""
+        size = self.size
+        longest = size.prompt_tokens + size.max_tokens
+        return Kind(self.request.pool, size.grant_tokens.bit_length(), longest.bit_length())
+
+
+class Line:
+    """The waiters of one kind. Its first costs O(log n), after however many grants in other lines."""
+
+    def __init__(self, shares: FairShares) -> None:
+        self._shares = shares
+        self._of_tenant: dict[str, list[tuple[int, int, Waiter]]] = {}
+        """Tenant -> heap of (priority, arrival, waiter)."""
+        self._firsts: list[tuple[Place, str]] = []
+        """A heap with one valid entry per tenant. Tags only grow and leaving only makes the first a later one, so an
+        entry is never too late: it is corrected when it comes up."""
+        self._entry: dict[str, Place] = {}
+        """Tenant -> its valid entry."""
+
+    def join(self, waiter: Waiter) -> None:
+        """Add a waiter."""
+        request = waiter.request
+        heap = self._of_tenant.setdefault(request.tenant, [])
+        heapq.heappush(heap, (request.priority, waiter.arrival, waiter))
+        if heap[0][2] is waiter:
+            self._enter(request.tenant)
+
+    def first(self, waiting: dict[str, Waiter]) -> tuple[Place, Waiter] | None:
+        """Who is next of those that still wait; None when nobody does."""
+        while self._firsts:
+            place, tenant = self._firsts[0]
+            if self._entry.get(tenant) != place:
+                heapq.heappop(self._firsts)
+                continue
+            heap = self._of_tenant[tenant]
+            while heap and waiting.get(heap[0][2].request.request_id) is not heap[0][2]:
+                heapq.heappop(heap)
+            if not heap:
+                heapq.heappop(self._firsts)
+                del self._of_tenant[tenant], self._entry[tenant]
+            elif place == (now := self._place(tenant)):
+                return place, heap[0][2]
+            else:
+                self._entry[tenant] = now
+                heapq.heapreplace(self._firsts, (now, tenant))
+        return None
+
+    def _enter(self, tenant: str) -> None:
+        place = self._place(tenant)
+        if self._entry.get(tenant) != place:
+            self._entry[tenant] = place
+            heapq.heappush(self._firsts, (place, tenant))
+
+    def _place(self, tenant: str) -> Place:
+        priority, arrival, _ = self._of_tenant[tenant][0]
+        return self._shares.tag(tenant), priority, arrival
 
 
 class WaitingQueue:
-    """First in, first out; removal anywhere and the next deadline cost O(log n)."""
+    """All waiters of one ledger. Removal anywhere and the next deadline cost O(log n).
 
-    def __init__(self) -> None:
-        self._waiters: OrderedDict[str, Waiter] = OrderedDict()
+    Args:
+        shares: where tenants stand; new and empty.
+    """
+
+    def __init__(self, shares: FairShares) -> None:
+        self._shares = shares
+        self._waiters: dict[str, Waiter] = {}
+        self._lines: dict[Kind, Line] = {}
         self._deadlines: list[tuple[float, int, Waiter]] = []
         """A heap; entries of waiters that left are skipped, and swept when they are the majority."""
         self._joined = 0
@@ -40,35 +131,65 @@ class WaitingQueue:
         """Sum of the waiters' grant sizes."""
         return self._tokens
 
+    def tokens_before(self, tenant: str) -> int:
+        """Tokens likely to be granted before one more request of this tenant."""
+        return self._shares.tokens_before(tenant, self._tokens)
+
     def join(self, waiter: Waiter) -> None:
-        """Append a waiter; its request id must not wait already."""
-        if waiter.request.request_id in self._waiters:
-            raise ValueError(f"request {waiter.request.request_id} waits already")
-        self._waiters[waiter.request.request_id] = waiter
+        """Add a waiter; its request id must not wait already."""
+        request = waiter.request
+        if request.request_id in self._waiters:
+            raise ValueError(f"request {request.request_id} waits already")
+        self._waiters[request.request_id] = waiter
         self._joined += 1
-        self._tokens += waiter.tokens
-        heapq.heappush(self._deadlines, (waiter.deadline, self._joined, waiter))
+        waiter.arrival = self._joined
+        self._tokens += waiter.size.grant_tokens
+        self._shares.join(request.tenant, waiter.size.grant_tokens)
+        self._line_up(waiter)
+        heapq.heappush(self._deadlines, (waiter.deadline, waiter.arrival, waiter))
 
-    def head(self) -> Waiter | None:
-        """Who is served next, or None."""
-        return next(iter(self._waiters.values()), None)
+    def is_first(self, waiter: Waiter) -> bool:
+        """Whether a waiter is the first of its line."""
+        first = self._lines[waiter.kind].first(self._waiters)
+        return first is not None and first[1] is waiter
 
-    def leave(self, request_id: str) -> Waiter | None:
-        """Take a waiter out; None when it doesn't wait."""
-        waiter = self._waiters.pop(request_id, None)
-        if waiter is not None:
-            self._tokens -= waiter.tokens
-            if len(self._deadlines) > 64 and len(self._deadlines) > 2 * len(self._waiters):
-                self._deadlines = [entry for entry in self._deadlines if self._waits(entry[2])]
-                heapq.heapify(self._deadlines)
+    def firsts(self) -> list[Waiter]:
+        """The first of each line, in the order in which it is their turn."""
+        found: list[tuple[Place, Waiter]] = []
+        for kind, line in list(self._lines.items()):
+            first = line.first(self._waiters)
+            if first is None:
+                del self._lines[kind]
+            else:
+                found.append(first)
+        found.sort(key=lambda entry: entry[0])
+        return [waiter for _, waiter in found]
+
+    def leave(self, request_id: str, *, granted_tokens: int = 0) -> Waiter | None:
+        """Take a waiter out; None when it doesn't wait.
+
+        Args:
+            request_id: of the waiter.
+            granted_tokens: what its tenant is charged for.
+        """
+        waiter = self._waiters.get(request_id)
+        if waiter is None:
+            return None
+        tenant, tokens = waiter.request.tenant, waiter.size.grant_tokens
+        if granted_tokens:
+            self._shares.charge(tenant, granted_tokens)
+        del self._waiters[request_id]
+        self._tokens -= tokens
+        self._shares.leave(tenant, tokens)
+        self._sweep()
         return waiter
 
     def overdue(self, now: float) -> Waiter | None:
-        """Take out one waiter whose deadline has passed, the earliest deadline first."""
+        """A waiter whose deadline has passed, the earliest deadline first."""
         while self._deadlines and self._deadlines[0][0] <= now:
-            waiter = heapq.heappop(self._deadlines)[2]
-            if self._waits(waiter):
-                return self.leave(waiter.request.request_id)
+            if self._waits(self._deadlines[0][2]):
+                return self._deadlines[0][2]
+            heapq.heappop(self._deadlines)
         return None
 
     def of_ingress(self, ingress_id: str) -> list[str]:
@@ -77,7 +198,8 @@ class WaitingQueue:
 
     def check_integrity(self) -> None:
         """Raise AssertionError when the sums or the deadlines don't match the waiters."""
-        total = sum(waiter.tokens for waiter in self._waiters.values())
+        self._shares.check_integrity()
+        total = sum(waiter.size.grant_tokens for waiter in self._waiters.values())
         assert total == self._tokens, f"waiting tokens: counted {self._tokens}, summed {total}"
         with_deadline = {id(entry[2]) for entry in self._deadlines}
         lost = [key for key, waiter in self._waiters.items() if id(waiter) not in with_deadline]
@@ -85,3 +207,21 @@ class WaitingQueue:
 
     def _waits(self, waiter: Waiter) -> bool:
         return self._waiters.get(waiter.request.request_id) is waiter
+
+    def _line_up(self, waiter: Waiter) -> None:
+        kind = waiter.kind
+        if kind not in self._lines:
+            self._lines[kind] = Line(self._shares)
+        self._lines[kind].join(waiter)
+
+    def _sweep(self) -> None:
+        """Forget those that left and were never come upon, so that memory follows those who wait."""
+        if not self._waiters:
+            self._lines.clear()
+            self._deadlines.clear()
+        elif len(self._deadlines) > 64 and len(self._deadlines) > 2 * len(self._waiters):
+            self._deadlines = [entry for entry in self._deadlines if self._waits(entry[2])]
+            heapq.heapify(self._deadlines)
+            self._lines.clear()
+            for waiter in self._waiters.values():
+                self._line_up(waiter)

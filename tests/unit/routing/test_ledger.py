@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.protocol import IngressNotice, Refusal
+from deployments.protocol import Grant, IngressNotice, Refusal
+from deployments.routing.forecast import ForecastError
 from deployments.routing.ledger import Ledger, Queued
 from tests.unit.routing.worlds import EPOCH, granted, ledger, state, wish
 
@@ -161,19 +162,142 @@ def test_a_full_queue_refuses_with_a_forecast() -> None:
     assert refusal.retry_after_s == 1
 
 
-def test_waiters_are_served_in_order_and_never_overtaken() -> None:
+def finish(book: Ledger, grant: Grant, sequence: int, now: float) -> list[str]:
+    """The replica says that a request has ended; returns who is granted what became free."""
+    book.report(state(sequence=sequence, ended=((grant.grant_id, 1, 1),)), now)
+    return [granted(outcome).request_id for outcome in book.admit(now)]
+
+
+def test_a_small_request_passes_a_large_one_that_waits_for_room() -> None:
     book = ledger(state())
-    first = granted(book.reserve(wish("a", prompt=100, output=60), 0.0))
-    book.reserve(wish("large", prompt=100, output=40), 0.0)
-    book.reserve(wish("small", prompt=1, output=1), 0.0)
-    assert book.admit(0.1) == []
-    book.report(state(sequence=2, held=((first.grant_id, 10),)), 0.2)
-    book.report(state(sequence=3, held=(("x", 8),), ended=((first.grant_id, 1, 1),)), 0.3)
-    assert book.admit(0.3) == []  # 2 blocks are free; the small one would fit
-    assert isinstance(book.reserve(wish("newcomer", prompt=1, output=1), 0.3), Queued)
-    book.report(state(sequence=4), 0.4)
-    assert [granted(o).request_id for o in book.admit(0.4)] == ["large", "small"]  # 9 and 1 blocks of 10
-    assert book.view(0.4).waiting == 1
+    granted(book.reserve(wish("a", prompt=100, output=28), 0.0))  # 8 of 10 blocks
+    assert isinstance(book.reserve(wish("large", prompt=100, output=40), 0.0), Queued)
+    assert granted(book.reserve(wish("small"), 0.1)).blocks == 2
+    assert isinstance(book.reserve(wish("next"), 0.2), Queued)
+    assert book.admit(0.3) == []
+    book.check_integrity()
+
+
+def test_what_passes_a_large_request_is_bounded_by_its_own_size() -> None:
+    """Small requests of 2 blocks keep coming; the large one needs 9 of the 10 blocks, and lets 9 blocks pass it."""
+    book = ledger(state())
+    running = [granted(book.reserve(wish(f"s{k}"), 0.0)) for k in range(5)]
+    assert isinstance(book.reserve(wish("large", prompt=100, output=44, wait_limit_s=1e6), 0.0), Queued)
+    passed, sequence = 0, 1
+    for k in range(100):
+        assert isinstance(book.reserve(wish(f"t{k}", wait_limit_s=1e6), 0.0), Queued)
+    while True:
+        sequence += 1
+        served = finish(book, running.pop(0), sequence, 0.1)
+        if "large" in served:
+            break
+        for key in served:
+            passed += 2
+            grant_id = book._grants.of_request(key)
+            assert grant_id is not None
+            running.append(next(iter(book._fleet)).promises[grant_id].grant)
+    assert passed == 10
+    assert book.view(0.1).waiting == 95
+    book.check_integrity()
+
+
+def test_the_replica_kept_for_a_large_request_is_given_back_when_it_leaves() -> None:
+    book = ledger(state())
+    whole = [granted(book.reserve(wish(f"s{k}", prompt=64, output=16), 0.0)) for k in range(2)]  # 5 blocks each
+    book.reserve(wish("large", prompt=100, output=44), 0.0)
+    for k in range(3):
+        book.reserve(wish(f"t{k}", prompt=64, output=16), 0.0)
+    assert finish(book, whole[0], 2, 0.1) == ["t0"]
+    assert finish(book, whole[1], 3, 0.2) == ["t1"]  # 160 tokens have passed the large one
+    first = book._grants.of_request("t0")
+    assert first is not None
+    book.report(state(sequence=4, ended=((first, 1, 1),)), 0.3)
+    assert book.admit(0.3) == []
+    book.check_integrity()
+    book.cancel("large", 0.4)
+    assert [granted(outcome).request_id for outcome in book.admit(0.4)] == ["t2"]
+    book.check_integrity()
+
+
+def test_another_replica_is_kept_when_the_first_is_lost() -> None:
+    book = ledger(state(), state("r1"))
+    holds = {g.replica_id: g for g in (granted(book.reserve(wish(f"s{k}", 100, 60), 0.0)) for k in range(2))}
+    book.reserve(wish("large", prompt=100, output=44, wait_limit_s=60), 0.0)
+    for k in range(9):
+        book.reserve(wish(f"t{k}", wait_limit_s=60), 0.0)
+    book.release(holds["r0"].grant_id, 0.1)
+    assert [granted(o).request_id for o in book.admit(0.1)] == ["large"]
+    book.reserve(wish("large too", prompt=100, output=44, wait_limit_s=60), 0.2)
+    assert book.admit(0.2) == []
+    for waiter in book._queue.firsts():
+        waiter.passed_tokens = waiter.size.grant_tokens
+    book.release("none", 0.2)
+    book.replica_gone("r0", 1)
+    book.admit(0.3)
+    kept = {key: account.state.replica_id for key, (_, account) in book._turns._kept_for.items()}
+    assert set(kept.values()) == {"r1"}
+    book.replica_gone("r1", 1)
+    book.report(state(sequence=2), 0.4)
+    book.admit(0.4)
+    book.check_integrity()
+    assert {account.state.replica_id for _, account in book._turns._kept_for.values()} == {"r0"}
+
+
+def test_a_flood_of_one_tenant_does_not_hold_up_another() -> None:
+    book = ledger(state())
+    running = [granted(book.reserve(wish(f"f{k}", tenant="flood"), 0.0)) for k in range(5)]
+    for k in range(5, 500):
+        book.reserve(wish(f"f{k}", tenant="flood"), 0.0)
+    book.reserve(wish("mine", tenant="me"), 0.0)
+    served = finish(book, running[0], 2, 0.1) + finish(book, running[1], 3, 0.1)
+    assert served == ["f5", "mine"]
+
+
+def test_weights_come_from_the_config() -> None:
+    book = ledger(state(), tenant_weights=(("me", 3),))
+    running = [granted(book.reserve(wish(f"f{k}", tenant="flood"), 0.0)) for k in range(5)]
+    for k in range(8):
+        book.reserve(wish(f"f{k}", tenant="flood"), 0.0) if k >= 5 else None
+        book.reserve(wish(f"m{k}", tenant="me"), 0.0)
+    served = [key for k, grant in enumerate(running[:4]) for key in finish(book, grant, k + 2, 0.1)]
+    assert sorted(key[0] for key in served) == ["f", "m", "m", "m"]
+
+
+def test_a_request_that_outgrows_its_promise_is_charged_for_what_is_to_come() -> None:
+    shape = {"capacity_blocks": 1000, "max_context": 16000}
+    book = ledger(state(**shape))
+    for k in range(40):
+        grant = granted(book.reserve(wish(f"q{k}", output=1000), 0.0))
+        book.report(state(sequence=2 + k, ended=((grant.grant_id, 16, 40 if k < 36 else 400),), **shape), 0.1)
+    grant = granted(book.reserve(wish("long", output=1000), 0.2))
+    assert grant.blocks == 4  # 16 + 40 tokens
+    book.report(state(sequence=50, held=((grant.grant_id, 4),), **shape), 0.3)
+    assert charged(book) == 4
+    book.report(state(sequence=51, held=((grant.grant_id, 5),), **shape), 0.4)
+    assert charged(book) == 26  # 16 + 400 tokens: those that got over 64 went on to 400
+    book.report(state(sequence=52, held=((grant.grant_id, 30),), **shape), 0.5)
+    assert charged(book) == 33  # none got over 464: another 40, 520 tokens with the prompt
+    book.check_integrity()
+    book.report(state(sequence=53, ended=((grant.grant_id, 16, 470),), **shape), 0.6)
+    assert charged(book) == 0
+
+
+def test_a_report_of_another_size_in_one_epoch_is_refused() -> None:
+    book = ledger(state())
+    with pytest.raises(ValueError, match="another size needs another epoch"):
+        book.report(state(sequence=2, capacity_blocks=20), 0.1)
+
+
+def test_the_forecast_is_held_against_the_wait() -> None:
+    book = ledger(state())
+    whole = granted(book.reserve(wish("a", prompt=100, output=60), 0.0))
+    book.reserve(wish("b", wait_limit_s=60), 0.0)
+    book.reserve(wish("leaves", wait_limit_s=60), 0.0)
+    assert book.view(0.0).forecast == ForecastError()
+    book.cancel("leaves", 1.0)
+    assert finish(book, whole, 2, 2.5) == ["b"]
+    assert book.view(2.5).forecast == ForecastError(1, 15_000, 2_500, 12_500)
+    assert book.view(2.5).forecast.percent == 500
 
 
 def test_deadlines_and_cancellation() -> None:
@@ -286,7 +410,7 @@ def test_time_does_not_run_backwards() -> None:
 def test_integrity_check_finds_a_wrong_sum() -> None:
     book = ledger(state())
     book.reserve(wish("q"), 0.0)
-    book._accounts["r0"].charged_blocks += 1
+    next(iter(book._fleet)).charged_blocks += 1
     with pytest.raises(AssertionError, match="charged 3 blocks, a fresh sum gives 2"):
         book.check_integrity()
 

@@ -72,7 +72,7 @@ async def test_a_grant_made_in_the_moment_of_the_cancellation_is_given_back() ->
 
 async def test_ill_health_shows() -> None:
     built = await service()
-    built._ledger._accounts["r0"].charged_blocks += 1
+    next(iter(built._ledger._fleet)).charged_blocks += 1
     with pytest.raises(AssertionError, match="charged 1 blocks"):
         await built.check_health()
 

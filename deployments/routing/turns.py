@@ -1,0 +1,131 @@
+"""Serves those who wait: in the fair order, past those for whom there is no room, and never for long past the same one.
+
+A request that waits for room may be passed by requests behind it that find room now: the gaps are of no use to it. What
+passes a request while it stands first in its line is counted, and once that is as many tokens as its own grant, one
+replica is kept for it: the one with the most headroom among those that could hold it. What becomes free there is for
+nobody else, so it is served at the latest when the requests running there have ended, or before that on any other
+replica with room. Being passed therefore costs a request about as much work as it brings itself, or one replica's
+running requests; the rule has no constant to tune, and one replica at most stands partly idle for each kind of request.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from deployments.protocol import Grant, Refusal
+from deployments.routing.account import ReplicaAccount
+from deployments.routing.fleet import Fleet
+from deployments.routing.policy import score
+from deployments.routing.waiting import Kind, Waiter, WaitingQueue
+
+Outcome = Grant | Refusal
+Answer = Callable[[Waiter, ReplicaAccount | None], Outcome | None]
+"""Grants or refuses a waiter now, on the replica kept for it too; None when it must go on waiting."""
+
+
+class Turns:
+    """Whose turn it is.
+
+    Args:
+        queue: who waits.
+        fleet: the replicas.
+        rng: breaks ties.
+    """
+
+    def __init__(self, queue: WaitingQueue, fleet: Fleet, rng: random.Random) -> None:
+        self._queue = queue
+        self._fleet = fleet
+        self._rng = rng
+        self._tried: dict[Kind, Waiter] = {}
+        """Firsts of their lines for which there was no room, and nothing has become free since."""
+        self._kept_for: dict[str, tuple[Waiter, ReplicaAccount]] = {}
+        """Request id -> the waiter, and the replica kept for it."""
+        self._settled = True
+        """Nothing has changed since nobody could be served."""
+
+    def stir(self) -> None:
+        """Something became free, or replicas came or went: everyone may be answered again."""
+        self._tried.clear()
+        self._settled = False
+
+    def join(self, waiter: Waiter, answer: Answer | None) -> Outcome | None:
+        """Let a request wait; one for which there is room behind all who wait in vain is answered at once.
+
+        Args:
+            waiter: the request.
+            answer: None while nobody is answered.
+        """
+        self._queue.join(waiter)
+        if not self._queue.is_first(waiter):
+            return None
+        self._settled = False
+        return self._serve(answer, only=waiter) if answer is not None else None
+
+    def leave(self, request_id: str, *, granted_tokens: int = 0) -> Waiter | None:
+        """Take a waiter out; None when it doesn't wait."""
+        waiter = self._queue.leave(request_id, granted_tokens=granted_tokens)
+        if waiter is not None:
+            self._settled = False
+            if request_id in self._kept_for:
+                self._give_back(request_id)
+        return waiter
+
+    def next(self, answer: Answer) -> Outcome | None:
+        """Answer one of those who wait; None when nobody can be answered now, which costs nothing the next time."""
+        if self._settled:
+            return None
+        return self._serve_kept(answer) or self._serve(answer)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when a replica is kept for a request that doesn't wait."""
+        self._queue.check_integrity()
+        lost = [key for key in self._kept_for if key not in self._queue]
+        assert not lost, f"replicas are kept for {lost}, which don't wait"
+
+    def _serve_kept(self, answer: Answer) -> Outcome | None:
+        for key, (waiter, account) in list(self._kept_for.items()):
+            if not self._fleet.is_sold(account):
+                self._give_back(key)
+            elif (outcome := answer(waiter, account)) is not None:
+                self._finish(waiter, outcome, [])
+                return outcome
+        return None
+
+    def _serve(self, answer: Answer, only: Waiter | None = None) -> Outcome | None:
+        """Answer the first who can be answered, or `only`, unless someone before it has not been tried yet."""
+        passed: list[Waiter] = []
+        for waiter in self._queue.firsts():
+            if waiter.request.request_id in self._kept_for:
+                continue
+            if self._tried.get(waiter.kind) is not waiter:
+                if only is not None and waiter is not only:
+                    return None
+                outcome = answer(waiter, None)
+                if outcome is not None:
+                    self._finish(waiter, outcome, passed)
+                    return outcome
+                self._tried[waiter.kind] = waiter
+            passed.append(waiter)
+        self._settled = True
+        self._keep(passed)
+        return None
+
+    def _finish(self, waiter: Waiter, outcome: Outcome, passed: list[Waiter]) -> None:
+        tokens = waiter.size.grant_tokens if isinstance(outcome, Grant) else 0
+        for other in passed:
+            other.passed_tokens += tokens
+        self.leave(waiter.request.request_id, granted_tokens=tokens)
+
+    def _keep(self, passed: list[Waiter]) -> None:
+        for waiter in passed:
+            if waiter.passed_tokens >= waiter.size.grant_tokens:
+                candidates = self._fleet.best(waiter.size, waiter.request.pool, self._rng)
+                if candidates:
+                    roomiest = max(candidates, key=lambda account: score(account, waiter.size))
+                    self._fleet.keep(roomiest)
+                    self._kept_for[waiter.request.request_id] = waiter, roomiest
+
+    def _give_back(self, request_id: str) -> None:
+        self._fleet.give_back(self._kept_for.pop(request_id)[1])
+        self.stir()
