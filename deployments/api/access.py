@@ -14,20 +14,27 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.problems import answer
 from deployments.api.visit import SCOPE_KEY, Visit
+from deployments.metrics.meter import IngressMeter, ModelMeter
 
 REQUEST_ID = "x-request-id"
 CLIENT_GONE = 499
 """Logged as the status when the client left before there was one; never sent."""
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_PROBES = frozenset({"/health", "/ready"})
+_PROBES = frozenset({"/health", "/ready", "/metrics"})
+"""Paths that machines ask all the time: no line in the log, and not counted."""
 _log = logging.getLogger("headroom.access")
 
 
 class AccessMiddleware:
-    """The outermost layer of the app."""
+    """The outermost layer of the app.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        meter: counts the requests.
+    """
+
+    def __init__(self, app: ASGIApp, meter: IngressMeter) -> None:
         self._app = app
+        self._meter = meter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,6 +61,8 @@ class AccessMiddleware:
                 raise RuntimeError(f"the answer to request {visit.request_id} broke off") from None
         finally:
             _write_line(visit, scope)
+            if scope["path"] not in _PROBES:
+                _count(visit, self._meter.of(visit.model))
 
 
 def _open(scope: Scope) -> Visit:
@@ -89,6 +98,14 @@ def _write_line(visit: Visit, scope: Scope) -> None:
         "total_s": _since(visit, now),
     }
     _log.log(logging.DEBUG if scope["path"] in _PROBES else logging.INFO, "%s", json.dumps(line))
+
+
+def _count(visit: Visit, meter: ModelMeter) -> None:
+    meter.outcomes[visit.outcome] += 1
+    if visit.first_token is not None:
+        meter.first_token.add(visit.first_token - visit.arrived)
+    if visit.granted is not None and visit.dispatched is not None:
+        meter.queue.add(visit.granted - visit.dispatched)
 
 
 def _since(visit: Visit, instant: float | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 
 from fastapi import FastAPI
@@ -16,6 +17,7 @@ from deployments.api.endpoints import Endpoints
 from deployments.api.problems import on_http_exception, on_request_error
 from deployments.api.served import ModelTable, ServedModel
 from deployments.errors import RequestError
+from deployments.metrics.meter import IngressMeter
 from deployments.settings import ApiSettings
 
 __all__ = ["ServedModel", "create_api"]
@@ -25,15 +27,20 @@ def create_api(
     models: Sequence[ServedModel],
     settings: ApiSettings,
     *,
+    meter: IngressMeter | None = None,
     environment: Mapping[str, str] = os.environ,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
 ) -> FastAPI:
-    """The app that serves `models`. It holds no state between requests and needs no Ray: any ASGI server runs it.
+    """The app that serves `models`. It needs no Ray: any ASGI server runs it.
+
+    Args:
+        meter: counts the requests; default: one of its own.
 
     Raises:
         ConfigError: two models share a name, or `api_keys_env` names a variable without keys.
     """
-    endpoints = Endpoints(ModelTable(models), load_keys(settings.api_keys_env, environment), settings, draw_seed)
+    meter = meter or IngressMeter(uuid.uuid4().hex)
+    endpoints = Endpoints(ModelTable(models), load_keys(settings.api_keys_env, environment), settings, meter, draw_seed)
     # Bodies are read by deployments.api.body, so the OpenAPI page that FastAPI derives would show none of them.
     app = FastAPI(title="Headroom", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.router.routes.extend(endpoints.routes())
@@ -47,5 +54,6 @@ def create_api(
             allow_headers=["*"],
             expose_headers=[REQUEST_ID, "retry-after"],
         )
-    app.add_middleware(AccessMiddleware)  # Last added is outermost: CORS refusals get their id and line too.
+    # Last added is outermost: CORS refusals get their id and line too.
+    app.add_middleware(AccessMiddleware, meter=meter)
     return app

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+from deployments.metrics.board import Observation
 from deployments.protocol import GenerationRequest, TokenChunk
 
 
@@ -33,6 +34,10 @@ class Dispatcher(Protocol):
             NoReplica: no replica of the model is alive.
             EngineFailed: the replica could not take the request up.
         """
+        ...
+
+    async def observe(self) -> Observation | None:
+        """What there is to show of this model on the metrics page; None while its ledger does not answer."""
         ...
 
     @property

@@ -20,6 +20,9 @@ from deployments.api.responses import GenerationResponse
 from deployments.api.schemas import parse_chat, parse_completion
 from deployments.api.served import ModelTable, ServedModel
 from deployments.api.visit import Visit, visit_of
+from deployments.metrics.meter import IngressMeter
+from deployments.metrics.overview import Overview
+from deployments.metrics.page import render
 from deployments.settings import ApiSettings
 
 _READY_WITHIN_S = 5.0
@@ -30,13 +33,22 @@ class Endpoints:
     """Everything that answers at a path.
 
     Args:
+        meter: counts this ingress's requests.
         draw_seed: gives an unsigned 64-bit seed for a request that names none.
     """
 
-    def __init__(self, models: ModelTable, keys: ApiKeys, settings: ApiSettings, draw_seed: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        models: ModelTable,
+        keys: ApiKeys,
+        settings: ApiSettings,
+        meter: IngressMeter,
+        draw_seed: Callable[[], int],
+    ) -> None:
         self._models = models
         self._keys = keys
         self._settings = settings
+        self._meter = meter
         self._draw_seed = draw_seed
 
     def routes(self) -> list[BaseRoute]:
@@ -48,6 +60,7 @@ class Endpoints:
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/ready", self.ready, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
         ]
 
     async def list_models(self, request: Request) -> Response:
@@ -86,6 +99,15 @@ class Endpoints:
         states = dict(zip((m.name for m in models), await asyncio.gather(*map(_is_ready, models)), strict=True))
         return JSONResponse({"ready": all(states.values()), "models": states}, 200 if all(states.values()) else 503)
 
+    async def metrics(self, request: Request) -> Response:
+        """The whole service's metrics, whichever ingress answers. Asks for a key where one is set."""
+        self._tenant(request)
+        models = self._models.models
+        seen = await asyncio.gather(*(model.dispatcher.observe() for model in models))
+        overview = Overview(tuple(zip((model.name for model in models), seen, strict=True)), self._meter.vitals())
+        page, content_type = render(overview, request.headers.get("accept", ""))
+        return Response(page, headers={"content-type": content_type})
+
     def _tenant(self, request: Request) -> str:
         return self._keys.tenant(request.headers.get("authorization"))
 
@@ -96,7 +118,12 @@ class Endpoints:
         visit = visit_of(request)
         _note(visit, job)
         return GenerationResponse(
-            job, format_, visit, created=int(time.time()), timeout_s=self._settings.request_timeout_s
+            job,
+            format_,
+            visit,
+            created=int(time.time()),
+            timeout_s=self._settings.request_timeout_s,
+            token_gaps=self._meter.of(job.model.name).token_gaps,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Self
 from deployments.api.choices import ChoiceText, Piece
 from deployments.api.dispatcher import Dispatcher
 from deployments.errors import EngineFailed
+from deployments.metrics.histogram import Histogram, Pace
 from deployments.protocol import GenerationRequest, TokenChunk
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ class Fanout:
 
     Each choice is read by its own task at the engine's pace, so one that meets a stop string is cancelled at once,
     however slowly the client reads.
+
+    Args:
+        token_gaps: takes the times between tokens of a choice, in seconds.
     """
 
     def __init__(
@@ -34,10 +38,13 @@ class Fanout:
         requests: Sequence[GenerationRequest],
         choices: Sequence[ChoiceText],
         wait_limit_s: float,
+        *,
+        token_gaps: Histogram,
     ) -> None:
         self._dispatcher = dispatcher
         self._work = list(zip(requests, choices, strict=True))
         self._wait_limit_s = wait_limit_s
+        self._token_gaps = token_gaps
         self._inbox: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
         self._failure: Exception | None = None
         self._unfinished = set(range(len(requests)))
@@ -88,7 +95,9 @@ class Fanout:
             self._fail(index, error, granted)
 
     async def _read(self, index: int, chunks: AsyncGenerator[TokenChunk, None], choice: ChoiceText) -> None:
+        pace, clock = Pace(self._token_gaps), asyncio.get_running_loop().time
         async for chunk in chunks:
+            pace.arrive(len(chunk.token_ids), clock())
             piece = choice.feed(chunk)
             if piece.finish_reason is not None:
                 self._unfinished.discard(index)

@@ -25,7 +25,7 @@ class Caller:
     request_id: str
     """Unique per HTTP request, and starting with the id that the client sees."""
     salt: str
-    """Tenant salt of the prefix cache."""
+    """Tenant salt of the prefix cache; empty where no API keys tell callers apart."""
     seed: int
     """Unsigned 64-bit, drawn for this request; used where the client gives none."""
 
@@ -105,6 +105,8 @@ def _job(
             prompt_ids=ids,
             sampling=_sampling(body, model, caller, p * body.n + c, max_tokens, logprobs, biases),
             salt=caller.salt,
+            tenant=caller.salt or body.user or "",
+            priority=body.priority,
         )
         for p, ids in enumerate(prompts)
         for c in range(body.n)

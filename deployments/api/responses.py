@@ -22,6 +22,7 @@ from deployments.api.jobs import Job
 from deployments.api.problems import describe
 from deployments.api.visit import Visit
 from deployments.errors import RequestError, RequestTimeout
+from deployments.metrics.histogram import Histogram
 
 CLIENT_GONE = "client_gone"
 """The access log's `error` when the client left before its answer was complete."""
@@ -38,13 +39,17 @@ class GenerationResponse:
     Args:
         created: Unix seconds.
         timeout_s: from the visit's arrival to the last token.
+        token_gaps: takes the times between tokens, in seconds.
     """
 
-    def __init__(self, job: Job, format_: Format, visit: Visit, *, created: int, timeout_s: float) -> None:
+    def __init__(
+        self, job: Job, format_: Format, visit: Visit, *, created: int, timeout_s: float, token_gaps: Histogram
+    ) -> None:
         self._job = job
         self._format = format_
         self._visit = visit
         self._timeout_s = timeout_s
+        self._token_gaps = token_gaps
         text = job.model.text
         self._choices = [ChoiceText(text.detokenizer(), job.stop, r.sampling) for r in job.requests]
         self._with_logprobs = job.requests[0].sampling.logprobs is not None
@@ -111,7 +116,10 @@ class GenerationResponse:
         loop = asyncio.get_running_loop()
         deadline = self._visit.arrived + self._timeout_s
         wait_limit_s = min(self._job.model.wait_limit_s, deadline - loop.time())
-        fanout = Fanout(self._job.model.dispatcher, self._job.requests, self._choices, wait_limit_s)
+        self._visit.dispatched = loop.time()
+        fanout = Fanout(
+            self._job.model.dispatcher, self._job.requests, self._choices, wait_limit_s, token_gaps=self._token_gaps
+        )
         try:
             async with asyncio.timeout_at(deadline), fanout:
                 self._visit.granted = loop.time()

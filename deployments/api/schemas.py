@@ -18,6 +18,7 @@ MAX_STOPS = 16
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
+MAX_USER = 512
 _MOST = 2**31 - 1
 
 Prompt = str | tuple[int, ...]
@@ -123,8 +124,11 @@ class GenerationBody(_Strict):
         dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]],
         Field(max_length=MAX_LOGIT_BIASES),
     ] = {}
+    priority: Annotated[int, Field(ge=-_MOST, le=_MOST)] = 0
+    """Among the caller's own requests that wait, the lowest is served first."""
+    user: Annotated[str, Field(max_length=MAX_USER)] | None = None
+    """Who shares the room fairly with others while requests wait, where no API keys tell callers apart."""
     # Hints, which change no answer.
-    user: str | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -29,10 +29,21 @@ class Visit:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    dispatched: float | None = None
+    """When its choices were first sent to the ledger."""
     granted: float | None = None
     first_token: float | None = None
     error: str | None = None
     """Code of the error that the client was told."""
+
+    @property
+    def outcome(self) -> str:
+        """How it ended: ok, client_gone, the error's code, or the status of an answer without one."""
+        if self.error is not None:
+            return self.error
+        if self.status is None or not self.complete:
+            return "client_gone"
+        return "ok" if self.status < 400 else f"http_{self.status}"
 
     @property
     def engine_id(self) -> str:

@@ -112,6 +112,24 @@ METRICS: tuple[Metric, ...] = (
         "Output tokens that a new request is granted room for, at most.",
         lambda seen: seen.view.expected_output_tokens,
     ),
+    _model(
+        "headroom_queue_waits_total",
+        "Requests that waited for blocks and were granted them.",
+        lambda seen: seen.view.forecast.requests,
+        "counter",
+    ),
+    _model(
+        "headroom_queue_waited_seconds_total",
+        "How long they waited, together.",
+        lambda seen: seen.view.forecast.waited_ms / 1000,
+        "counter",
+    ),
+    _model(
+        "headroom_queue_forecast_error_seconds_total",
+        "By how much their forecast waits were wrong, together; Retry-After comes from the same forecast.",
+        lambda seen: seen.view.forecast.error_ms / 1000,
+        "counter",
+    ),
     Metric(
         "headroom_refusals_total",
         "counter",

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from deployments.errors import RequestError
+from deployments.metrics.board import Observation
 from deployments.protocol import FinishReason, GenerationRequest, TokenChunk, TokenLogprob
 
 
@@ -31,6 +32,7 @@ class FakeDispatcher:
 
     script: Script | Callable[[GenerationRequest], Script]
     ready: bool = True
+    observation: Observation | None = None
     max_context: int | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     wait_limits: list[float] = field(default_factory=list)
@@ -50,6 +52,9 @@ class FakeDispatcher:
         chunks = self._play(request.request_id, script)
         await anext(chunks)
         return chunks
+
+    async def observe(self) -> Observation | None:
+        return self.observation
 
     async def is_ready(self) -> bool:
         return self.ready

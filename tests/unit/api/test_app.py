@@ -12,6 +12,7 @@ import pytest
 from deployments.api.access import AccessMiddleware
 from deployments.api.app import ServedModel, create_api
 from deployments.errors import ConfigError
+from deployments.metrics.meter import IngressMeter
 from deployments.settings import ApiSettings
 from tests.fakes.dispatcher import FakeDispatcher, Script
 from tests.unit.api.conftest import Api
@@ -174,5 +175,5 @@ async def test_an_answer_that_breaks_off_cuts_the_connection() -> None:
 
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     with pytest.raises(RuntimeError, match="broke off") as error:
-        await AccessMiddleware(breaking)(scope, ignore, ignore)
+        await AccessMiddleware(breaking, IngressMeter("i"))(scope, ignore, ignore)
     assert "SECRET" not in str(error.value)

@@ -1,0 +1,64 @@
+"""What the API counts, and its page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from deployments.errors import Overloaded
+from deployments.settings import ApiSettings
+from tests.fakes.dispatcher import Script
+from tests.unit.api.conftest import Api
+
+
+async def page_after(api: Api, *requests: tuple[str, dict[str, Any]]) -> str:
+    async with api.client() as client:
+        for path, body in requests:
+            await client.post(path, json=body)
+        return (await client.get("/metrics")).text
+
+
+def values(page: str, metric: str) -> dict[str, float]:
+    """The last label's value -> the sample's."""
+    found = [line for line in page.splitlines() if line.startswith(metric + "{")]
+    return {line.split('="')[-1].split('"')[0]: float(line.rsplit(" ", 1)[1]) for line in found}
+
+
+async def test_requests_are_counted_by_how_they_ended(
+    make_api: Callable[..., Api], speak: Callable[..., Script]
+) -> None:
+    def script(request: Any) -> Script:
+        full = request.sampling.max_tokens == 99
+        return Script(refusal=Overloaded("full", retry_after_s=1)) if full else speak("hello world")
+
+    good = {"model": "tiny", "prompt": "hi"}
+    page = await page_after(
+        make_api(script),
+        ("/v1/completions", good),
+        ("/v1/completions", {**good, "stream": True}),
+        ("/v1/completions", {**good, "max_tokens": 99}),
+        ("/v1/completions", {**good, "model": "huge"}),
+        ("/v1/nothing", {}),
+    )
+    outcomes = values(page, "headroom_requests_total")
+    assert outcomes == {"ok": 2, "rate_limit_exceeded": 1, "model_not_found": 1, "http_404": 1}
+    tokens = len(speak("hello world").chunks)
+    assert list(values(page, "headroom_time_to_first_token_seconds_count").values()) == [2]
+    assert list(values(page, "headroom_queue_seconds_count").values()) == [2]
+    assert list(values(page, "headroom_inter_token_seconds_count").values()) == [2 * (tokens - 1)]
+
+
+async def test_probes_and_the_page_itself_are_not_counted(api: Api) -> None:
+    async with api.client() as client:
+        for path in ("/health", "/ready", "/metrics"):
+            await client.get(path)
+        assert values((await client.get("/metrics")).text, "headroom_requests_total") == {}
+
+
+async def test_the_page_asks_for_a_key_where_one_is_set(make_api: Callable[..., Api]) -> None:
+    api = make_api(Script(), ApiSettings(api_keys_env="KEYS"), environment={"KEYS": "sesame"})
+    assert (await api.get("/metrics")).status_code == 401
+    assert (await api.get("/v1/models")).status_code == 401
+    answer = await api.get("/metrics", headers={"authorization": "Bearer sesame"})
+    assert answer.status_code == 200
+    assert values(answer.text, "headroom_requests_total") == {"invalid_api_key": 1}
