@@ -2,11 +2,14 @@
 
 A replica is charged, for each grant, the more of what was promised and what it reports to hold, and all that it
 reports under grant ids that the ledger doesn't know: an earlier ledger's, or requests just released but not ended yet.
+Blocks that requests share are in what each of them holds; the report says how many that is too much, once for all.
+A grant that counts on sharing is charged in full as soon as a report shows that nobody uses what it was to share.
 A grant leaves the account when the replica's own word, or time, proves that it holds nothing under it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from deployments.protocol import Grant, ReplicaSpot, ReplicaState
@@ -20,7 +23,9 @@ class Promise:
     grant: Grant
     size: Size
     blocks: int
-    """What is set aside for it: what was granted, or more once it outgrew that."""
+    """What is set aside for it: what was granted; more once it can't count on sharing, or outgrew that."""
+    shares: int | None
+    """The granule that must be in use for it to share as granted; None when it shares nothing."""
     listed: bool = False
     """The replica has reported to hold it."""
 
@@ -65,7 +70,7 @@ class ReplicaAccount:
     @property
     def held_blocks(self) -> int:
         """Blocks in the replica's last report."""
-        return sum(self._held.values())
+        return sum(self._held.values()) - self.state.shared_blocks
 
     def spot(self) -> ReplicaSpot:
         """What an ingress is told of the replica."""
@@ -80,9 +85,9 @@ class ReplicaAccount:
             max_context=state.max_context,
         )
 
-    def promise(self, grant: Grant, size: Size) -> None:
-        """Charge a new grant."""
-        self.promises[grant.grant_id] = Promise(grant, size, grant.blocks)
+    def promise(self, grant: Grant, size: Size, shares: int | None = None) -> None:
+        """Charge a new grant, which shares blocks for as long as the granule `shares` is in use."""
+        self.promises[grant.grant_id] = Promise(grant, size, grant.blocks, shares)
         self.charged_blocks += grant.blocks
 
     def outgrown(self) -> list[tuple[Promise, int]]:
@@ -107,8 +112,13 @@ class ReplicaAccount:
         self.charged_blocks -= freed
         return freed
 
-    def hear(self, state: ReplicaState, now: float) -> tuple[tuple[Grant, Size], ...] | None:
+    def hear(self, state: ReplicaState, now: float, used: Container[int] = ()) -> tuple[tuple[Grant, Size], ...] | None:
         """Take in a report of this epoch.
+
+        Args:
+            state: the report.
+            now: Unix seconds.
+            used: the granules that are in use by this report.
 
         Returns:
             The grants that the report ended, and their sizes; None for a duplicate or a report older than the last.
@@ -123,17 +133,21 @@ class ReplicaAccount:
                 f"replica {state.replica_id} reports (pool, block_size, capacity_blocks, max_context) = "
                 f"{_shape(state)}, but {_shape(self.state)} before: another size needs another epoch"
             )
-        return self._adopt(state, now)
+        return self._adopt(state, now, used)
 
-    def _adopt(self, state: ReplicaState, now: float) -> tuple[tuple[Grant, Size], ...]:
+    def _adopt(self, state: ReplicaState, now: float, used: Container[int] = ()) -> tuple[tuple[Grant, Size], ...]:
         self.state, self.heard_at, self.alive = state, now, True
         self._held = dict(state.held)
         gone = {grant_id for grant_id, _, _ in state.ended if grant_id in self.promises}
         for grant_id, promise in self.promises.items():
             if grant_id in self._held:
-                promise.listed = True
+                if not promise.listed:  # from here on the report counts what it holds, and all that is shared once
+                    promise.listed, promise.blocks = True, promise.grant.blocks + promise.grant.shared_blocks
             elif promise.listed:
                 gone.add(grant_id)
+            elif promise.shares is not None:
+                alone = 0 if promise.shares in used else promise.grant.shared_blocks
+                promise.blocks = promise.grant.blocks + alone
         ended = [self.promises.pop(grant_id) for grant_id in sorted(gone)]
         self.charged_blocks = self._charge()
         return tuple((promise.grant, promise.size) for promise in ended)
@@ -141,7 +155,8 @@ class ReplicaAccount:
     def _charge(self) -> int:
         held = self._held
         promised = sum(max(p.blocks, held.get(key, 0)) for key, p in self.promises.items())
-        return promised + sum(blocks for key, blocks in held.items() if key not in self.promises)
+        unpromised = sum(blocks for key, blocks in held.items() if key not in self.promises)
+        return promised + unpromised - self.state.shared_blocks
 
     def check_integrity(self) -> None:
         """Raise AssertionError when the running sum differs from a fresh one."""

@@ -31,11 +31,13 @@ from deployments.protocol import (
 )
 from deployments.routing import refusals
 from deployments.routing.account import ReplicaAccount
+from deployments.routing.choice import Choice
 from deployments.routing.fairness import FairShares
 from deployments.routing.fleet import Fleet
 from deployments.routing.forecast import Forecast
 from deployments.routing.grants import GrantIndex
-from deployments.routing.policy import Size, blocks_for, grant_blocks, pick
+from deployments.routing.policy import Size, blocks_for, grant_blocks, shared_blocks
+from deployments.routing.prefixes import PrefixMap
 from deployments.routing.refusals import LedgerConfig
 from deployments.routing.sizing import OutputLengths
 from deployments.routing.turns import Answer, Outcome, Turns
@@ -63,11 +65,12 @@ class Ledger:
     def __init__(self, config: LedgerConfig, *, epoch: int, now: float, rng: random.Random) -> None:
         self.config = config
         self.epoch = epoch
-        self._rng = rng
         self._now = now
         self._warm_at = now + config.lease_s
         self._warming = True
         self._fleet = Fleet()
+        self._prefixes = PrefixMap()
+        self._choice = Choice(self._fleet, self._prefixes, rng)
         self._heard: OrderedDict[str, None] = OrderedDict()
         """Replica ids, the one that has been silent for the longest time first."""
         self._grants = GrantIndex()
@@ -151,6 +154,7 @@ class Ledger:
         if account is None or state.epoch > account.state.epoch:
             self._forget(state.replica_id)
             account = ReplicaAccount(state, now)
+            self._prefixes.hear(state.replica_id, state.granules)
             self._fleet.add(account)
             self._place(account)
             self._heard[state.replica_id] = None
@@ -233,6 +237,7 @@ class Ledger:
         for account in self._fleet:
             account.check_integrity()
         self._fleet.check_integrity()
+        self._prefixes.check_integrity()
         self._grants.check_integrity(self._fleet)
 
     # Deciding
@@ -253,12 +258,9 @@ class Ledger:
     def _try_grant(
         self, request: ReserveRequest, size: Size, now: float, kept: ReplicaAccount | None = None
     ) -> Grant | None:
-        candidates = self._fleet.best(size, request.pool, self._rng)
-        if kept is not None:
-            candidates.append(kept)
-        account = pick(candidates, size, self._rng)
-        if account is None:
+        if (chosen := self._choice.best(request, size, kept)) is None:
             return None
+        account, match = chosen
         self._granted += 1
         grant = Grant(
             grant_id=f"{self.epoch:x}-{self._granted:x}",
@@ -267,10 +269,11 @@ class Ledger:
             replica_id=account.state.replica_id,
             replica_epoch=account.state.epoch,
             ledger_epoch=self.epoch,
-            blocks=grant_blocks(account, size),
+            blocks=grant_blocks(account, size, match),
             expires_at=now + self.config.grant_ttl_s,
+            shared_blocks=shared_blocks(account, match),
         )
-        account.promise(grant, size)
+        account.promise(grant, size, match.last_used)
         self._place(account)
         self._grants.add(grant, account, grant.expires_at + self.config.silence_s)
         return grant
@@ -355,7 +358,9 @@ class Ledger:
 
     def _hear(self, account: ReplicaAccount, state: ReplicaState, now: float) -> None:
         before = account.charged_blocks
-        ended = account.hear(state, now)
+        if state.sequence > account.state.sequence:
+            self._prefixes.hear(state.replica_id, state.granules)
+        ended = account.hear(state, now, self._prefixes.used(state.replica_id))
         if ended is None:
             return
         self._heard.move_to_end(state.replica_id)
@@ -385,6 +390,7 @@ class Ledger:
         self._place(account)
 
     def _forget(self, replica_id: str) -> None:
+        self._prefixes.forget(replica_id)
         account = self._fleet.remove(replica_id)
         if account is not None:
             del self._heard[replica_id]

@@ -24,6 +24,8 @@ class Match:
     """Held by a running request: another one shares their blocks."""
     cached_tokens: int = 0
     """Used or idle: need not be computed."""
+    last_used: int | None = None
+    """The last of the used granules, which is used for as long as all of them are."""
 
 
 NO_MATCH = Match()
@@ -75,7 +77,8 @@ class PrefixMap:
         if cached is None:
             return NO_MATCH
         used, known = _leading(prefix.hashes, cached.used), _leading(prefix.hashes, cached.all)
-        return Match(used * prefix.granule_tokens, max(used, known) * prefix.granule_tokens)
+        last_used = prefix.hashes[used - 1] if used else None
+        return Match(used * prefix.granule_tokens, max(used, known) * prefix.granule_tokens, last_used)
 
     def holders(self, prefix: Prefix, most: int) -> list[str]:
         """Up to `most` replicas that have some of the prompt, those that have more of it first."""
