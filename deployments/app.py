@@ -54,6 +54,7 @@ def _ledger_config(model: ModelSettings) -> LedgerConfig:
         pools=tuple(pool.name for pool in model.pools),
         expected_replicas=sum(pool.replicas for pool in model.pools),
         queue_limit=model.queue_limit,
+        tenant_weights=tuple(sorted(model.tenant_weights.items())),
     )
 
 

@@ -121,6 +121,9 @@ class ModelSettings(_Strict):
     """Most requests waiting for blocks; one more is refused with 429."""
     wait_limit_s: Annotated[float, Field(gt=0)] = 60.0
     """Longest wait for blocks; afterwards 429."""
+    tenant_weights: dict[str, Annotated[int, Field(ge=1, le=1000)]] = {}
+    """Shares of tenants whose requests wait for blocks: a tenant of weight 2 is granted twice the tokens of one of
+    weight 1, which is the default. Tenants are API keys; without keys, requests' `user` names them."""
 
     @property
     def granule_tokens(self) -> int | None:

@@ -209,6 +209,8 @@ class ServeDispatcher:
             max_tokens=request.sampling.max_tokens - request.resumed_tokens,
             wait_limit_s=wait_limit_s,
             pool=pool,
+            tenant=request.tenant,
+            priority=request.priority,
             prefix=self._prefix(request),
         )
         try:

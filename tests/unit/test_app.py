@@ -39,13 +39,15 @@ def parts(ingress: Any) -> tuple[Settings, dict[str, Any], dict[str, dict[str, A
 
 def test_ingress_ledger_and_pools() -> None:
     two = ({"name": "small", "replicas": 3, "cpus": 0.5, "max_sequences": 8}, {"name": "large"})
-    ingress = build(model("m", *two, queue_limit=5), replicas=2, max_ongoing_requests=77)
+    weights = {"b": 2, "a": 1}
+    ingress = build(model("m", *two, queue_limit=5, tenant_weights=weights), replicas=2, max_ongoing_requests=77)
     settings, ledgers, pools = parts(ingress)
     assert isinstance(settings, Settings)
     assert (ingress.name, ingress.num_replicas, ingress.max_ongoing_requests) == ("ingress", 2, 77)
     assert ingress.ray_actor_options["num_cpus"] == app.ACTOR_CPUS
     (config,) = ledgers["m"].init_args
     assert (config.model, config.pools, config.expected_replicas, config.queue_limit) == ("m", ("small", "large"), 4, 5)
+    assert config.tenant_weights == (("a", 1), ("b", 2))
     small, large = pools["m"]["small"], pools["m"]["large"]
     assert (small.name, small.num_replicas, large.name, large.num_replicas) == ("m-small", 3, "m-large", 1)
     assert small.ray_actor_options["num_cpus"] == 0.5

@@ -71,6 +71,12 @@ async def test_defaults(api: Api) -> None:
     request = api.dispatcher.requests[0]
     assert request.sampling.max_tokens == 256 - len(request.prompt_ids)
     assert (request.sampling.temperature, request.sampling.logprobs, request.salt) == (1.0, None, "")
+    assert (request.tenant, request.priority) == ("", 0)
+
+
+async def test_user_and_priority_go_along(api: Api) -> None:
+    await api.post(CHAT, json=asking(user="ann", priority=-3, n=2))
+    assert [(request.tenant, request.priority) for request in api.dispatcher.requests] == [("ann", -3)] * 2
 
 
 async def test_a_seed_is_drawn_where_none_is_given(make_api: Callable[..., Api], speak: Callable[..., Script]) -> None:

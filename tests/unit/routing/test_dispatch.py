@@ -36,7 +36,7 @@ from deployments.protocol import (
 from deployments.routing.dispatch import MAX_LOSSES, ServeDispatcher, error_of
 from deployments.routing.router import NotSent
 
-REQUEST = GenerationRequest("q", (1, 2, 3), Sampling(max_tokens=4, seed=0))
+REQUEST = GenerationRequest("q", (1, 2, 3), Sampling(max_tokens=4, seed=0), tenant="me", priority=-2)
 TAKEN = TokenChunk("q")
 
 
@@ -141,6 +141,7 @@ async def test_a_request_is_granted_sent_and_streamed() -> None:
     assert await run(world) == [text(5), text(6, finish="length")]
     assert world.wishes[0].prompt_tokens == 3
     assert world.wishes[0].max_tokens == 4
+    assert (world.wishes[0].tenant, world.wishes[0].priority) == ("me", -2)
     assert world.sent[0].grant == grant()
     assert not world.generate.calls[0].cancelled
     assert await world.told() == ([], [], [])
