@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from placement import arena
 from placement.footprint import Footprint, Module, Tensor
 from placement.hardware import DeviceType, format_bytes
 from placement.kv import dtype_bytes, kv_dtype_bytes
@@ -60,8 +61,10 @@ _PADDING = 2
 _FRAGMENTATION_BYTES, _FRAGMENTATION = 256 * 2**20, 512
 """Left to the allocator, whose segments expand by pages of 20 MiB: a sum, and one part in so many of a CUDA budget."""
 _HOLES = {"nf4": 45, "fp4": 45, "int8": 30}
-"""Per cent of the quantised weights: what the allocator keeps between them, because they were repacked one by one while
-they were loaded. Measured on an H200 with an 8B shape: 45 in NF4, 27 in int8."""
+"""Per cent of the quantised weights: what the allocator keeps between them while they are loaded, until each layer has
+an arena. Measured on an H200 with an 8B shape: 45 in NF4, 27 in int8."""
+_PIECES = 6
+"""Tensors of a quantised weight, at most: codes, scales and their table; the same of the scales, and an offset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ class Reserve:
             Term("buffers", kept, "kept by pipeline, attention, kernels and sampler from step to step"),
             Term("activations", self.activations, "hidden states and projections of one step in the widest layer"),
             Term("workspace", workspace, f"the largest of what is never held at once: {largest}"),
-            Term("loading", max(0, loading), "peak of the largest weight while loading, above all that comes after it"),
+            Term("loading", max(0, loading), "the peak of loading, above all that comes after it"),
         )
         return tuple(term for term in terms if term.bytes)
 
@@ -191,7 +194,7 @@ def reserve(
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
         graphs=0 if gathers else _graph_bytes(footprint) + workload.captured_rows * widest,
-        fragmentation=_fragmentation_bytes(footprint, budget_bytes, devices) if cuda else 0,
+        fragmentation=_fragmentation_bytes(footprint, budget_bytes) if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
         logits=_logit_bytes(footprint, workload),
@@ -200,15 +203,24 @@ def reserve(
         sampler=_WEIGHT_TABLE_BYTES,
         per_block=4 * workload.block_size,
         gather_per_block=_gather_bytes(footprint, workload) if gathers else 0,
-        load_peak=_load_peak_bytes(footprint, device_type),
+        load_peak=_cuda_load_peak_bytes(footprint, devices) if cuda else _cpu_load_peak_bytes(footprint),
     )
 
 
-def _fragmentation_bytes(footprint: Footprint, budget_bytes: int, devices: int) -> int:
-    """The holes are counted as if the devices held equal shares of the model."""
-    quantised = sum(t.bytes for module in footprint.modules for t in module.tensors if t.linear)
-    holes = quantised * _HOLES.get(footprint.quantization, 0) // 100 // devices
-    return _FRAGMENTATION_BYTES + budget_bytes // _FRAGMENTATION + holes
+def _fragmentation_bytes(footprint: Footprint, budget_bytes: int) -> int:
+    """With the rounding of all layers' arenas, as if the device held every layer."""
+    rounding = sum(arena.taken(size) - layer.bytes for layer, size in _arenas(footprint))
+    return _FRAGMENTATION_BYTES + budget_bytes // _FRAGMENTATION + rounding
+
+
+def _arenas(footprint: Footprint) -> list[tuple[Module, int]]:
+    """The layers that have an arena, and its bytes at most: each tensor's end may be padded."""
+    if footprint.quantization not in arena.QUANTISED:
+        return []
+    pieces = [sum(_PIECES if tensor.linear else 1 for tensor in layer.tensors) for layer in footprint.layers]
+    return [
+        (layer, layer.bytes + count * arena.ALIGNMENT) for layer, count in zip(footprint.layers, pieces, strict=True)
+    ]
 
 
 def _graph_bytes(footprint: Footprint) -> int:
@@ -333,12 +345,20 @@ def _dequantisation_bytes(footprint: Footprint) -> int:
     return size * _largest_quantised(footprint)
 
 
-def _load_peak_bytes(footprint: Footprint, device_type: DeviceType) -> int:
-    """The largest weight while it is being quantised: on the device in the compute dtype, and on the CPU with what
-    bitsandbytes computes it from. transformers quantises one tensor at a time, and what stays as it is goes straight
-    to its place (on the CPU the checkpoint is mapped, not read)."""
-    scratch = _QUANTISE_BYTES.get(footprint.quantization, 0) if device_type == "cpu" else 0
+def _cpu_load_peak_bytes(footprint: Footprint) -> int:
+    """The largest weight while it is quantised: in the compute dtype, and with what bitsandbytes computes it from.
+    transformers quantises one tensor at a time; what stays as it is is mapped from the checkpoint, not read."""
+    scratch = _QUANTISE_BYTES.get(footprint.quantization, 0)
     return _largest_quantised(footprint) * (dtype_bytes(footprint.dtype) + scratch)
+
+
+def _cuda_load_peak_bytes(footprint: Footprint, devices: int) -> int:
+    """Holes between quantised weights, counted as if the devices held equal shares of the model; and beside them the
+    largest weight in the compute dtype while it is quantised, or later a layer that is copied to its arena."""
+    quantised = sum(t.bytes for module in footprint.modules for t in module.tensors if t.linear)
+    holes = quantised * _HOLES.get(footprint.quantization, 0) // 100 // devices
+    copied = max((size for _, size in _arenas(footprint)), default=0)
+    return holes + max(copied, _largest_quantised(footprint) * dtype_bytes(footprint.dtype))
 
 
 def _largest_quantised(footprint: Footprint) -> int:

@@ -12,10 +12,12 @@ import torch
 from deployments.engine.attention_flashinfer import Limits
 from deployments.engine.flashinfer_fit import Kind, Room, why_not
 from deployments.engine.lane import forms
+from deployments.engine.residents import move_to_arena
 from deployments.engine.sampler import SCRATCH_BYTES
 from deployments.engine.sampling import weight_table
 from deployments.engine.sampling_batch import padded
 from placement import reserve as terms
+from placement.arena import ALIGNMENT
 from placement.footprint import Footprint, Geometry, Module, Tensor, footprint
 from placement.hardware import DeviceType
 from placement.kv import LayerKv
@@ -29,9 +31,11 @@ from placement.reserve import (
     reserve,
     why_not_flashinfer,
 )
+from tests.unit.placement import tiny_models
 from tests.unit.placement.tiny_models import save
 from tests.unit.placement.toy import NOTHING, toy_footprint
 
+MIB = 2**20
 WORKLOAD = Workload(block_size=16, max_batch_tokens=8, max_sequences=4, max_context=64, kv_dtype="float16")
 HEADS = toy_footprint([10] * 3, kv=(LayerKv(2, 64),) * 3)
 """Three layers that FlashInfer has kernels for: two query heads on two KV heads."""
@@ -59,6 +63,11 @@ def model(*layers: tuple[Tensor, ...], quantization: str = "fp16", hidden: int =
     kv = (LayerKv(2, 64),) * len(layers)
     geometry = Geometry(hidden=hidden, vocab=300, heads=4, max_context=64, softcap=False, kv=kv)
     return Footprint("toy", quantization, False, "float16", modules, geometry)
+
+
+def sized(name: str, size: int, *, linear: bool = True) -> Tensor:
+    """A vector that takes `size` bytes."""
+    return Tensor(f"{name}.weight", f"{name}.weight", (1,), 2, linear, size)
 
 
 def matrix(name: str, *shape: int, linear: bool = False) -> Tensor:
@@ -325,6 +334,43 @@ def test_kernels_keep_partial_sums_and_a_dequantised_weight() -> None:
 
 def test_loading_holds_the_largest_weight_in_the_compute_dtype() -> None:
     weighed = model((matrix("q", 100, 10, linear=True), matrix("norm", 10_000, 10)), quantization="nf4")
-    assert on(weighed).load_peak == 2 * 1000
     assert on(weighed, device_type="cpu").load_peak == 1000 * (2 + terms._QUANTISE_BYTES["nf4"])
+    # The arena of six pieces and a norm, of no bytes in this toy: 7 * 512.
+    assert on(weighed).load_peak == 7 * ALIGNMENT
+    large = model((matrix("q", 100, 100, linear=True),), quantization="nf4")
+    assert on(large).load_peak == 2 * 10_000
     assert on(replace(weighed, quantization="fp16")).load_peak == 0
+
+
+@pytest.mark.parametrize(("quantization", "share"), [("nf4", 45), ("int8", 30), ("fp16", 0)])
+def test_loading_leaves_holes_until_layers_have_arenas(quantization: str, share: int) -> None:
+    layer = (sized("q", 12 * MIB), sized("k", 4 * MIB), sized("norm", 8192, linear=False))
+    weighed = model(layer, layer, quantization=quantization)
+    quantised = 2 * 16 * MIB
+    arena = (16 * MIB + 8192 + (6 + 6 + 1) * ALIGNMENT) if share else 0
+    for devices in (1, 2):
+        assert on(weighed, devices=devices).load_peak == quantised * share // 100 // devices + arena
+
+
+def test_arenas_are_rounded_to_segments() -> None:
+    def rounding(*sizes: int, quantization: str = "nf4") -> int:
+        weighed = model(*((sized("q", size),) for size in sizes), quantization=quantization)
+        return on(weighed).fragmentation - on(replace(weighed, quantization="fp16")).fragmentation
+
+    padded = 6 * ALIGNMENT
+    assert rounding(20 * MIB - padded) == padded
+    assert rounding(20 * MIB) == 2 * MIB
+    assert rounding(20 * MIB, 12 * MIB + 512) == 2 * MIB + 2 * MIB - 512
+    assert rounding(7 * MIB) == 3 * MIB, "two in 20 MiB"
+    assert rounding(20 * MIB, quantization="bf16") == 0
+    assert on(model((sized("q", 20 * MIB),), quantization="nf4"), device_type="cpu").fragmentation == 0
+
+
+def test_arenas_are_counted_with_no_less_than_the_engine_makes(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    for quantization, double_quant in (("nf4", False), ("nf4", True), ("int8", False)):
+        weighed = footprint(folder, quantization=quantization, double_quant=double_quant)
+        loaded = tiny_models.load(folder, quantization, double_quant, "bfloat16", {"": "cpu"})
+        for (planned, size), layer in zip(terms._arenas(weighed), loaded.get_decoder().layers, strict=True):
+            made = move_to_arena(layer)
+            assert planned.bytes < made <= size <= made + 5 * ALIGNMENT * len(planned.tensors)
