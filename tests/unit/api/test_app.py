@@ -64,11 +64,13 @@ async def test_keys(make_api: Callable[..., Api], speak: Callable[..., Script]) 
         assert message in answer.json()["error"]["message"]
         assert (await api.get("/v1/models", headers=headers)).status_code == 401
     for key in ("one", "two"):
-        assert (await api.post(CHAT, json=asking(), headers={"authorization": f"bearer {key}"})).status_code == 200
+        bearer = {"authorization": f"bearer {key}"}
+        assert (await api.post(CHAT, json=asking(user="me"), headers=bearer)).status_code == 200
     assert (await api.get("/health")).status_code == (await api.get("/ready")).status_code == 200
     salts = [request.salt for request in api.dispatcher.requests]
     assert len(set(salts)) == 2
     assert all(salts)
+    assert [request.tenant for request in api.dispatcher.requests] == salts  # a client can't name another tenant
 
 
 def test_a_start_without_the_keys_that_are_asked_for() -> None:
