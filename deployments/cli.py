@@ -1,4 +1,4 @@
-"""`headroom`: serve a config, fetch the embedded model, plan a placement."""
+"""`headroom`: serve a config, fetch models, plan a placement, write files for Kubernetes."""
 
 from __future__ import annotations
 
@@ -42,12 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from placement.__main__ import main as plan
 
         return plan(arguments[1:], prog="headroom plan")
-    options = _arguments().parse_args(arguments)
     try:
+        if arguments[:1] == ["k8s"]:
+            from deployments.k8s_command import main as k8s
+
+            return k8s(arguments[1:])
+        options = _arguments().parse_args(arguments)
         if options.command == "serve":
             return serve(
                 _with_address(read_config(options.config), options.host, options.port), options.logs, options.dashboard
             )
+        if options.command == "prefetch":
+            return prefetch(read_config(options.config))
         store.install_demo(_say)
         return 0
     except ConfigError as error:
@@ -85,6 +91,18 @@ def serve(file: ConfigFile, show_logs: bool = False, dashboard: bool = False) ->
         _stop(ray)
         ready.port_claim.close()
         _say(f"stopped; logs of this run are in {home / 'logs'}")
+    return 0
+
+
+def prefetch(file: ConfigFile) -> int:
+    """Fetch and convert the models of a config into the state folder and the hub's cache.
+
+    Raises:
+        ConfigError: one can't be had.
+    """
+    for model in file.config.application.args.models:
+        local = store.fetch(model.source, revision=model.revision, home=state_folder(), progress=_say)
+        _say(f"{model.name}: {local.path}")
     return 0
 
 
@@ -165,6 +183,9 @@ def _arguments() -> argparse.ArgumentParser:
     start.add_argument("--logs", action="store_true", help="print what the replicas log")
     start.add_argument("--dashboard", action="store_true", help="run Ray's dashboard too (0.7 GB of memory)")
     commands.add_parser("fetch-demo", help="install the embedded model (92 MB)")
+    fetching = commands.add_parser("prefetch", help="fetch the models of a config")
+    fetching.add_argument("config", type=Path)
+    commands.add_parser("k8s", help="files for Kubernetes; `headroom k8s --help`", add_help=False)
     commands.add_parser("plan", help="where a model's layers go; `headroom plan --help`", add_help=False)
     return parser
 

@@ -28,6 +28,15 @@ def arguments(prog: str) -> argparse.ArgumentParser:
         "inventory",
         help="a YAML or JSON file; nodes such as 8xH100+4xL4,4xT4; `local`: this machine; `ray`: the cluster",
     )
+    add_wishes(parser)
+    parser.add_argument("--pin-nodes", action="store_true", help="replicas land on the nodes planned, by Ray resources")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--emit", metavar="FILE", type=Path, help="write a serve_config.yaml of the chosen row")
+    return parser
+
+
+def add_wishes(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which models, and which row of the frontier."""
     parser.add_argument("models", nargs="?", type=Path, help="a YAML or JSON file; see placement/wishes.py")
     parser.add_argument("--model", metavar="MODEL", help="one model instead: a folder, file or Hugging Face id")
     one = parser.add_argument_group("with --model")
@@ -39,10 +48,6 @@ def arguments(prog: str) -> argparse.ArgumentParser:
     one.add_argument("--min-concurrency", type=int, metavar="N", help="sequences at once, on all replicas together")
     one.add_argument("--goal", choices=get_args(Goal))
     parser.add_argument("--pick", type=int, metavar="ROW", help="take another row of the frontier")
-    parser.add_argument("--pin-nodes", action="store_true", help="replicas land on the nodes planned, by Ray resources")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument("--emit", metavar="FILE", type=Path, help="write a serve_config.yaml of the chosen row")
-    return parser
 
 
 def run(options: argparse.Namespace) -> str:
@@ -51,8 +56,8 @@ def run(options: argparse.Namespace) -> str:
     Raises:
         PlacementError: one line.
     """
-    wishes, inventory = _wishes(options), _inventory(options.inventory)
-    plan = _picked(plan_cluster(inventory, wishes, weigh), options.pick)
+    plan = chosen_plan(parse_cluster(options.inventory), options)
+    inventory = plan.inventory
     pinned = options.pin_nodes
     if options.emit:
         write(options.emit, cluster_export.serve_config(inventory, plan.chosen, pin_nodes=pinned))
@@ -60,6 +65,15 @@ def run(options: argparse.Namespace) -> str:
         return cluster_export.cluster_json(plan, pin_nodes=pinned)
     lines = cluster_export.notes(inventory, plan.chosen, pin_nodes=pinned)
     return "\n".join((cluster_export.cluster_table(plan), *lines))
+
+
+def chosen_plan(inventory: Inventory, options: argparse.Namespace) -> ClusterPlan:
+    """The plan for `inventory` that the arguments of `add_wishes` ask for.
+
+    Raises:
+        PlacementError: one line.
+    """
+    return _picked(plan_cluster(inventory, _wishes(options), weigh), options.pick)
 
 
 def weigh(wish: Wish, quantization: str) -> Footprint:
@@ -91,7 +105,12 @@ def _wishes(options: argparse.Namespace) -> tuple[Wish, ...]:
     return wishes
 
 
-def _inventory(text: str) -> Inventory:
+def parse_cluster(text: str) -> Inventory:
+    """The machines that `text` names: a file, nodes such as 8xH100+4xL4,4xT4, `local` or `ray`.
+
+    Raises:
+        PlacementError: none of these.
+    """
     if text in ("local", "ray"):
         from placement import probe
 
