@@ -7,10 +7,12 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -19,6 +21,7 @@ from deployments.app import pool_deployment_name
 from deployments.config_file import read_config
 from deployments.home import state_folder
 from deployments.local_ray import LocalRay
+from deployments.processes import MARK, marked
 from deployments.replica import ReplicaStatus
 from deployments.routing.ledger_deployment import deployment_name
 from deployments.routing.view import LedgerView
@@ -32,6 +35,13 @@ class Service:
     """The running service as the tests see it: HTTP, and two looks behind it."""
 
     url: str
+    config: Path
+    """Its serve_config.yaml."""
+
+    def actors(self, deployment: str) -> list[psutil.Process]:
+        """The processes of a deployment's replicas. Ray writes the deployment's name into their title."""
+        title = f"ray::ServeReplica:headroom:{deployment}"
+        return [p for p in marked(Path(os.environ[MARK])) if p.cmdline() and p.cmdline()[0].startswith(title)]
 
     def ledger(self) -> LedgerView:
         return self._call(deployment_name(MODEL), "snapshot")
@@ -87,42 +97,41 @@ def demo_folder() -> Path:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Iterator[Service]:
+    model = {"name": MODEL, "aliases": ["alias"], "queue_limit": 1000, "pools": [{"replicas": 2}]}
+    api = {"max_body_bytes": 200_000, "cors_origins": ["https://ui.example"]}
+    with start_service(tmp_path_factory.mktemp("service"), demo_folder, model, api) as service:
+        yield service
+
+
+@contextmanager
+def start_service(folder: Path, source: Path, model: dict[str, Any], api: dict[str, Any]) -> Iterator[Service]:
+    """A running service of one model with a Ray of its own; `folder` gets its serve_config.yaml."""
     port = free_port()
-    config = {
-        "http_options": {"port": port},
-        "applications": [
-            {
-                "name": "headroom",
-                "import_path": "deployments.app:build",
-                "args": {
-                    "models": [
-                        {
-                            "name": MODEL,
-                            "aliases": ["alias"],
-                            "source": str(demo_folder),
-                            "queue_limit": 1000,
-                            "pools": [{"replicas": 2}],
-                        }
-                    ],
-                    "api": {"max_body_bytes": 200_000, "cors_origins": ["https://ui.example"]},
-                },
-            }
-        ],
-    }
-    path = tmp_path_factory.mktemp("service") / "serve_config.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    path = folder / "serve_config.yaml"
+    write_config(path, port, {"models": [{"source": str(source), **model}], "api": api})
     ray = LocalRay(state_folder(), cpus=os.cpu_count() or 1)
     os.environ.pop("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", None)  # read by this process already
     try:
         ray.start()
-        file = read_config(path)
-        service.deploy(file)
-        deadline = time.monotonic() + START_LIMIT_S
-
-        def check() -> None:
-            assert time.monotonic() < deadline, "the service did not start in time"
-
-        service.wait_until_ready(file, print, check)
-        yield Service(f"http://127.0.0.1:{port}")
+        redeploy(path)
+        yield Service(f"http://127.0.0.1:{port}", path)
     finally:
         ray.stop()
+
+
+def write_config(path: Path, port: int, args: dict[str, Any]) -> None:
+    application = {"name": "headroom", "import_path": "deployments.app:build", "args": args}
+    config = {"http_options": {"port": port}, "applications": [application]}
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+def redeploy(path: Path) -> None:
+    """Deploy what the file says and wait until it is ready."""
+    file = read_config(path)
+    service.deploy(file)
+    deadline = time.monotonic() + START_LIMIT_S
+
+    def check() -> None:
+        assert time.monotonic() < deadline, "the service did not start in time"
+
+    service.wait_until_ready(file, print, check)

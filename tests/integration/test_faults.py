@@ -1,0 +1,271 @@
+"""What breaks while it serves, and what its clients see of it: nothing, or an error that says so.
+
+One service with two replicas and two ingresses, in float32 so that a token that is computed again is the same token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from deployments.app import pool_deployment_name
+from deployments.routing.ledger_deployment import deployment_name
+from tests.integration.conftest import MODEL, Service, redeploy, start_service, wait_for
+
+TIMEOUT = httpx.Timeout(120.0)
+LIMITS = httpx.Limits(max_connections=1000)
+QUEUE_LIMIT = 60
+LEDGER, POOL, INGRESS = deployment_name(MODEL), pool_deployment_name(MODEL, "default"), "ingress"
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0, "repetition_penalty": 1.3},
+    {"temperature": 0.9, "seed": 5, "frequency_penalty": 0.8, "presence_penalty": 0.3},
+    {"temperature": 1.0, "seed": 6, "top_p": 0.9, "logprobs": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Iterator[Service]:
+    pool = {"replicas": 2, "quantization": "fp32", "dtype": "float32", "cpu_device_memory": "800MB"}
+    model = {"name": MODEL, "queue_limit": QUEUE_LIMIT, "pools": [pool]}
+    with start_service(tmp_path_factory.mktemp("faults"), demo_folder, model, {"replicas": 2}) as service:
+        yield service
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client got of a stream."""
+
+    status: int
+    text: str
+    finish: str | None
+    error: str | None
+    """The last event's, or how the connection broke."""
+    done: bool
+    retry_after: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.status == 200 and self.done and self.finish == "length" and self.error is None
+
+
+def body(index: int, max_tokens: int) -> dict[str, Any]:
+    kind = KINDS[index % len(KINDS)]
+    fields = {"model": MODEL, "prompt": f"Tale number {index}: once", "ignore_eos": True, "max_tokens": max_tokens}
+    return fields | kind | {"stream": True}
+
+
+async def stream(client: httpx.AsyncClient, fields: dict[str, Any], seen: list[int] | None = None) -> Answer:
+    """Read a stream to its end, however it ends; each event is counted in `seen`."""
+    text, finish, error, done = "", None, None, False
+    try:
+        async with client.stream("POST", "/v1/completions", json=fields) as response:
+            if response.status_code != 200:
+                message = json.loads(await response.aread())["error"]["message"]
+                return Answer(response.status_code, "", None, message, False, response.headers.get("retry-after"))
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    done = True
+                elif line.startswith("data: "):
+                    event = json.loads(line.removeprefix("data: "))
+                    error = event.get("error", {}).get("message")
+                    for choice in event.get("choices", ()):
+                        text += choice["text"]
+                        finish = choice["finish_reason"] or finish
+                    if seen is not None:
+                        seen.append(1)
+    except httpx.TransportError as broken:
+        return Answer(200, text, finish, repr(broken), False)
+    return Answer(200, text, finish, error, done)
+
+
+def clients(service: Service) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=service.url, timeout=TIMEOUT, limits=LIMITS)
+
+
+async def under_load(
+    service: Service, fault: Callable[[], Awaitable[None]], *, streams: int, tokens: int
+) -> list[Answer]:
+    """The answers of streams that run while `fault` happens: it begins when each has had its first tokens."""
+    async with clients(service) as client:
+        seen: list[list[int]] = [[] for _ in range(streams)]
+        work = [asyncio.create_task(stream(client, body(i, tokens), seen[i])) for i in range(streams)]
+        while not all(len(events) >= 3 for events in seen):
+            await asyncio.sleep(0.05)
+            assert not any(task.done() for task in work), "the load ended before the fault"
+        await fault()
+        return await asyncio.gather(*work)
+
+
+async def healthy(service: Service) -> None:
+    """It serves at once, both replicas take part again, and nothing is held anywhere, by the replicas' own word."""
+    async with clients(service) as client:
+        assert (await stream(client, body(0, 4))).whole
+    await asyncio.to_thread(wait_for, lambda: sum(r.sellable for r in service.ledger().replicas) == 2, 90.0)
+    await asyncio.to_thread(wait_for, service.idle, 30.0)
+    assert [status.held_blocks for status in (await asyncio.to_thread(service.replicas)).values()] == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def uncut(faulty: Service) -> list[str]:
+    """The texts of 8 streams of 40 tokens that nothing disturbs."""
+
+    async def run() -> list[Answer]:
+        async with clients(faulty) as client:
+            return await asyncio.gather(*(stream(client, body(i, 40)) for i in range(8)))
+
+    answers = asyncio.run(run())
+    assert all(answer.whole for answer in answers), answers
+    return [answer.text for answer in answers]
+
+
+def victim(service: Service) -> tuple[psutil.Process, psutil.Process]:
+    """(replica, its engine) of one that runs something."""
+    status = next(s for s in service.replicas().values() if s.requests)
+    engine = psutil.Process(status.engine_pid)
+    parent = engine.parent()
+    assert parent is not None
+    return parent, engine
+
+
+@pytest.mark.parametrize("which", ["replica", "engine"])
+async def test_streams_of_a_killed_process_go_on_with_the_same_tokens(
+    faulty: Service, uncut: list[str], which: str
+) -> None:
+    async def kill() -> None:
+        replica, engine = await asyncio.to_thread(victim, faulty)
+        (replica if which == "replica" else engine).kill()
+
+    answers = await under_load(faulty, kill, streams=8, tokens=40)
+    assert [answer.error for answer in answers] == [None] * 8
+    assert all(answer.whole for answer in answers)
+    assert [answer.text for answer in answers] == uncut
+    await healthy(faulty)
+
+
+async def test_streams_of_a_frozen_replica_go_on_elsewhere_and_it_comes_back_clean(
+    faulty: Service, uncut: list[str]
+) -> None:
+    frozen: list[psutil.Process] = []
+
+    async def freeze() -> None:
+        frozen.append((await asyncio.to_thread(victim, faulty))[0])
+        frozen[0].suspend()
+
+    try:
+        answers = await under_load(faulty, freeze, streams=8, tokens=40)
+    finally:
+        for process in frozen:
+            process.resume()
+    assert [answer.text for answer in answers] == uncut
+    assert all(answer.whole for answer in answers)
+    await healthy(faulty)
+
+
+@pytest.mark.parametrize("way", ["killed", "frozen"])
+async def test_requests_are_served_while_there_is_no_ledger(faulty: Service, way: str) -> None:
+    before = faulty.ledger().epoch
+    (ledger,) = faulty.actors(LEDGER)
+
+    async def fault() -> None:
+        ledger.kill() if way == "killed" else ledger.suspend()
+
+    async def run() -> list[Answer]:
+        running = asyncio.create_task(under_load(faulty, fault, streams=6, tokens=40))
+        while psutil.pid_exists(ledger.pid) and ledger.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            await asyncio.sleep(0.05)
+        async with clients(faulty) as client:  # these come when it is gone
+            late = await asyncio.gather(*(stream(client, body(i, 8)) for i in range(8)))
+        return [*(await running), *late]
+
+    try:
+        answers = await run()
+    finally:
+        if way == "frozen":
+            ledger.resume()
+    assert [answer.error for answer in answers] == [None] * 14
+    assert all(answer.whole for answer in answers)
+    await healthy(faulty)
+    assert (faulty.ledger().epoch > before) == (way == "killed")
+
+
+async def test_a_killed_ingress_costs_its_own_streams_and_no_block(faulty: Service) -> None:
+    doomed = faulty.actors(INGRESS)[0]
+
+    async def kill() -> None:
+        doomed.kill()
+
+    answers = await under_load(faulty, kill, streams=12, tokens=40)
+    broken = [answer for answer in answers if not answer.whole]
+    assert all(answer.error for answer in broken), "a client must see that its answer is not complete"
+    assert not any(answer.done for answer in broken)
+    assert len(broken) < 12, "the other ingress's streams go on"
+    await asyncio.to_thread(wait_for, faulty.idle, 20.0)
+    await healthy(faulty)
+    await asyncio.to_thread(wait_for, lambda: len(faulty.actors(INGRESS)) == 2, 60.0)
+
+
+async def test_hundreds_of_clients_that_leave_at_once_leave_nothing(faulty: Service) -> None:
+    async with clients(faulty) as client:
+        work = [asyncio.create_task(stream(client, body(i, 400))) for i in range(250)]
+        await asyncio.to_thread(wait_for, lambda: faulty.ledger().waiting > 0, 30.0)
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+    await asyncio.to_thread(wait_for, faulty.idle, 30.0)
+    await healthy(faulty)
+
+
+async def test_beyond_capacity_each_request_is_served_or_refused_with_a_time_to_come_back(faulty: Service) -> None:
+    async with clients(faulty) as client:
+        answers = await asyncio.gather(*(stream(client, body(i, 12)) for i in range(400)))
+    refused = [answer for answer in answers if answer.status == 429]
+    assert all(answer.whole for answer in answers if answer not in refused)
+    assert refused
+    assert all(int(answer.retry_after or 0) >= 1 for answer in refused)
+    assert all("queue_limit" in (answer.error or "") for answer in refused)
+    assert len(answers) - len(refused) >= QUEUE_LIMIT
+    await healthy(faulty)
+
+
+async def test_a_rolling_update_loses_no_request(faulty: Service) -> None:
+    old = set((await asyncio.to_thread(faulty.replicas)).keys())
+    config = yaml.safe_load(faulty.config.read_text(encoding="utf-8"))
+    config["applications"][0]["args"]["models"][0]["pools"][0]["max_sequences"] = 128
+    faulty.config.write_text(yaml.safe_dump(config), encoding="utf-8")
+    updated = asyncio.Event()
+    answers: list[Answer] = []
+
+    async def ask(client: httpx.AsyncClient, number: int) -> None:
+        while not updated.is_set():
+            answers.append(await stream(client, body(number, 16)))
+
+    async def update() -> None:
+        await asyncio.to_thread(redeploy, faulty.config)
+        deadline = time.monotonic() + 120.0
+        while old & (await asyncio.to_thread(faulty.replicas)).keys():
+            assert time.monotonic() < deadline, "the old replicas are still there"
+            await asyncio.sleep(0.5)
+        updated.set()
+
+    async with clients(faulty) as client:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(4):
+                    group.create_task(ask(client, number))
+                group.create_task(update())
+        finally:
+            updated.set()
+    assert len(answers) > 8
+    assert [answer for answer in answers if not answer.whole] == []
+    await healthy(faulty)
