@@ -2,6 +2,9 @@
 
 The replicas run the real `Admission`. The observer never asks the ledger what it promised: it counts what the replicas
 took up, and the grants still on their way that a replica would take up.
+
+What is asked of the order in which requests are served is in `test_waiting_machine.py`; here it is that a large request
+is passed by others no more than it must, and that everyone is served who can wait.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ TICK_S = 0.05
 HEARTBEAT_S = 1.0
 LATEST_S = 1.5  # of a report on its way; the ledger promises to be safe up to silence_s - heartbeat = 2 s
 INGRESSES = ("a", "b")
+TENANTS = ("", "ann", "bob")
 
 
 @dataclass
@@ -66,7 +70,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def new_ledger(self) -> None:
         self.lives += 1
-        config = LedgerConfig("m", expected_replicas=len(CAPACITIES), queue_limit=6)
+        weights = (("ann", 3),)
+        config = LedgerConfig("m", expected_replicas=len(CAPACITIES), queue_limit=6, tenant_weights=weights)
         self.ledger = Ledger(config, epoch=self.lives, now=self.now, rng=self.rng)
         self.sold_from = self.now
 
@@ -83,6 +88,30 @@ class LedgerMachine(RuleBasedStateMachine):
                 max_context=capacity * BLOCK,
             )
         )
+
+    def kept(self) -> dict[str, str]:
+        """Request id -> the replica that is kept for it."""
+        return {key: account.state.replica_id for key, (_, account) in self.ledger._turns._kept_for.items()}
+
+    def admit(self) -> None:
+        kept = self.kept()
+        outcomes = self.ledger.admit(self.now)
+        for request_id, replica_id in kept.items():
+            if self.kept().get(request_id) == replica_id:
+                others = [o for o in outcomes if isinstance(o, Grant) and o.replica_id == replica_id]
+                assert not others, f"{replica_id} is kept for {request_id}, and was granted to {others}"
+        self.settle(outcomes)
+        self.nobody_is_passed_for_long()
+
+    def nobody_is_passed_for_long(self) -> None:
+        """Nothing was served past a request after as much as its own size was, unless no replica could be kept."""
+        if self.ledger._warming:
+            return
+        kept = self.ledger._turns._kept_for
+        for waiter in self.ledger._queue.firsts():
+            if waiter.passed_tokens >= waiter.size.grant_tokens and waiter.request.request_id not in kept:
+                open_to_it = self.ledger._fleet.best(waiter.size, waiter.request.pool, self.rng)
+                assert not open_to_it, f"{waiter} is passed, and {open_to_it} could be kept for it"
 
     def settle(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -115,7 +144,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not keep:
             self.flights.remove(flight)
         epoch = self.ledger.report(flight.state, self.now)
-        self.settle(self.ledger.admit(self.now))
+        self.admit()
         flight.replica.admission.acknowledge(flight.state.sequence, epoch)
 
     # What happens
@@ -123,23 +152,27 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(
         prompt=st.integers(1, 150),
         output=st.integers(1, 250),
-        wait=st.sampled_from([0.0, 0.3, 5.0]),
+        wait=st.sampled_from([0.0, 0.3, 5.0, 1e6]),
         ingress=st.sampled_from(INGRESSES),
+        tenant=st.sampled_from(TENANTS),
+        priority=st.integers(-1, 1),
     )
-    def reserve(self, prompt: int, output: int, wait: float, ingress: str) -> None:
+    def reserve(self, prompt: int, output: int, wait: float, ingress: str, tenant: str, priority: int) -> None:
         if ingress in self.silent:
             return
         self.asked += 1
         key = f"q{self.asked}"
         self.asked_ids.add(key)
         self.heard_from[ingress] = self.now
-        outcome = self.ledger.reserve(ReserveRequest(key, ingress, prompt, output, wait), self.now)
+        request = ReserveRequest(key, ingress, prompt, output, wait, tenant=tenant, priority=priority)
+        kept = self.kept()
+        outcome = self.ledger.reserve(request, self.now)
         if isinstance(outcome, Queued):
             assert len(self.waiting) < 6
             self.waiting[key] = self.now + wait
             return
         if isinstance(outcome, Grant):
-            pass
+            assert outcome.replica_id not in kept.values(), "a newcomer was granted a replica that is kept for another"
         elif outcome.kind == "too_long":
             known = [r.capacity_blocks for r in self.ledger.view(self.now).replicas]
             assert prompt + output > max(known) * BLOCK, "refused although it fits an empty replica"
@@ -155,7 +188,7 @@ class LedgerMachine(RuleBasedStateMachine):
         del self.waiting[key]
         self.ended[key] = "cancelled"
         self.ledger.cancel(key, self.now)
-        self.settle(self.ledger.admit(self.now))
+        self.admit()
 
     @precondition(lambda self: self.travelling)
     @rule(data=st.data(), how=st.sampled_from(["arrive", "arrive", "arrive", "cancel", "give back", "vanish"]))
@@ -178,7 +211,7 @@ class LedgerMachine(RuleBasedStateMachine):
         elif how == "give back":
             self.ledger.release(grant.grant_id, self.now)
             self.ledger.release(grant.grant_id, self.now)
-        self.settle(self.ledger.admit(self.now))
+        self.admit()
 
     @rule(data=st.data(), kind=st.sampled_from(["grow", "end", "end"]))
     def request_moves(self, data: st.DataObject, kind: str) -> None:
@@ -286,20 +319,43 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.check_integrity()
         assert self.ledger.view(self.now).waiting == len(self.waiting)
 
-    def teardown(self) -> None:
-        """When everything ends, everything is free again."""
-        if not hasattr(self, "ledger"):
-            return
-        for key in list(self.waiting):
-            self.ledger.cancel(key, self.now)
-        self.waiting.clear()
-        self.travelling.clear()
+    def serve_all_who_can_wait(self) -> None:
+        """Let everything end again and again: whoever waits is served, and nobody new is needed for that."""
+        self.silent.clear()
         self.flights.clear()
+        self.replicas = [self.new_replica(k) for k in range(len(CAPACITIES))]
+        patient = {key for key, deadline in self.waiting.items() if deadline > self.now + 1000}
+        for _ in range(len(patient) + 2):
+            self.end_all()
+            self.time_passes(14.0)
+        assert not self.waiting.keys() & patient, f"{self.waiting} wait although everything has ended"
+        for key in patient:
+            end = self.ended[key]
+            lost = isinstance(end, Refusal) and end.kind in (
+                "no_replica",
+                "too_long",
+            )  # what its replica's loss made of it
+            assert isinstance(end, Grant) or lost, f"{key}: {end}"
+
+    def end_all(self) -> None:
+        """Grants that travel are forgotten; what runs, ends."""
+        self.travelling.clear()
         for replica in self.replicas:
             replica.paused = False
             for key in list(replica.running):
                 del replica.running[key]
                 replica.admission.end(key, prompt_tokens=1, output_tokens=1)
+
+    def teardown(self) -> None:
+        """When everything ends, everyone is served and everything is free again."""
+        if not hasattr(self, "ledger"):
+            return
+        self.serve_all_who_can_wait()
+        for key in list(self.waiting):
+            self.ledger.cancel(key, self.now)
+        self.waiting.clear()
+        self.flights.clear()
+        self.end_all()
         self.time_passes(14.0)
         for seen in self.ledger.view(self.now).replicas:
             assert seen.charged_blocks == 0, f"{seen.charged_blocks} blocks of {seen.replica_id} leaked"
