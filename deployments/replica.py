@@ -58,7 +58,7 @@ class Replica:
         self, model: ModelSettings, pool: PoolSettings, replicas_here: int, ledger: DeploymentHandle[Any]
     ) -> None:
         self._model, self._pool, self._replicas_here, self._ledger = model, pool, replicas_here, ledger
-        self._engine = EngineClient(self._note_held)
+        self._engine = EngineClient(self._note_step)
         self._requests: dict[str, str] = {}
         """Engine request id -> grant id, of requests taken up and not ended."""
         self._admission: Admission | None = None
@@ -76,7 +76,8 @@ class Replica:
             store.fetch, self._model.source, revision=self._model.revision, home=state_folder()
         )
         cache_dir = state_folder() / "quantized"
-        spec = EngineSpec(self._model.name, local.path, self._pool, self._replicas_here, cache_dir)
+        granule_tokens = self._model.granule_tokens
+        spec = EngineSpec(self._model.name, local.path, self._pool, self._replicas_here, cache_dir, granule_tokens)
         started = await self._engine.start(spec)
         plan = started.plan
         self._plan, self._attention = plan, started.attention
@@ -120,6 +121,7 @@ class Replica:
         finally:
             await stream.aclose()
             del self._requests[request.request_id]
+            self._note_shared()
             admission.end(
                 grant_id, prompt_tokens=request.prompt_tokens, output_tokens=request.resumed_tokens + produced
             )
@@ -132,7 +134,7 @@ class Replica:
             engine_pid=self._engine.pid,
             plan=self._plan,
             attention=self._attention,
-            held_blocks=sum(self._engine.held.values()),
+            held_blocks=sum(self._engine.held.values()) - self._engine.shared_blocks,
             cached_blocks=self._engine.cached_blocks,
             requests=len(self._requests),
             preemptions=self._engine.preemptions,
@@ -179,13 +181,22 @@ class Replica:
             return f"request {request.request_id} is running here already"
         return self._admitted().take_up(request.grant, time.time())
 
-    def _note_held(self) -> None:
+    def _note_step(self) -> None:
         if self._engine.failure is not None and self._admission is not None:
             self._admission.drain()  # until Serve has noticed and replaced this replica, nothing more may come here
         for request_id, blocks in self._engine.held.items():
             grant_id = self._requests.get(request_id)
             if grant_id is not None:
                 self._admitted().hold(grant_id, blocks)
+        self._note_shared()
+        if self._admission is not None:
+            self._admission.note_granules(self._engine.granules)
+
+    def _note_shared(self) -> None:
+        """Tell what requests share. The engine may count one that has ended here already: nobody shares with that."""
+        if self._admission is not None:
+            ended = sum(blocks for key, blocks in self._engine.held.items() if key not in self._requests)
+            self._admission.share(max(0, self._engine.shared_blocks - ended))
 
 
 class ReplicaDeployment(Replica):

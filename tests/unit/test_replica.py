@@ -16,7 +16,7 @@ from deployments import replica as replica_module
 from deployments.engine.messages import EngineSpec, Started
 from deployments.engine.tally import EngineTally
 from deployments.errors import EngineFailed
-from deployments.protocol import REFUSED, GenerationRequest, Grant, Sampling, TokenChunk
+from deployments.protocol import NO_CHANGE, REFUSED, CachedGranules, GenerationRequest, Grant, Sampling, TokenChunk
 from deployments.replica import Replica
 from deployments.routing.admission import Admission
 from deployments.settings import ModelSettings, PoolSettings
@@ -35,6 +35,7 @@ class FakeEngine:
         self.on_report = on_report
         self.failure: str | None = None
         self.held: dict[str, int] = {}
+        self.shared_blocks, self.granules = 0, NO_CHANGE
         self.pid, self.cached_blocks, self.preemptions = 4711, 5, 6
         self.tally = EngineTally()
         self.script: list[TokenChunk] = []
@@ -178,6 +179,28 @@ async def test_blocks_held_beyond_the_grant_are_reported(world: Any) -> None:
     status = await world.replica.status()
     assert (status.held_blocks, status.requests, status.engine_pid, status.cached_blocks) == (11, 1, 4711, 5)
     await running.aclose()
+
+
+async def test_what_requests_share_is_reported_once_and_never_with_one_that_left(world: Any) -> None:
+    world.engine.endless = True
+    streams = [world.replica.generate(granted(world, key)) for key in ("a", "b")]
+    for running in streams:
+        await anext(running)
+    world.engine.held, world.engine.shared_blocks = {"a": 9, "b": 9}, 8
+    world.engine.granules = CachedGranules(used=(1, 2))
+    world.engine.on_report()
+    report = world.admission.report()
+    assert (report.held, report.shared_blocks) == ((("grant-a", 9), ("grant-b", 9)), 8)
+    assert report.granules.used == (1, 2)
+    assert (await world.replica.status()).held_blocks == 10
+    await streams[0].aclose()  # the engine's last report still counts it, so it may be whom b shares with
+    report = world.admission.report()
+    assert (report.held, report.shared_blocks) == ((("grant-b", 9),), 0)
+    await streams[1].aclose()
+
+
+async def test_the_engine_is_told_the_granule_of_the_model(world: Any) -> None:
+    assert world.engine.spec.granule_tokens == 64
 
 
 async def test_a_dead_engine_refuses_and_is_unhealthy(world: Any) -> None:
