@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from benchmarks.routing.baselines import Known, Policy
-from benchmarks.routing.job import Job
+from benchmarks.routing.job import GRANULE, Job
 from benchmarks.routing.replica import SimReplica
-from deployments.protocol import Grant, Refusal, ReplicaState, ReserveRequest
+from deployments.protocol import CachedGranules, Grant, Prefix, Refusal, ReplicaState, ReserveRequest
 from deployments.routing.admission import Admission
-from deployments.routing.ledger import Ledger, Outcome
+from deployments.routing.ledger import Ledger
 from deployments.routing.refusals import LedgerConfig
+from deployments.routing.turns import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,9 @@ class Actions(Protocol):
 class Front(Protocol):
     """Reactions to what happens. `report` and `hear` are the two ends of a replica's message."""
 
+    call: float
+    """Seconds between a request's arrival and `arrive`."""
+
     def arrive(self, job: Job, now: float) -> None:
         """A request."""
 
@@ -74,6 +78,7 @@ class DirectFront:
     def __init__(
         self, policy: Policy, replicas: Sequence[SimReplica], actions: Actions, limits: Limits, rng: random.Random
     ) -> None:
+        self.call = 0.0
         self._policy = policy
         self._replicas = replicas
         self._actions = actions
@@ -125,6 +130,7 @@ class LedgerFront:
     def __init__(
         self, replicas: Sequence[SimReplica], actions: Actions, limits: Limits, rng: random.Random, ledgers: int = 1
     ) -> None:
+        self.call = limits.ledger_call
         self._replicas = replicas
         self._actions = actions
         self._limits = limits
@@ -133,6 +139,8 @@ class LedgerFront:
         self._grants: dict[int, Grant] = {}
         self._ledgers: list[Ledger] = []
         self._admissions: list[Admission] = []
+        self._cached: list[tuple[set[int], set[int]]] = [(set(), set()) for _ in replicas]
+        """The granules in use and the idle ones of each replica, as of its last report."""
         for index in range(ledgers):
             share = len(range(index, len(replicas), ledgers))
             config = LedgerConfig("model", expected_replicas=share, queue_limit=limits.queue_per_replica * share)
@@ -150,6 +158,7 @@ class LedgerFront:
             prompt_tokens=job.prompt,
             max_tokens=job.max_tokens,
             wait_limit_s=self._limits.wait_limit,
+            prefix=_prefix(job),
         )
         self._jobs[request.request_id] = job
         outcome = ledger.reserve(request, now)
@@ -167,6 +176,8 @@ class LedgerFront:
         it, admission = self._replicas[replica], self._admissions[replica]
         for sequence in it.sequences():
             admission.hold(self._grants[sequence.job.index].grant_id, it.held_blocks(sequence))
+        admission.share(it.shared_blocks)
+        admission.note_granules(self._granule_news(replica))
         return admission.report()
 
     def hear(self, replica: int, message: object, now: float) -> None:
@@ -180,6 +191,17 @@ class LedgerFront:
         for ledger in self._ledgers:
             ledger.renew_lease("ingress", now)
             self._act_all(ledger.tick(now), now)
+
+    def _granule_news(self, replica: int) -> CachedGranules:
+        """What changed in the prefix cache since the last report."""
+        used, idle = self._replicas[replica].cache.known()
+        was_used, was_idle = self._cached[replica]
+        self._cached[replica] = used, idle
+        return CachedGranules(
+            used=tuple(sorted(used - was_used)),
+            idle=tuple(sorted(idle - was_idle)),
+            gone=tuple(sorted((was_used | was_idle) - used - idle)),
+        )
 
     def _act_all(self, outcomes: list[Outcome], now: float) -> None:
         for outcome in outcomes:
@@ -195,6 +217,11 @@ class LedgerFront:
         assert reason is None, reason
         self._grants[job.index] = outcome
         self._actions.send(job, replica)
+
+
+def _prefix(job: Job) -> Prefix | None:
+    shareable = job.granules[: (job.prompt - 1) // GRANULE]
+    return Prefix(GRANULE, shareable) if shareable else None
 
 
 def _admission(index: int, replica: SimReplica) -> Admission:

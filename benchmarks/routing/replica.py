@@ -84,6 +84,11 @@ class SimReplica:
         return self.spec.capacity_blocks - self.free_blocks
 
     @property
+    def shared_blocks(self) -> int:
+        """How much less than the sum of all tables is in use, because tables share granules."""
+        return sum(self.held_blocks(sequence) for sequence in self.sequences()) - self.used_blocks
+
+    @property
     def running(self) -> int:
         """Sequences that hold blocks."""
         return len(self.prefilling) + len(self.decoding)

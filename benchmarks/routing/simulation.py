@@ -45,7 +45,7 @@ class Simulation:
         if not self.jobs:
             raise ValueError("a simulation needs at least one request")
         for job in self.jobs:
-            self._at(job.arrival + self.limits.ledger_call, lambda job=job: self.front.arrive(job, self.now))
+            self._at(job.arrival + self.front.call, lambda job=job: self.front.arrive(job, self.now))
         first = self.jobs[int(WARM_UP * len(self.jobs))].arrival
         last = self.jobs[-1].arrival
         areas: list[float] = []
@@ -67,6 +67,7 @@ class Simulation:
         it = self.replicas[replica]
         before = it.busy_until
         it.submit(job, self.now)
+        self._changed(replica)
         if it.busy_until != before:
             self._step(replica)
         self._at(job.arrival + self.limits.wait_limit, lambda: self._overdue(job))
@@ -95,10 +96,14 @@ class Simulation:
                 self.front.ended(job, replica)
             self._open -= len(ended)
             if ended:
-                self._due(replica, max(self.now, self._reported_at[replica] + self.limits.report_every))
+                self._changed(replica)
             self._step(replica)
 
         self._at(due, advance)
+
+    def _changed(self, replica: int) -> None:
+        """It has something to report, at once or as soon as it may."""
+        self._due(replica, max(self.now, self._reported_at[replica] + self.limits.report_every))
 
     def _due(self, replica: int, time: float) -> None:
         """The replica's next report is due then, if none is before."""

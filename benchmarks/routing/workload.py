@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def trace(path: Path) -> Workload:
     return replay
 
 
+@cache
 def _read(path: Path) -> list[tuple[float, int, int]]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -87,7 +89,8 @@ def _read(path: Path) -> list[tuple[float, int, int]]:
             raise ValueError(f"{path}: the columns must be {','.join(wanted)}, they are {reader.fieldnames}")
         rows = [
             # Seven digits of a second; fromisoformat reads six.
-            (datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp(), *_lengths(row)) for row in reader
+            (datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp(), *_lengths(row))
+            for row in reader
         ]
     if len(rows) < 2:
         raise ValueError(f"{path}: at least two requests are needed, it has {len(rows)}")
