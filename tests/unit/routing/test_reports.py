@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayError
 
-from deployments.protocol import Grant, ReplicaState
+from deployments.protocol import CachedGranules, Grant, ReplicaState
 from deployments.routing import reports
 from deployments.routing.admission import Admission
 from deployments.routing.reports import ReportSender
@@ -64,6 +64,22 @@ async def test_changes_are_reported_at_most_each_100_ms() -> None:
     task.cancel()
     assert len(ledger.heard[-1].held) == 20
     assert 2 <= len(ledger.heard) - before <= 8
+
+
+async def test_a_ledger_that_may_have_forgotten_the_replica_hears_all_of_its_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, ledger, reporting = sender()
+    own.note_granules(CachedGranules(used=(1,), idle=(2,)))
+    for _ in range(4):
+        await reporting.send()
+    assert [state.granules.whole for state in ledger.heard] == [True, True, False, False]
+    monkeypatch.setattr(reports, "TOUCH_S", 0.01)
+    await asyncio.sleep(0.02)
+    for _ in range(2):
+        await reporting.send()
+    assert [state.granules.whole for state in ledger.heard[4:]] == [False, True]
+    assert ledger.heard[-1].granules == CachedGranules(whole=True, used=(1,), idle=(2,))
 
 
 async def test_a_ledger_that_comes_back_hears_what_ended_meanwhile() -> None:
