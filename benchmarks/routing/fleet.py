@@ -1,13 +1,14 @@
 """The fleets that are simulated. A replica differs from another by its KV capacity; all have the same speed.
 
-32,768 tokens are 4 GiB of KV cache for an 8B Llama: what a 4-bit model leaves on a small GPU, where KV is what runs out.
+32,768 tokens are 4 GiB of KV cache for an 8B Llama: what a 4-bit model leaves on a small GPU, where KV runs out
+first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.routing.speed import Speed
+from benchmarks.routing.speed import STANDARD, Speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class ReplicaSpec:
     max_sequences: int = 256
     max_batch_tokens: int = 2048
     prefill_chunk_tokens: int = 512
-    speed: Speed = Speed()
+    speed: Speed = STANDARD
 
     @property
     def capacity_blocks(self) -> int:

@@ -53,22 +53,22 @@ class Front(Protocol):
     call: float
     """Seconds between a request's arrival and `arrive`."""
 
-    def arrive(self, job: Job, now: float) -> None:
+    def arrive(self, job: Job, now: float, /) -> None:
         """A request."""
 
-    def overdue(self, job: Job, now: float) -> None:
+    def overdue(self, job: Job, now: float, /) -> None:
         """The job's wait limit has passed, and it has no token yet."""
 
-    def ended(self, job: Job, replica: int) -> None:
+    def ended(self, job: Job, replica: int, /) -> None:
         """The replica produced the job's last token."""
 
-    def report(self, replica: int) -> object:
+    def report(self, replica: int, /) -> object:
         """What the replica says now."""
 
-    def hear(self, replica: int, message: object, now: float) -> None:
+    def hear(self, replica: int, message: object, now: float, /) -> None:
         """Its message arrives."""
 
-    def tick(self, now: float) -> None:
+    def tick(self, now: float, /) -> None:
         """Time passes."""
 
 
@@ -88,7 +88,7 @@ class DirectFront:
         self._place: dict[int, int] = {}
         """Job index -> replica, until it ends."""
 
-    def arrive(self, job: Job, now: float) -> None:
+    def arrive(self, job: Job, _now: float, /) -> None:
         need = job.prompt + job.max_tokens
         fitting = [known for known in self._known if need <= known.spec.capacity_tokens]
         # The count of waiting requests is exact; a real router's would be a guess.
@@ -100,24 +100,24 @@ class DirectFront:
         self._place[job.index] = chosen.index
         self._actions.send(job, chosen.index)
 
-    def overdue(self, job: Job, now: float) -> None:
+    def overdue(self, job: Job, _now: float, /) -> None:
         place = self._place.get(job.index)
         if place is not None and self._replicas[place].withdraw(job):
             self._leave(job)
             self._actions.refuse(job)
 
-    def ended(self, job: Job, replica: int) -> None:
+    def ended(self, job: Job, _replica: int, /) -> None:
         self._leave(job)
 
-    def report(self, replica: int) -> float:
+    def report(self, replica: int, /) -> float:
         it = self._replicas[replica]
         return it.used_blocks / it.spec.capacity_blocks
 
-    def hear(self, replica: int, message: object, now: float) -> None:
+    def hear(self, replica: int, message: object, _now: float, /) -> None:
         assert isinstance(message, float)
         self._known[replica].kv_usage = message
 
-    def tick(self, now: float) -> None:
+    def tick(self, _now: float, /) -> None:
         pass
 
     def _leave(self, job: Job) -> None:
@@ -150,7 +150,7 @@ class LedgerFront:
             for _ in range(2):  # the answer to the first report tells the ledger's epoch; the second says it is known
                 self.hear(index, self.report(index), 0.0)
 
-    def arrive(self, job: Job, now: float) -> None:
+    def arrive(self, job: Job, now: float, /) -> None:
         ledger = self._rng.choice(self._ledgers)
         request = ReserveRequest(
             request_id=str(job.index),
@@ -165,14 +165,14 @@ class LedgerFront:
         if isinstance(outcome, Grant | Refusal):
             self._act(outcome, now)
 
-    def overdue(self, job: Job, now: float) -> None:
+    def overdue(self, _job: Job, _now: float, /) -> None:
         pass  # the ledger knows the deadline, and a granted job is in a batch within a step or two
 
-    def ended(self, job: Job, replica: int) -> None:
+    def ended(self, job: Job, replica: int, /) -> None:
         grant = self._grants.pop(job.index)
         self._admissions[replica].end(grant.grant_id, prompt_tokens=job.prompt, output_tokens=job.output)
 
-    def report(self, replica: int) -> ReplicaState:
+    def report(self, replica: int, /) -> ReplicaState:
         it, admission = self._replicas[replica], self._admissions[replica]
         for sequence in it.sequences():
             admission.hold(self._grants[sequence.job.index].grant_id, it.held_blocks(sequence))
@@ -180,14 +180,14 @@ class LedgerFront:
         admission.note_granules(self._granule_news(replica))
         return admission.report()
 
-    def hear(self, replica: int, message: object, now: float) -> None:
+    def hear(self, replica: int, message: object, now: float, /) -> None:
         assert isinstance(message, ReplicaState)
         ledger = self._ledgers[replica % len(self._ledgers)]
         epoch = ledger.report(message, now)
         self._admissions[replica].acknowledge(message.sequence, epoch)
         self._act_all(ledger.admit(now), now)
 
-    def tick(self, now: float) -> None:
+    def tick(self, now: float, /) -> None:
         for ledger in self._ledgers:
             ledger.renew_lease("ingress", now)
             self._act_all(ledger.tick(now), now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 
 from benchmarks.routing.fleet import ReplicaSpec
@@ -45,7 +46,7 @@ class Simulation:
         if not self.jobs:
             raise ValueError("a simulation needs at least one request")
         for job in self.jobs:
-            self._at(job.arrival + self.front.call, lambda job=job: self.front.arrive(job, self.now))
+            self._at(job.arrival + self.front.call, partial(self._arrive, job))
         first = self.jobs[int(WARM_UP * len(self.jobs))].arrival
         last = self.jobs[-1].arrival
         areas: list[float] = []
@@ -61,6 +62,9 @@ class Simulation:
         capacity = sum(replica.spec.capacity_blocks for replica in self.replicas)
         used = (areas[1] - areas[0]) / ((last - first) * capacity) if last > first else 0.0
         return Outcome.of(self.jobs[int(WARM_UP * len(self.jobs)) :], self.gaps, used)
+
+    def _arrive(self, job: Job) -> None:
+        self.front.arrive(job, self.now)
 
     def send(self, job: Job, replica: int) -> None:
         """A front hands a job to a replica."""

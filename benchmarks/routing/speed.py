@@ -31,3 +31,7 @@ class Speed:
     def step(self, tokens: int, sequences: int, kv_tokens: int) -> float:
         """Seconds of one step."""
         return self.launch + self.per_token * tokens + self.per_sequence * sequences + self.per_kv_token * kv_tokens
+
+
+STANDARD = Speed()
+"""The 8B model on one H200."""

@@ -6,12 +6,11 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks.routing import workload
 from benchmarks.routing.baselines import BASELINES
 from benchmarks.routing.fleet import FLEETS
 from benchmarks.routing.front import Actions, DirectFront, Front, LedgerFront, Limits
@@ -20,12 +19,15 @@ from benchmarks.routing.outcome import Interval, Outcome
 from benchmarks.routing.replica import SimReplica
 from benchmarks.routing.saturation import saturation
 from benchmarks.routing.simulation import Simulation
+from benchmarks.routing.workload import Workload, bursty, chats, poisson, trace
 
 OURS = "ledger"
 POLICIES = (OURS, *BASELINES)
 LEAST_LOAD, MOST_LOAD = 0.3, 1.3
 """Between which the sustained load is sought, as a share of saturation."""
 HALVINGS = 6
+NOMINAL_RATE = 10.0
+"""Requests per second and replica."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,12 +49,12 @@ class Setting:
         return self._source(rate, self.requests, random.Random(seed))
 
     @property
-    def _source(self) -> workload.Workload:
+    def _source(self) -> Workload:
         if self.workload == "trace":
             if self.trace is None:
                 raise ValueError("the workload `trace` needs a file: pass --trace FILE")
-            return workload.trace(self.trace)
-        return {"poisson": workload.poisson, "bursty": workload.bursty, "chats": workload.chats}[self.workload]
+            return trace(self.trace)
+        return {"poisson": poisson, "bursty": bursty, "chats": chats}[self.workload]
 
 
 def run(setting: Setting, policy: str, load: float, seed: int) -> Outcome:
@@ -65,8 +67,7 @@ def run(setting: Setting, policy: str, load: float, seed: int) -> Outcome:
         seed: of the arrivals, the lengths and the policy's dice; the same arrivals for all policies.
     """
     fleet = FLEETS[setting.fleet]
-    nominal = 10.0 * len(fleet)
-    rate = load * saturation(fleet, setting.jobs(nominal, seed))
+    rate = load * _saturation(setting, seed)
 
     def front(replicas: Sequence[SimReplica], actions: Actions, limits: Limits, rng: random.Random) -> Front:
         if policy == OURS:
@@ -74,6 +75,13 @@ def run(setting: Setting, policy: str, load: float, seed: int) -> Outcome:
         return DirectFront(BASELINES[policy](), replicas, actions, limits, rng)
 
     return Simulation(fleet, setting.jobs(rate, seed), front, setting.limits, seed).run()
+
+
+@cache
+def _saturation(setting: Setting, seed: int) -> float:
+    """Of the setting's fleet with this seed's requests; how chats interleave is that of a moderate load."""
+    fleet = FLEETS[setting.fleet]
+    return saturation(fleet, setting.jobs(NOMINAL_RATE * len(fleet), seed))
 
 
 def sustained(setting: Setting, policy: str, limit: float, seed: int) -> float:

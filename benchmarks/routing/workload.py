@@ -116,7 +116,8 @@ def _length(rng: random.Random, median: int, sigma: float, most: int) -> int:
 
 
 def _session(at: float, system: list[int], go_on: float, ids: Iterator[int], rng: random.Random) -> list[Job]:
-    jobs, granules, length = [], list(system), len(system) * GRANULE
+    jobs: list[Job] = []
+    granules, length = list(system), len(system) * GRANULE
     while True:
         length += _length(rng, 64, 0.8, 2048)
         output = _length(rng, 128, 0.9, MAX_TOKENS)
