@@ -1,6 +1,6 @@
 """A cluster plan as a kustomize overlay: one worker group per pool, one pod per replica.
 
-A pod holds the GPUs of exactly one replica: Kubernetes decides on which node it runs, and Ray sees a node per replica. A
+A pod holds the GPUs of exactly one replica: Kubernetes decides on which node it runs, and Ray sees one node each. A
 pool finds its group by a custom Ray resource that only the group's pods have.
 """
 
@@ -131,8 +131,8 @@ def overlay(
 def cluster_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A `serve_config.yaml` of one machine as the base's CPU workers run it.
 
-    Serve listens on the pod's address. A pool's `device` is said outright: `auto` asks Ray what the cluster has when the
-    application is built, and the workers may come later.
+    Serve listens on the pod's address. A pool's `device` is said outright: `auto` asks Ray what the cluster has while
+    the application is built, and the workers may come later.
 
     Raises:
         ConfigError: a pool is for GPUs, which the base's workers don't have.

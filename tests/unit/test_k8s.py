@@ -1,0 +1,84 @@
+"""`headroom k8s`: what it writes, and one line for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployments import cli
+from deployments.k8s import cluster_config, parse_node_labels
+
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA = ["--model", str(ROOT / "tests/configs/llama-8b"), "--context", "8192", "--base", str(ROOT / "k8s/base")]
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(["k8s", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_an_overlay_of_a_gpu_that_nobody_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpus = ["--gpus", "24GiB", "--out", str(tmp_path)]
+    assert "--node-label '24GiB:KEY=VALUE'" in refused([*gpus, *LLAMA], capsys)
+    more = ["--node-label", "24GiB:example.com/gpu=mine", "--own-cache", "50Gi", "--image", "r.example.com:5000/h:1"]
+    assert cli.main(["k8s", *gpus, *LLAMA, *more, "--pod-memory", "32Gi", "--pod-cpus", "6"]) == 0
+    ((patch,), kustomization) = (
+        yaml.safe_load((tmp_path / name).read_text(encoding="utf-8")) for name in ("workers.yaml", "kustomization.yaml")
+    )
+    (group,) = patch["value"]
+    pod = group["template"]["spec"]
+    assert pod["nodeSelector"] == {"example.com/gpu": "mine"}
+    assert pod["containers"][0]["resources"]["requests"] == {"cpu": "6", "memory": "32Gi", "nvidia.com/gpu": "1"}
+    claim = pod["volumes"][-1]["ephemeral"]["volumeClaimTemplate"]["spec"]
+    assert claim == {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "50Gi"}}}
+    assert kustomization["images"] == [{"name": "headroom", "newName": "r.example.com:5000/h", "newTag": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpus", "L4", *LLAMA], "--out"),
+        (["--gpus", "L4", *LLAMA, "--out", "x", "--image", "headroom"], "with its tag"),
+        (["--gpus", "L4", *LLAMA, "--out", "x", "--pod-memory", "lots"], "--pod-memory lots"),
+        (["--gpus", "L4", *LLAMA, "--out", "x", "--pod-cpus", "0"], "--pod-cpus 0"),
+        (["--gpus", "L4", *LLAMA, "--out", "x", "--node-label", "L4"], "GPU:KEY=VALUE"),
+        (["--gpus", "L4", *LLAMA, "--out", "x", "--base", "/nowhere"], "k8s/base"),
+        (["--gpus", "L4+", *LLAMA, "--out", "x"], "write count x size or name"),
+        (["--config", "/nowhere.yaml"], "can't be read"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(arguments, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mixed_replica_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", LLAMA[1], "--base", LLAMA[-1], "--context", "131072", "--quantization", "bf16"]
+    assert "which counts the GPUs" in refused(["--gpus", "L4,A10", "--out", str(tmp_path), *model], capsys)
+
+
+def test_a_config_for_the_base_says_its_device() -> None:
+    given = {"applications": [{"args": {"models": [{"name": "m", "source": "demo"}]}}], "http_options": {"port": 1}}
+    made = cluster_config(given)
+    assert made["applications"][0]["args"]["models"] == [{"name": "m", "source": "demo", "pools": [{"device": "cpu"}]}]
+    assert made["http_options"] == {"host": "0.0.0.0", "port": 8000}
+    assert "pools" not in given["applications"][0]["args"]["models"][0]  # type: ignore[index]
+
+
+def test_node_labels() -> None:
+    assert parse_node_labels(["L4:a.b/c=d", "RTX 4090:e=f:g"]) == {"L4": ("a.b/c", "d"), "RTX 4090": ("e", "f:g")}
+
+
+def test_prefetch_fetches_every_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "c.yaml"
+    models = "{models: [{name: m, source: /nowhere}]}"
+    config.write_text(f"applications:\n- import_path: deployments.app:build\n  args: {models}\n", encoding="utf-8")
+    assert cli.main(["prefetch", str(config)]) == 2
+    assert "no such folder" in capsys.readouterr().err
