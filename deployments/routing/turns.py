@@ -115,6 +115,7 @@ class Turns:
         tokens = waiter.size.grant_tokens if isinstance(outcome, Grant) else 0
         for other in passed:
             other.passed_tokens += tokens
+        self._keep(passed)
         self.leave(waiter.request.request_id, granted_tokens=tokens)
 
     def _keep(self, passed: list[Waiter]) -> None:

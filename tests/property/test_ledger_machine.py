@@ -181,6 +181,35 @@ class LedgerMachine(RuleBasedStateMachine):
             assert (outcome.retry_after_s or 0) >= 1
         self.finish(outcome)
 
+    @rule(large=st.integers(100, 319), count=st.integers(5, 30), output=st.integers(1, 60), reports=st.booleans())
+    def small_ones_pass_a_large_one(self, large: int, count: int, output: int, reports: bool) -> None:
+        """One request stays and one needs nearly all the room; small ones come, run and end around them."""
+        ingress = INGRESSES[0]
+        if ingress in self.silent:
+            return
+        self.reserve(40, 40, 5.0, ingress, "ann", 0)
+        self.all_arrive()
+        self.reserve(large, 1, 1e6, ingress, "ann", 0)
+        for _ in range(count):
+            self.reserve(1, output, 5.0, ingress, "bob", 0)
+            self.nobody_is_passed_for_long()
+            for replica, key in self.all_arrive():
+                del replica.running[key]
+                replica.admission.end(key, prompt_tokens=1, output_tokens=output)
+            if reports:
+                self.all_reports_arrive()
+
+    def all_arrive(self) -> list[tuple[Replica, str]]:
+        """All grants on their way; returns those that were taken up."""
+        taken = []
+        for grant in self.travelling.values():
+            replica = self.replica_of(grant)
+            if replica is not None and not replica.paused and replica.admission.take_up(grant, self.now) is None:
+                replica.running[grant.grant_id] = grant
+                taken.append((replica, grant.grant_id))
+        self.travelling.clear()
+        return taken
+
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def cancel_waiting(self, data: st.DataObject) -> None:
