@@ -61,6 +61,15 @@ _PRODUCTS = {
     "RTX 3090": ("NVIDIA-GeForce-RTX-3090",),
 }
 
+_METRICS_KEY = [
+    {
+        "op": "add",
+        "path": "/spec/podMetricsEndpoints/0/authorization",
+        "value": {"type": "Bearer", "credentials": {"name": "headroom", "key": "metrics-key"}},
+    }
+]
+"""With API keys on, Prometheus shows one too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Worker:
@@ -247,7 +256,10 @@ def _card_name(gpu: Gpu) -> str:
 
 def _kustomization(base: str, worker: Worker) -> dict[str, Any]:
     image, _, tag = worker.image.rpartition(":")
-    patches: list[dict[str, Any]] = [{"target": {"kind": "RayService", "name": "headroom"}, "path": "workers.yaml"}]
+    patches: list[dict[str, Any]] = [
+        {"target": {"kind": "RayService", "name": "headroom"}, "path": "workers.yaml"},
+        {"target": {"kind": "PodMonitor", "name": "headroom"}, "patch": dump(_METRICS_KEY)},
+    ]
     if worker.own_cache:
         claim = {"$patch": "delete", "apiVersion": "v1", "kind": "PersistentVolumeClaim"}
         patches.append({"patch": dump({**claim, "metadata": {"name": CACHE_CLAIM}})})

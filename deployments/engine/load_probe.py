@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from deployments.engine.attention import RowSpan, UnsupportedAttention
 from deployments.engine.stages import Stage, StepRows, run_stages
+from deployments.errors import ConfigError
 from placement.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -35,10 +36,21 @@ def probe_ids(vocab_size: int, plan: Plan) -> list[int]:
 
 
 @torch.inference_mode()
-def plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """float32 [tokens, vocab] on the CPU, of transformers' own forward."""
+def plain_logits(model: PreTrainedModel, plan: Plan, ids: list[int]) -> Tensor:
+    """float32 [tokens, vocab] on the CPU, of transformers' own forward.
+
+    Raises:
+        ConfigError: it fails.
+    """
     device = next(model.get_input_embeddings().parameters()).device
-    logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+    try:
+        logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"{type(model).__name__} can't be served: in {plan.quantization}, transformers' own forward of it fails "
+            f"({reason}); choose another quantization"
+        ) from error
     return logits[0].float().cpu()
 
 

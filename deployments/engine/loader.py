@@ -80,7 +80,7 @@ def load(
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
     if early := kernels and plan.quantization == "int8":
         _settle(model, plan, kernels=kernels)  # before the plain forward, where bitsandbytes would round activations
-    expected = plain_logits(model, ids)
+    expected = plain_logits(model, plan, ids)
     remove_hook_from_submodules(model)
     if device_type == "cpu":
         _shorten_linears(model)

@@ -40,8 +40,11 @@ class Choice:
             size: its size.
             kept: a replica that is kept for this request, and isn't open to others.
         """
+        holders = tuple(self._holders(request))
+        if not holders and kept is None and self._fleet.room_tokens(request.pool) < size.grant_tokens:
+            return None  # which holds for most of those who wait, each time that something becomes free
         candidates = {a.state.replica_id: a for a in self._fleet.best(size, request.pool, self._rng)}
-        candidates.update((a.state.replica_id, a) for a in self._holders(request))
+        candidates.update((a.state.replica_id, a) for a in holders)
         if kept is not None:
             candidates[kept.state.replica_id] = kept
 

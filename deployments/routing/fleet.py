@@ -122,7 +122,8 @@ class Fleet:
         self._kept: set[str] = set()
         self._spots: dict[str, Spot] = {}
         self._shelves: dict[ShelfKey, Shelf] = {}
-        self._pools: dict[str, PoolCounts] = {}
+        self._pools: dict[str | None, PoolCounts] = {None: PoolCounts()}
+        """Pool -> its sums; None: those of all."""
 
     def __iter__(self) -> Iterator[ReplicaAccount]:
         return iter(self._accounts.values())
@@ -135,7 +136,8 @@ class Fleet:
         """Get to know a replica, which is not sold until it is placed."""
         self._accounts[account.state.replica_id] = account
         self._seen[account.state.replica_id] = Seen(False, False, 0)
-        insort(self._counts(account).longest, account.longest_tokens)
+        for counts in self._sums(account.state.pool):
+            insort(counts.longest, account.longest_tokens)
 
     def remove(self, replica_id: str) -> ReplicaAccount | None:
         """Forget a replica."""
@@ -143,9 +145,10 @@ class Fleet:
         if account is not None:
             self._close(replica_id)
             self._kept.discard(replica_id)
-            counts = self._counts(account)
-            counts.alive -= self._seen.pop(replica_id).alive
-            del counts.longest[bisect_left(counts.longest, account.longest_tokens)]
+            seen = self._seen.pop(replica_id)
+            for counts in self._sums(account.state.pool):
+                counts.alive -= seen.alive
+                del counts.longest[bisect_left(counts.longest, account.longest_tokens)]
         return account
 
     def place(self, account: ReplicaAccount, *, sold: bool) -> bool:
@@ -163,7 +166,9 @@ class Fleet:
         if before == now:
             return False
         self._seen[replica_id] = now
-        self._counts(account).alive += now.alive - before.alive
+        if before.alive != now.alive:
+            for counts in self._sums(account.state.pool):
+                counts.alive += 1 if now.alive else -1
         self._close(replica_id)
         if self.is_open(replica_id):
             self._open(account)
@@ -205,20 +210,20 @@ class Fleet:
 
     def free_tokens(self, pool: str | None) -> int:
         """Headroom of all open replicas."""
-        return sum(counts.free_tokens for counts in self._of(pool))
+        return self._pools[pool].free_tokens if pool in self._pools else 0
 
     def alive(self, pool: str | None) -> int:
         """How many known replicas are alive."""
-        return sum(counts.alive for counts in self._of(pool))
+        return self._pools[pool].alive if pool in self._pools else 0
 
     def longest_tokens(self, pool: str | None) -> int:
         """The longest request that a known replica could hold, alive or not."""
-        return max((counts.longest[-1] for counts in self._of(pool) if counts.longest), default=0)
+        return self._pools[pool].longest[-1] if pool in self._pools and self._pools[pool].longest else 0
 
     def check_integrity(self) -> None:
         """Raise AssertionError when a shelf or a sum differs from the accounts."""
         for name, counts in self._pools.items():
-            own = [a for a in self if a.state.pool == name]
+            own = [a for a in self if name is None or a.state.pool == name]
             assert counts.alive == sum(a.alive for a in own), f"pool {name}: {counts.alive} alive"
             assert counts.longest == sorted(a.longest_tokens for a in own), f"pool {name}: longest requests"
             free = sum(max(0, a.headroom_blocks) * a.block_size for a in own if a.state.replica_id in self._spots)
@@ -229,18 +234,19 @@ class Fleet:
         fresh = {key: a.headroom_blocks for key, a in self._accounts.items() if self.is_open(key)}
         assert shelved == fresh, f"shelves: {shelved}, accounts: {fresh}"
 
-    def _of(self, pool: str | None) -> list[PoolCounts]:
-        return [counts for name, counts in self._pools.items() if pool is None or name == pool]
-
-    def _counts(self, account: ReplicaAccount) -> PoolCounts:
-        return self._pools.setdefault(account.state.pool, PoolCounts())
+    def _sums(self, pool: str) -> tuple[PoolCounts, PoolCounts]:
+        """Those of the pool and those of all."""
+        if pool not in self._pools:
+            self._pools[pool] = PoolCounts()
+        return self._pools[pool], self._pools[None]
 
     def _open(self, account: ReplicaAccount) -> None:
         key = ShelfKey(account.state.pool, account.block_size, account.longest_tokens.bit_length())
         if key not in self._shelves:
             self._shelves[key] = Shelf(key)
         spot = self._spots[account.state.replica_id] = self._shelves[key].add(account)
-        self._counts(account).free_tokens += max(0, spot.headroom) * account.block_size
+        for counts in self._sums(key.pool):
+            counts.free_tokens += max(0, spot.headroom) * key.block_size
 
     def _close(self, replica_id: str) -> None:
         spot = self._spots.pop(replica_id, None)
@@ -248,4 +254,5 @@ class Fleet:
             moved = self._shelves[spot.shelf].remove(spot)
             if moved is not None:
                 self._spots[moved.state.replica_id].position = spot.position
-            self._pools[spot.shelf.pool].free_tokens -= max(0, spot.headroom) * spot.shelf.block_size
+            for counts in self._sums(spot.shelf.pool):
+                counts.free_tokens -= max(0, spot.headroom) * spot.shelf.block_size

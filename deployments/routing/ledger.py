@@ -244,8 +244,7 @@ class Ledger:
 
     def _answer_at(self, now: float) -> Answer:
         def answer(waiter: Waiter, kept: ReplicaAccount | None) -> Outcome | None:
-            request = waiter.request
-            size = self._lengths.size(request.prompt_tokens, request.max_tokens)
+            request, size = waiter.request, waiter.size
             if waiter.deadline <= now:
                 return self._late(waiter, now)
             outcome = self._hopeless(request, size) or self._try_grant(request, size, now, kept)

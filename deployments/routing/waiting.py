@@ -35,6 +35,7 @@ class Waiter:
 
     request: ReserveRequest
     size: Size
+    """As it was when it joined."""
     joined_at: float
     deadline: float
     forecast_ms: int = 0

@@ -71,7 +71,7 @@ async def stream(client: httpx.AsyncClient, fields: dict[str, Any], seen: list[i
     try:
         async with client.stream("POST", "/v1/completions", json=fields) as response:
             if response.status_code != 200:
-                message = json.loads(await response.aread())["error"]["message"]
+                message = (await response.aread()).decode()  # ours is JSON; the proxy's is not
                 return Answer(response.status_code, "", None, message, False, response.headers.get("retry-after"))
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
@@ -230,7 +230,7 @@ async def test_beyond_capacity_each_request_is_served_or_refused_with_a_time_to_
     async with clients(faulty) as client:
         answers = await asyncio.gather(*(stream(client, body(i, 12)) for i in range(400)))
     refused = [answer for answer in answers if answer.status == 429]
-    assert all(answer.whole for answer in answers if answer not in refused)
+    assert [answer for answer in answers if answer not in refused and not answer.whole] == []
     assert refused
     assert all(int(answer.retry_after or 0) >= 1 for answer in refused)
     assert all("queue_limit" in (answer.error or "") for answer in refused)

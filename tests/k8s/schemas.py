@@ -97,7 +97,7 @@ def _kind(api: str, kind: str, spec: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-# Written from the kinds' public references: monitoring.coreos.com/v1 and gateway.networking.k8s.io/v1.
+# Written from the kinds' public references: monitoring.coreos.com and gateway.networking.k8s.io/v1.
 OTHERS = {
     "PodMonitor": _kind(
         "monitoring.coreos.com/v1",
@@ -111,8 +111,7 @@ OTHERS = {
                     port=_TEXT,
                     path=_TEXT,
                     interval=_DURATION,
-                    scrapeTimeout=_DURATION,
-                    honorLabels={"type": "boolean"},
+                    authorization=_object(type=_TEXT, credentials=_object(("name", "key"), name=_TEXT, key=_TEXT)),
                 )
             ),
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,23 @@ def test_the_way_in_waits_as_long_as_a_request_may_take() -> None:
     text = (K8S / "components/nginx/ingress.yaml").read_text(encoding="utf-8")
     assert 'proxy-buffering: "off"' in text
     assert 'proxy-read-timeout: "660"' in text
+
+
+@every_overlay
+def test_prometheus_reads_one_address_and_shows_a_key_where_one_is_asked(folder: str) -> None:
+    manifests = build(K8S / folder)
+    if folder == "overlays/cpu-demo":
+        assert not [m for m in manifests if m["apiVersion"].startswith("monitoring")]
+        return
+    monitors = {m["metadata"]["name"]: m["spec"] for m in of_kind(manifests, "PodMonitor")}
+    (page,) = monitors["headroom"]["podMetricsEndpoints"]
+    assert monitors["headroom"]["selector"]["matchLabels"]["app.kubernetes.io/component"] == "head"
+    assert (page["port"], page["path"]) == ("serve", "/metrics")
+    keyed = "api_keys_env" in serve_config(ray_service(manifests))["applications"][0]["args"].get("api", {})
+    assert keyed == ("authorization" in page)
+    (dashboard,) = [m for m in of_kind(manifests, "ConfigMap") if m["metadata"]["name"] == "headroom-dashboard"]
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(dashboard["data"]["dashboard.json"])["panels"]
 
 
 CRD_MISTAKES: dict[str, Callable[[list[Manifest]], Any]] = {

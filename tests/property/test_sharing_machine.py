@@ -102,6 +102,22 @@ class SharingMachine(RuleBasedStateMachine):
             assert grant.blocks >= 1
             self.travelling[key] = (grant, ids, len(ids) + output)
 
+    @rule(which=st.integers(0, 2), granules=st.integers(2, 4), output=st.integers(1, 8))
+    def serve(self, which: int, granules: int, output: int) -> None:
+        """A request is granted, computed and reported at once, so that others find its prefix in use."""
+        before = set(self.travelling)
+        self.reserve(which, granules, 1, output)
+        for key in self.travelling.keys() - before:
+            grant, ids, most = self.travelling.pop(key)
+            (replica,) = [r for r in self.replicas if r.admission.replica_id == grant.replica_id]
+            if replica.admission.take_up(grant, self.now) is None:
+                replica.running[key] = Running(grant, ids, len(ids), most, open=True, computed=len(ids))
+                replica.blocks.open(key, ids, "")
+                replica.blocks.grow(key, len(ids))
+                replica.blocks.commit(key, ids, len(ids))
+                replica.step_ends()
+        self.all_reports_arrive()
+
     @precondition(lambda self: self.travelling)
     @rule(data=st.data(), arrives=st.sampled_from([True, True, True, False]))
     def grant_travels(self, data: st.DataObject, arrives: bool) -> None:
@@ -134,8 +150,8 @@ class SharingMachine(RuleBasedStateMachine):
         replica.blocks.commit(key, one.ids, min(one.computed, len(one.ids)))
         replica.step_ends()
 
-    @rule(data=st.data())
-    def request_ends(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), told=st.booleans())
+    def request_ends(self, data: st.DataObject, told: bool) -> None:
         running = [(r, key) for r in self.replicas for key in r.running]
         if not running:
             return
@@ -145,6 +161,8 @@ class SharingMachine(RuleBasedStateMachine):
             replica.blocks.close(key)
         replica.admission.end(one.grant.grant_id, prompt_tokens=one.prompt, output_tokens=1)
         replica.step_ends()
+        if told:
+            self.all_reports_arrive()
 
     @rule(index=st.integers(0, 1))
     def report(self, index: int) -> None:

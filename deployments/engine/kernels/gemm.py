@@ -135,6 +135,36 @@ def _pick_block(words, b: tl.constexpr, STRIPS: tl.constexpr, BLOCKS: tl.constex
     return block
 
 
+@triton.jit
+def _begin(units, OVERLAP: tl.constexpr):
+    """This program's span of the units of work, once the kernel before has written what this one reads."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    program = tl.program_id(0)
+    return program * units // tl.num_programs(0), (program + 1) * units // tl.num_programs(0)
+
+
+@triton.jit
+def _activations(x_at, column, columns, m, rows, EVEN: tl.constexpr):
+    """x in one block column, [BM, 64]."""
+    if EVEN:
+        inside = (m < rows)[:, None]
+    else:
+        inside = (m < rows)[:, None] & (column < columns)
+    return tl.load(x_at + column * 64, mask=inside, other=0.0)
+
+
+@triton.jit
+def _live(row, n, column, columns, BN: tl.constexpr, EVEN: tl.constexpr):
+    """Which rows of a panel are the weight's, [BN]."""
+    if EVEN:
+        live = tl.full((BN,), True, tl.int1)
+    else:
+        live = (row < n) & (column < columns)
+    return live
+
+
 @triton.jit(do_not_specialize=_ANY)
 def linear_4bit_kernel(
     x,  # [rows, k]
@@ -168,12 +198,7 @@ def linear_4bit_kernel(
     BN: tl.constexpr = 16 * STRIPS
     dtype: tl.constexpr = x.dtype.element_ty
     lane = fill_pairs(code, dtype, PTX)
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    program = tl.program_id(0)
-    begin = program * units // tl.num_programs(0)
-    end = (program + 1) * units // tl.num_programs(0)
+    begin, end = _begin(units, OVERLAP)
     m = tl.arange(0, BM)
     x_at = x + m[:, None].to(tl.int64) * stride + tl.arange(0, 64)[None, :]
     for panel in range(begin // steps, (end - 1) // steps + 1):
@@ -189,12 +214,8 @@ def linear_4bit_kernel(
                 ahead = _load_step(tiles, panel, tl.minimum(step + 1, last - 1), columns, n, STRIPS, BLOCKS, EVEN)
             for b in tl.static_range(BLOCKS):
                 column = step * BLOCKS + b
-                if EVEN:
-                    xs = tl.load(x_at + column * 64, mask=(m < rows)[:, None], other=0.0)
-                    live = tl.full((BN,), True, tl.int1)
-                else:
-                    xs = tl.load(x_at + column * 64, mask=(m < rows)[:, None] & (column < columns), other=0.0)
-                    live = (row < n) & (column < columns)
+                xs = _activations(x_at, column, columns, m, rows, EVEN)
+                live = _live(row, n, column, columns, BN, EVEN)
                 if AHEAD:
                     words = _pick_block(words_of_step, b, STRIPS, BLOCKS)
                 else:
@@ -236,12 +257,7 @@ def linear_8bit_kernel(
 ):
     BN: tl.constexpr = 16 * STRIPS
     dtype: tl.constexpr = x.dtype.element_ty
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    program = tl.program_id(0)
-    begin = program * units // tl.num_programs(0)
-    end = (program + 1) * units // tl.num_programs(0)
+    begin, end = _begin(units, OVERLAP)
     m = tl.arange(0, BM)
     x_at = x + m[:, None].to(tl.int64) * stride + tl.arange(0, 64)[None, :]
     for panel in range(begin // steps, (end - 1) // steps + 1):
@@ -252,10 +268,7 @@ def linear_8bit_kernel(
         for step in tl.range(first, last, num_stages=STAGES):
             for b in tl.static_range(BLOCKS):
                 column = step * BLOCKS + b
-                if EVEN:
-                    xs = tl.load(x_at + column * 64, mask=(m < rows)[:, None], other=0.0)
-                else:
-                    xs = tl.load(x_at + column * 64, mask=(m < rows)[:, None] & (column < columns), other=0.0)
+                xs = _activations(x_at, column, columns, m, rows, EVEN)
                 words = _load_block(tiles, panel, column, columns, n, STRIPS, 256, EVEN)
                 acc = tl.dot(decode_8bit(words, dtype, STRIPS, PTX), tl.trans(xs), acc)
         acc *= (tl.load(scales + row, mask=row < n, other=0.0) / 127.0)[:, None]
