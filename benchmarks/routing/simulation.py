@@ -19,6 +19,8 @@ WARM_UP = 0.2
 """Leading share of the requests that no figure counts: the fleet fills, and the ledger learns output lengths."""
 TICK = 0.05
 """Seconds between two ticks of the ledger's shell."""
+LONGEST = 3600.0
+"""Simulated seconds after the last arrival in which all must have ended."""
 
 FrontMaker = Callable[[Sequence[SimReplica], Actions, Limits, random.Random], Front]
 
@@ -55,10 +57,11 @@ class Simulation:
         for replica in range(len(self.replicas)):
             self._due(replica, self.limits.heartbeat * random.Random(replica).random())
         self._tick()
-        while self._open and self._events:
+        while self._open or len(areas) < 2:
             self.now, _, act = heapq.heappop(self._events)
             act()
-        assert not self._open, f"{self._open} requests neither ended nor were refused"
+            if self.now > last + LONGEST:
+                raise RuntimeError(f"{self._open} requests neither ended nor were refused in {LONGEST:g} s")
         capacity = sum(replica.spec.capacity_blocks for replica in self.replicas)
         used = (areas[1] - areas[0]) / ((last - first) * capacity) if last > first else 0.0
         return Outcome.of(self.jobs[int(WARM_UP * len(self.jobs)) :], self.gaps, used)

@@ -99,10 +99,10 @@ def plot(study: Study, path: Path) -> None:
         for policy in POLICIES:
             _curve(axis, study, policy, of)
         axis.set(title=title, xlabel="load, share of saturation")
-        if logarithmic:
+        if logarithmic and axis.get_legend_handles_labels()[0]:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[-1].legend()
     figure.suptitle(f"{study.setting.fleet} fleet, {study.setting.workload}; bands: interval of the median over seeds")
     figure.savefig(path)
     pyplot.close(figure)
@@ -112,6 +112,8 @@ def _curve(axis: Any, study: Study, policy: str, of: Callable[[Outcome], float])
     """The median, as far as it is finite."""
     spans = [Interval.of([of(outcome) for outcome in study.outcomes[policy, load]]) for load in study.loads]
     finite = [(load, span) for load, span in zip(study.loads, spans, strict=True) if math.isfinite(span.high)]
+    if not finite:
+        return
     loads = [load for load, _ in finite]
     style = {"linewidth": 2.5, "color": "black"} if policy == OURS else {}
     (line,) = axis.plot(loads, [span.median for _, span in finite], marker="o", label=policy, **style)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from benchmarks.routing.study import POLICIES
+from benchmarks.routing.front import Limits
+from benchmarks.routing.study import POLICIES, Setting, study
+from benchmarks.routing.table import plot
 from benchmarks.routing.workload import trace
 from benchmarks.routing_sim import main
 
@@ -29,6 +32,15 @@ def test_the_command_compares_all_policies(tmp_path: Path, capsys: pytest.Captur
     found = json.loads((tmp_path / "routing-unequal-poisson.json").read_text(encoding="utf-8"))
     assert {(o["policy"], o["load"]) for o in found["outcomes"]} == {(p, load) for p in POLICIES for load in (0.5, 0.9)}
     assert "<svg" in (tmp_path / "routing-unequal-poisson.svg").read_text(encoding="utf-8")
+
+
+def test_curves_of_nothing_finite_are_empty(tmp_path: Path) -> None:
+    limits = Limits(queue_per_replica=0)
+    setting = Setting("equal", "poisson", None, 100, limits)
+    refused = study(setting, loads=[30.0], seeds=2, limit=None)
+    assert math.isinf(refused.p99("random", 30.0).high)
+    plot(refused, tmp_path / "empty.svg")
+    assert "<svg" in (tmp_path / "empty.svg").read_text(encoding="utf-8")
 
 
 def test_a_trace_keeps_its_lengths_and_order_and_is_scaled_to_the_rate(tmp_path: Path) -> None:
