@@ -85,10 +85,11 @@ def _held(nvml: Any, handle: Any, pid: int) -> int:
 def _link(nvml: Any, source: Any, target: Any, *, same: bool) -> Link:
     if same:
         return "self"
-    for kind, index in (("nvlink", nvml.NVML_P2P_CAPS_INDEX_NVLINK), ("pcie", nvml.NVML_P2P_CAPS_INDEX_WRITE)):
+    kinds: dict[Link, int] = {"nvlink": nvml.NVML_P2P_CAPS_INDEX_NVLINK, "pcie": nvml.NVML_P2P_CAPS_INDEX_WRITE}
+    for kind, index in kinds.items():
         try:
             if nvml.nvmlDeviceGetP2PStatus(source, target, index) == nvml.NVML_P2P_STATUS_OK:
-                return kind  # type: ignore[return-value]
+                return kind
         except nvml.NVMLError_NotSupported:
             continue  # this driver or device knows no such link
     return "host"

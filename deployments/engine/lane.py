@@ -170,7 +170,7 @@ class Lane:
         rows = len(step.ids)
         _upload(step.positions, self._positions)
         if self.stage.is_last:
-            _upload(_cache_slots(step, self._block_size), self.cache_slots)
+            _upload(step.cache_slots(self._block_size), self.cache_slots)
         if not (self.stage.is_first or self.stage.is_last):
             return
         _upload(step.ids, self.ids)
@@ -226,11 +226,3 @@ def _upload(values: Sequence[int], target: Tensor) -> None:
     PyTorch hands pinned memory out again only after the copies from it are done.
     """
     target[: len(values)].copy_(torch.tensor(values, dtype=target.dtype, pin_memory=True), non_blocking=True)
-
-
-def _cache_slots(step: StepRows, block_size: int) -> list[int]:
-    return [
-        span.block_table[position // block_size] * block_size + position % block_size
-        for span in step.spans
-        for position in range(span.start, span.start + span.count)
-    ]

@@ -208,9 +208,4 @@ class LanePipeline:
 
 def _inputs(rows: StepRows, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(ids, cache slots) of a step, each int64 [T]."""
-    slots = [
-        span.block_table[position // block_size] * block_size + position % block_size
-        for span in rows.spans
-        for position in range(span.start, span.start + span.count)
-    ]
-    return torch.tensor(rows.ids, device=device), torch.tensor(slots, device=device)
+    return torch.tensor(rows.ids, device=device), torch.tensor(rows.cache_slots(block_size), device=device)

@@ -95,6 +95,14 @@ class StepRows:
     sampled: tuple[int, ...]
     """Rows whose logits are wanted."""
 
+    def cache_slots(self, block_size: int) -> list[int]:
+        """For each row the place of its token in the KV cache, counted through all blocks."""
+        return [
+            span.block_table[position // block_size] * block_size + position % block_size
+            for span in self.spans
+            for position in range(span.start, span.start + span.count)
+        ]
+
 
 class Stage:
     """Runs its layers for one step on one device.

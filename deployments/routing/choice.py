@@ -41,8 +41,9 @@ class Choice:
             kept: a replica that is kept for this request, and isn't open to others.
         """
         holders = tuple(self._holders(request))
-        if not holders and kept is None and self._fleet.room_tokens(request.pool) < size.grant_tokens:
-            return None  # which holds for most of those who wait, each time that something becomes free
+        room = kept.headroom_blocks * kept.block_size if kept is not None else 0
+        if not holders and max(room, self._fleet.room_tokens(request.pool)) < size.grant_tokens:
+            return None  # so it is for most of those who wait, each time that something becomes free
         candidates = {a.state.replica_id: a for a in self._fleet.best(size, request.pool, self._rng)}
         candidates.update((a.state.replica_id, a) for a in holders)
         if kept is not None:

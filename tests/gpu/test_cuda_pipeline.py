@@ -12,7 +12,6 @@ import gc
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +39,7 @@ from placement import probe
 from placement.footprint import footprint
 from placement.plan import Plan, solve
 from tests.gpu.teacher import below_best, plain_model, shortfalls
+from tests.gpu.waits import no_waits
 
 MISSING = "no CUDA device" if not torch.cuda.is_available() else why_not_here()
 pytestmark = [
@@ -343,16 +343,6 @@ def _decode(prompt: Part, k: int, before: list[int]) -> Part:
     if not before:
         return prompt
     return Part(prompt.sequence, prompt.end + k - 1, prompt.end + k, (-1 - before.index(prompt.sequence),))
-
-
-@contextmanager
-def no_waits() -> Iterator[None]:
-    """An operator of PyTorch that waits for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_host_waits_for_no_step(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

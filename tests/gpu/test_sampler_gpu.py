@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from deployments.engine.sampler import SCRATCH_BYTES, Sampler
 from deployments.engine.sampling_batch import padded
 from placement.reserve import SAMPLE_ROWS
 from tests.contract.sampling_cases import logits
+from tests.gpu.waits import no_waits
 from tests.unit.engine.drawing import BLOCK, Request, draw_requests, make_draw, note, request
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -34,16 +33,6 @@ def mixed(rows: int) -> list[Request]:
     """Every kind in turn, each with a history."""
     kinds = list(KINDS.values())
     return [request([i % VOCAB, 3, 3], [7] * (i % 5), seed=i, **kinds[i % len(kinds)]) for i in range(rows)]
-
-
-@contextmanager
-def no_waits() -> Iterator[None]:
-    """Any operator that waits for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def prepared(requests: list[Request]) -> tuple[Sampler, Any]:

@@ -92,21 +92,35 @@ class SharingMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 2), granules=st.integers(0, 4), tail=st.integers(1, 6), output=st.integers(1, 8))
     def reserve(self, which: int, granules: int, tail: int, output: int) -> None:
+        own = 10 * self.asked + 1000
+        self.ask([*BEGINNINGS[which][: granules * GRANULE], *range(own, own + tail)], output)
+
+    def ask(self, ids: list[int], output: int) -> None:
         self.asked += 1
         key = f"q{self.asked}"
-        ids = [*BEGINNINGS[which][: granules * GRANULE], *range(1000 + 10 * self.asked, 1000 + 10 * self.asked + tail)]
         request = ReserveRequest(key, "in", len(ids), output, 0.0, prefix=prefix_of(ids, "", GRANULE))
         grant = self.ledger.reserve(request, self.now)
         if isinstance(grant, Grant):
-            assert grant.shared_blocks * BLOCK <= granules * GRANULE
+            assert grant.shared_blocks * BLOCK < len(ids)
             assert grant.blocks >= 1
             self.travelling[key] = (grant, ids, len(ids) + output)
 
     @rule(which=st.integers(0, 2), granules=st.integers(2, 4), output=st.integers(1, 8))
     def serve(self, which: int, granules: int, output: int) -> None:
         """A request is granted, computed and reported at once, so that others find its prefix in use."""
+        self.run_at_once([*BEGINNINGS[which][: granules * GRANULE], self.asked + 1000], output)
+
+    @rule()
+    def fill(self) -> None:
+        """Strangers take all room that the ledger thinks there is, and whatever idle cached blocks it takes."""
+        for seen in self.ledger.view(self.now).replicas:
+            tokens = (seen.capacity_blocks - seen.charged_blocks) * BLOCK
+            if tokens > 1:
+                self.run_at_once([1000 * self.asked + k for k in range(10_000, 10_000 + tokens - 1)], 1)
+
+    def run_at_once(self, ids: list[int], output: int) -> None:
         before = set(self.travelling)
-        self.reserve(which, granules, 1, output)
+        self.ask(ids, output)
         for key in self.travelling.keys() - before:
             grant, ids, most = self.travelling.pop(key)
             (replica,) = [r for r in self.replicas if r.admission.replica_id == grant.replica_id]

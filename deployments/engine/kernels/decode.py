@@ -46,27 +46,19 @@ bar.sync 0;
 shl.b32 $0, lane, 2;
 }
 """
-_LOOK_UP = """
-{
+_PAIR = """
+lop3.b32 at, at, 0x7F80, $5, 0xEA;
+add.u32 at, at, base;
+ld.shared.b32 ${out}, [at];"""
+_LOOK_UP = f"""
+{{
 .reg .b32 at, base;
 mov.u32 base, headroom_pairs;
-shl.b32 at, $4, 7;
-lop3.b32 at, at, 0x7F80, $5, 0xEA;
-add.u32 at, at, base;
-ld.shared.b32 $0, [at];
-shr.u32 at, $4, 1;
-lop3.b32 at, at, 0x7F80, $5, 0xEA;
-add.u32 at, at, base;
-ld.shared.b32 $1, [at];
-shr.u32 at, $4, 9;
-lop3.b32 at, at, 0x7F80, $5, 0xEA;
-add.u32 at, at, base;
-ld.shared.b32 $2, [at];
-shr.u32 at, $4, 17;
-lop3.b32 at, at, 0x7F80, $5, 0xEA;
-add.u32 at, at, base;
-ld.shared.b32 $3, [at];
-}
+shl.b32 at, $4, 7;{_PAIR.format(out=0)}
+shr.u32 at, $4, 1;{_PAIR.format(out=1)}
+shr.u32 at, $4, 9;{_PAIR.format(out=2)}
+shr.u32 at, $4, 17;{_PAIR.format(out=3)}
+}}
 """
 # v = (v & 127) - (v & 128), and 128 + (v & 127) and 128 + (v & 128) are bfloat16 numbers whose bits are 0x4300 | ...
 _WIDEN_BF16 = """
