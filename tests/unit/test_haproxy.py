@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import queue
 import socket
 import subprocess
 import threading
@@ -60,24 +61,25 @@ def test_a_client_that_leaves_is_noticed_when_its_body_came_in_a_packet_of_its_o
         config.write_text(CONFIG.format(front=front.fileno(), back=back.getsockname()[1]))
         process = subprocess.Popen([launcher, "-db", "-f", str(config)], pass_fds=[front.fileno()])
         try:
-            left = threading.Event()
-            server = threading.Thread(target=_never_answer, args=(back, left))
+            seen: queue.Queue[bytes] = queue.Queue()
+            server = threading.Thread(target=_never_answer, args=(back, seen))
             server.start()
             with socket.create_connection(front.getsockname()) as client:
                 client.sendall(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 2\r\n\r\n")
-                assert not left.wait(0.3)
+                assert seen.get(timeout=30).startswith(b"POST / ")
                 client.sendall(b"{}")
-                assert not left.wait(0.3)
-            assert left.wait(5.0)
+                assert seen.get(timeout=30) == b"{}"
+            assert seen.get(timeout=30) == b""
         finally:
             process.kill()
             process.wait()
         server.join()
 
 
-def _never_answer(back: socket.socket, left: threading.Event) -> None:
+def _never_answer(back: socket.socket, seen: queue.Queue[bytes]) -> None:
+    """Put what comes into `seen`, and b"" when the connection ends."""
     connection, _ = back.accept()
     with connection, contextlib.suppress(ConnectionResetError):
-        while connection.recv(4096):
-            pass
-    left.set()
+        while part := connection.recv(4096):
+            seen.put(part)
+    seen.put(b"")
