@@ -50,6 +50,8 @@ class LocalRay:
         self._folder: Path | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
         self._raylet: psutil.Process | None = None
+        self._replaced: dict[str, str | None] = {}
+        """Variables of this process that `start` set, as they were before."""
         self.dashboard_url: str | None = None
         """Set by `start`, where there is one."""
 
@@ -62,8 +64,9 @@ class LocalRay:
         self._folder = make_temp_folder()
         self._reaper = reaper.start(self._folder, child_environment())
         set_environment(self._home)
-        os.environ |= haproxy.environment(self._folder)
-        os.environ[MARK] = str(self._folder)
+        variables = haproxy.environment(self._folder) | {MARK: str(self._folder)}
+        self._replaced = {name: os.environ.get(name) for name in variables}
+        os.environ |= variables
         import ray
 
         try:
@@ -104,12 +107,16 @@ class LocalRay:
         self.kill()
 
     def kill(self) -> None:
-        """End its processes at once, keep the logs, and remove the folder."""
+        """End its processes at once, keep the logs, remove the folder, and the variables that name its files."""
         if self._folder is not None:
             end_processes(marked(self._folder), _TERM_WAIT_S)
             _keep_logs(self.log_folder, self._home / "logs")
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+        for name, value in self._replaced.items():  # They name files of the folder, which is gone.
+            os.environ.pop(name, None)
+            os.environ |= {name: value} if value is not None else {}
+        self._replaced = {}
         if self._reaper is not None:
             self._reaper.communicate()
             self._reaper = None

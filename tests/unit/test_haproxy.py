@@ -62,7 +62,7 @@ def test_a_client_that_leaves_is_noticed_when_its_body_came_in_a_packet_of_its_o
         process = subprocess.Popen([launcher, "-db", "-f", str(config)], pass_fds=[front.fileno()])
         try:
             seen: queue.Queue[bytes] = queue.Queue()
-            server = threading.Thread(target=_never_answer, args=(back, seen))
+            server = threading.Thread(target=_never_answer, args=(back, seen), daemon=True)
             server.start()
             with socket.create_connection(front.getsockname()) as client:
                 client.sendall(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 2\r\n\r\n")

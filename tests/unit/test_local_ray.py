@@ -43,3 +43,20 @@ def test_environment_is_our_own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(first) == 64
     local_ray.set_environment(tmp_path)
     assert token.read_text(encoding="ascii") == first
+
+
+def test_variables_that_name_files_of_the_folder_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        assert set(os.environ) > set(before)
+        raise RuntimeError("no Ray today")
+
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/opt/haproxy")
+    monkeypatch.setattr("ray.init", refuse)
+    monkeypatch.setattr(local_ray, "set_environment", lambda _home: None)  # Its variables stay: Ray reads them once.
+    before = dict(os.environ)
+    started = local_ray.LocalRay(tmp_path, cpus=1)
+    with pytest.raises(ConfigError, match="no Ray today"):
+        started.start()
+    assert os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] != "/opt/haproxy"
+    started.kill()
+    assert dict(os.environ) == before
