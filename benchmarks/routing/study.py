@@ -117,7 +117,7 @@ class Study:
         return Interval.of([outcome.ttft.p99 for outcome in self.outcomes[policy, load]])
 
     def best_other(self, load: float) -> str:
-        """The baseline with the lowest median p99 of the time to the first token; of equals, the one that refuses least."""
+        """The baseline whose median p99 of the time to the first token is lowest; of equals, the one refusing least."""
 
         def badness(policy: str) -> tuple[float, int]:
             return self.p99(policy, load).median, sum(outcome.refused for outcome in self.outcomes[policy, load])

@@ -148,21 +148,14 @@ def _begin(units, OVERLAP: tl.constexpr):
 @triton.jit
 def _activations(x_at, column, columns, m, rows, EVEN: tl.constexpr):
     """x in one block column, [BM, 64]."""
-    if EVEN:
-        inside = (m < rows)[:, None]
-    else:
-        inside = (m < rows)[:, None] & (column < columns)
+    inside = (m < rows)[:, None] if EVEN else (m < rows)[:, None] & (column < columns)
     return tl.load(x_at + column * 64, mask=inside, other=0.0)
 
 
 @triton.jit
 def _live(row, n, column, columns, BN: tl.constexpr, EVEN: tl.constexpr):
     """Which rows of a panel are the weight's, [BN]."""
-    if EVEN:
-        live = tl.full((BN,), True, tl.int1)
-    else:
-        live = (row < n) & (column < columns)
-    return live
+    return tl.full((BN,), True, tl.int1) if EVEN else (row < n) & (column < columns)
 
 
 @triton.jit(do_not_specialize=_ANY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deployments.engine.attention import RowSpan, StepLayout
-from deployments.engine.lane import MOST_CAPTURED_ROWS, Form, _cache_slots, forms
+from deployments.engine.lane import MOST_CAPTURED_ROWS, Form, forms
 from deployments.engine.stages import StepRows
 from placement.reserve import CAPTURED_ROWS
 
@@ -100,4 +100,4 @@ def test_the_smallest_graph_is_taken() -> None:
 def test_cache_slots_follow_the_block_tables() -> None:
     spans = (RowSpan(6, 4, (9, 3, 7)), RowSpan(0, 2, (5,)), RowSpan(8, 1, (0, 1, 2)))
     rows = StepRows((0,) * 7, (6, 7, 8, 9, 0, 1, 8), spans, (6,))
-    assert _cache_slots(rows, 4) == [3 * 4 + 2, 3 * 4 + 3, 7 * 4, 7 * 4 + 1, 5 * 4, 5 * 4 + 1, 2 * 4]
+    assert rows.cache_slots(4) == [3 * 4 + 2, 3 * 4 + 3, 7 * 4, 7 * 4 + 1, 5 * 4, 5 * 4 + 1, 2 * 4]
