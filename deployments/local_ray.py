@@ -157,8 +157,9 @@ def set_environment(home: Path) -> None:
         # HAProxy in front of the ingress instead of Serve's proxy in Python: a request is 8 ms faster, and a streamed
         # token costs half the CPU (docs/log.md, 2026-11-21). Where ray[serve] comes without it, Serve's proxy serves.
         "RAY_SERVE_ENABLE_HA_PROXY": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1" if haproxy.available() else "0"),
-        # Under that setting an ingress replica waits 30 s for load balancers to forget it. Here there are none.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        # How long an ingress replica that Serve replaces goes on taking requests, until HAProxy has forgotten it. Serve's
+        # default, 30 s, is for load balancers outside. With none, a request on its way gets a 500 (docs/log.md).
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "HEADROOM_HOME": str(home),
     }
     # Workers start in folders of their own, where a checkout that is not installed is not importable.
