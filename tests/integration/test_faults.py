@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from deployments.app import pool_deployment_name
+from deployments.local_ray import INGRESS_DRAINING
 from deployments.routing.ledger_deployment import deployment_name
 from tests.integration.conftest import MODEL, Service, redeploy, start_service, wait_for
 
@@ -29,6 +30,9 @@ OVERLOAD = int(os.environ.get("HEADROOM_OVERLOAD", "400"))
 TIMEOUT = httpx.Timeout(120.0, pool=None)  # requests beyond LIMITS wait their turn
 LIMITS = httpx.Limits(max_connections=1000)
 QUEUE_LIMIT = 60
+INGRESS_DRAINING_S = 12
+"""Longer than a stream of the rolling update: a HAProxy that Serve replaces knows the old ingress replicas only, and
+sends them the next request of each connection that a stream of theirs keeps open."""
 LEDGER, POOL, INGRESS = deployment_name(MODEL), pool_deployment_name(MODEL, "default"), "ingress"
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
@@ -42,8 +46,10 @@ KINDS: list[dict[str, Any]] = [
 def faulty(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Iterator[Service]:
     pool = {"replicas": 2, "quantization": "fp32", "dtype": "float32", "cpu_device_memory": "800MB"}
     model = {"name": MODEL, "queue_limit": QUEUE_LIMIT, "pools": [pool]}
-    with start_service(tmp_path_factory.mktemp("faults"), demo_folder, model, {"replicas": 2}) as service:
-        yield service
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(INGRESS_DRAINING, str(INGRESS_DRAINING_S))
+        with start_service(tmp_path_factory.mktemp("faults"), demo_folder, model, {"replicas": 2}) as service:
+            yield service
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,7 @@ async def test_a_rolling_update_loses_no_request(faulty: Service) -> None:
 
     async def ask(client: httpx.AsyncClient, number: int) -> None:
         while not updated.is_set():
-            answers.append(await stream(client, body(number, 16)))
+            answers.append(await stream(client, body(number, 8)))
 
     async def update() -> None:
         await asyncio.to_thread(redeploy, faulty.config)
