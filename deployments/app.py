@@ -36,6 +36,8 @@ def build(args: dict[str, Any]) -> Application:
         num_replicas=settings.api.replicas,
         max_ongoing_requests=settings.api.max_ongoing_requests,
         ray_actor_options={"num_cpus": ACTOR_CPUS},
+        health_check_period_s=2,
+        health_check_timeout_s=30,
         # An answer can't move to another ingress: one that Serve stops finishes all, and its successor is there first.
         graceful_shutdown_timeout_s=settings.api.request_timeout_s,
         max_surge_percent=100,
