@@ -124,6 +124,7 @@ class Endpoints:
             created=int(time.time()),
             timeout_s=self._settings.request_timeout_s,
             token_gaps=self._meter.of(job.model.name).token_gaps,
+            keep_alive_s=self._settings.keep_alive_s,
         )
 
 
