@@ -195,7 +195,7 @@ def test_counters_say_what_the_clients_counted(run: Run) -> None:
     assert sent.answered >= CLIENTS
     said = {
         'headroom_requests_total{model="smol", outcome="ok"}': sent.answered,
-        'headroom_requests_total{outcome="context_length_exceeded"}': 1,
+        'headroom_requests_total{model="smol", outcome="context_length_exceeded"}': 1,
         "headroom_prompt_tokens_total": sent.prompt_tokens,
         "headroom_output_tokens_total": sent.output_tokens,
         "headroom_time_to_first_token_seconds_count": sent.answered,
