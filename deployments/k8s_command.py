@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,19 +82,20 @@ def _write_overlay(options: argparse.Namespace, arguments: Sequence[str]) -> Non
         raise ConfigError("--gpus writes an overlay: say where with --out, such as k8s/overlays/mine")
     inventory = parse_cluster(options.gpus)
     template = worker_template(options.base)
+    worker = _worker(options, {gpu.name for gpu in inventory.gpus})
     chosen = _renamed(chosen_plan(inventory, options).chosen, options)
     made = overlay(
         inventory,
         chosen,
         template,
-        worker=_worker(options),
+        worker=worker,
         base=Path(os.path.relpath(options.base, options.out)).as_posix(),
         header=f"Written by:\nheadroom k8s {shlex.join(arguments)}",
     )
     _write(options.out, made.files())
 
 
-def _worker(options: argparse.Namespace) -> Worker:
+def _worker(options: argparse.Namespace, kinds: Set[str]) -> Worker:
     if not re.fullmatch(r"[^@\s]+:[\w.-]+", options.image):
         raise ConfigError(
             f"--image {options.image}: name it with its tag, such as registry.example.com/headroom:1.0-cuda"
@@ -105,6 +106,8 @@ def _worker(options: argparse.Namespace) -> Worker:
     if options.pod_cpus < 1:
         raise ConfigError(f"--pod-cpus {options.pod_cpus}: a worker needs 1 at least")
     labels = parse_node_labels(options.node_label)
+    if strange := labels.keys() - kinds:
+        raise ConfigError(f"--node-label {min(strange)}: --gpus has no such GPU; it has {', '.join(sorted(kinds))}")
     return Worker(options.pod_cpus, options.pod_memory, options.image, options.own_cache, labels)
 
 

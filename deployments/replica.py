@@ -20,7 +20,7 @@ from deployments.home import state_folder
 from deployments.metrics.pacing import seldom
 from deployments.metrics.replica import vitals_of
 from deployments.metrics.vitals import ReplicaVitals
-from deployments.protocol import PROTOCOL_VERSION, REFUSED, GenerationRequest, TokenChunk
+from deployments.protocol import REFUSED, GenerationRequest, TokenChunk, mismatch
 from deployments.routing.admission import Admission
 from deployments.routing.reports import ReportSender
 from deployments.settings import ModelSettings, PoolSettings
@@ -173,8 +173,8 @@ class Replica:
         return self._admission
 
     def _reason_against(self, request: GenerationRequest) -> str | None:
-        if request.version != PROTOCOL_VERSION:
-            return f"the request speaks protocol {request.version}, this replica {PROTOCOL_VERSION}"
+        if (reason := mismatch(request, "this replica")) is not None:
+            return reason
         if self._engine.failure is not None:
             return f"the engine failed: {self._engine.failure}"
         if request.request_id in self._requests:

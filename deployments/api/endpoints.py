@@ -79,14 +79,14 @@ class Endpoints:
         """`/v1/chat/completions`."""
         caller = self._caller(request)
         body = parse_chat(await read_json_object(request, self._settings.max_body_bytes))
-        job = await chat_job(body, self._models[body.model], caller)
+        job = await chat_job(body, self._named(request, body.model), caller)
         return self._respond(request, job, ChatFormat())
 
     async def complete(self, request: Request) -> GenerationResponse:
         """`/v1/completions`."""
         caller = self._caller(request)
         body = parse_completion(await read_json_object(request, self._settings.max_body_bytes))
-        job = await completion_job(body, self._models[body.model], caller)
+        job = await completion_job(body, self._named(request, body.model), caller)
         return self._respond(request, job, CompletionFormat())
 
     async def health(self, _: Request) -> Response:
@@ -108,6 +108,12 @@ class Endpoints:
         page, content_type = render(overview, request.headers.get("accept", ""))
         return Response(page, headers={"content-type": content_type})
 
+    def _named(self, request: Request, name: str) -> ServedModel:
+        """The model of that name; what is wrong with the request from here on counts as that model's."""
+        model = self._models[name]
+        visit_of(request).model = model.name
+        return model
+
     def _tenant(self, request: Request) -> str:
         return self._keys.tenant(request.headers.get("authorization"))
 
@@ -124,11 +130,11 @@ class Endpoints:
             created=int(time.time()),
             timeout_s=self._settings.request_timeout_s,
             token_gaps=self._meter.of(job.model.name).token_gaps,
+            keep_alive_s=self._settings.keep_alive_s,
         )
 
 
 def _note(visit: Visit, job: Job) -> None:
-    visit.model = job.model.name
     visit.choices = len(job.requests)
     visit.prompt_tokens = job.prompt_tokens
 

@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.errors import BadRequest, ContextLengthExceeded, EngineFailed, NoReplica, Overloaded, RequestError
+from deployments.errors import BadRequest, ContextLengthExceeded, NoReplica, Overloaded, RequestError
 from deployments.granules import prefix_of
 from deployments.metrics.board import Observation
 from deployments.metrics.vitals import IngressVitals
@@ -303,9 +303,7 @@ def error_of(refusal: Refusal) -> RequestError:
             return ContextLengthExceeded(refusal.message)
         case "queue_full" | "deadline":
             return Overloaded(refusal.message, retry_after_s=refusal.retry_after_s)
-        case "no_replica":
+        case "no_replica" | "version":
             return NoReplica(refusal.message, retry_after_s=refusal.retry_after_s)
         case "unknown_pool":
             return BadRequest(refusal.message, param="pool")
-        case "version":
-            return EngineFailed(refusal.message)

@@ -20,15 +20,7 @@ import random
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from deployments.protocol import (
-    PROTOCOL_VERSION,
-    Grant,
-    IngressNotice,
-    LedgerNews,
-    Refusal,
-    ReplicaState,
-    ReserveRequest,
-)
+from deployments.protocol import Grant, IngressNotice, LedgerNews, Refusal, ReplicaState, ReserveRequest, mismatch
 from deployments.routing import refusals
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.choice import Choice
@@ -145,11 +137,8 @@ class Ledger:
             ValueError: the report's protocol version is not this ledger's.
         """
         now = self._advance(now)
-        if state.version != PROTOCOL_VERSION:
-            raise ValueError(
-                f"replica {state.replica_id} reports in protocol {state.version}, "
-                f"this ledger reads {PROTOCOL_VERSION}: deploy both from one version"
-            )
+        if (reason := mismatch(state, "this ledger")) is not None:
+            raise ValueError(f"replica {state.replica_id}: {reason}")
         account = self._fleet.get(state.replica_id)
         if account is None or state.epoch > account.state.epoch:
             self._forget(state.replica_id)
@@ -174,7 +163,13 @@ class Ledger:
         self._leases[ingress_id] = self._advance(now) + self.config.lease_s
 
     def notice(self, notice: IngressNotice, now: float) -> None:
-        """Everything an ingress has to say at once."""
+        """Everything an ingress has to say at once.
+
+        Raises:
+            ValueError: the notice's protocol version is not this ledger's.
+        """
+        if (reason := mismatch(notice, "this ledger")) is not None:
+            raise ValueError(f"ingress {notice.ingress_id}: {reason}")
         self.renew_lease(notice.ingress_id, now)
         for replica_id, epoch in notice.lost:
             self.replica_gone(replica_id, epoch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deployments.protocol import PROTOCOL_VERSION, Refusal, ReserveRequest
+from deployments.protocol import Refusal, ReserveRequest, mismatch
 from deployments.routing.policy import Candidate, Size, fits_ever
 
 
@@ -30,9 +30,8 @@ class LedgerConfig:
 
 def malformed(config: LedgerConfig, request: ReserveRequest) -> Refusal | None:
     """A protocol or a pool that this ledger doesn't know."""
-    if request.version != PROTOCOL_VERSION:
-        text = f"the request speaks protocol {request.version}, the ledger {PROTOCOL_VERSION}"
-        return Refusal(request.request_id, "version", f"{text}: deploy both from one version")
+    if (reason := mismatch(request, "the ledger")) is not None:
+        return Refusal(request.request_id, "version", reason, retry_after_s=max(1, int(config.lease_s)))
     if request.pool is not None and request.pool not in config.pools:
         text = f"model {config.model} has no pool {request.pool!r}; it has {', '.join(config.pools)}"
         return Refusal(request.request_id, "unknown_pool", text)

@@ -13,7 +13,9 @@ import httpx
 import openai
 import psutil
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from deployments.metrics.catalog import METRICS
 from tests.integration.conftest import MODEL, Service, wait_for
 
 TIMEOUT = httpx.Timeout(240.0)
@@ -76,6 +78,19 @@ async def test_seed_repeats_and_choices_differ(running: Service) -> None:
     assert len(set(texts)) == 3
     assert [choice["index"] for choice in first["choices"]] == [0, 1, 2]
     assert first["usage"]["completion_tokens"] == second["usage"]["completion_tokens"] == 36
+
+
+def test_the_metrics_page_has_every_metric_that_a_machine_without_a_gpu_has(running: Service) -> None:
+    """With Prometheus reading it: test_prometheus.py."""
+    httpx.post(f"{running.url}/v1/completions", json=body(), timeout=TIMEOUT).raise_for_status()
+    expected = {metric.name.removesuffix("_total") for metric in METRICS if not metric.name.startswith("headroom_gpu_")}
+
+    def shown() -> set[str]:
+        page = httpx.get(f"{running.url}/metrics", headers={"accept": "application/openmetrics-text"}, timeout=TIMEOUT)
+        assert page.headers["content-type"].startswith("application/openmetrics-text")
+        return {family.name for family in text_string_to_metric_families(page.text) if family.samples}
+
+    wait_for(lambda: shown() == expected, 30.0)  # what processes tell is a second old
 
 
 async def test_concurrent_streams(running: Service) -> None:

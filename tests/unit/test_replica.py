@@ -16,7 +16,16 @@ from deployments import replica as replica_module
 from deployments.engine.messages import EngineSpec, Started
 from deployments.engine.tally import EngineTally
 from deployments.errors import EngineFailed
-from deployments.protocol import NO_CHANGE, REFUSED, CachedGranules, GenerationRequest, Grant, Sampling, TokenChunk
+from deployments.protocol import (
+    NO_CHANGE,
+    PROTOCOL_VERSION,
+    REFUSED,
+    CachedGranules,
+    GenerationRequest,
+    Grant,
+    Sampling,
+    TokenChunk,
+)
 from deployments.replica import Replica
 from deployments.routing.admission import Admission
 from deployments.settings import ModelSettings, PoolSettings
@@ -128,7 +137,7 @@ async def test_refusals_say_so_in_the_first_and_only_chunk(world: Any) -> None:
         (granted(world, replica_epoch=0), "epoch"),
         (granted(world, expires_at=time.time() - 1), "expired"),
         (replace(granted(world), grant=None), "no grant"),
-        (replace(granted(world), version=0), "speaks protocol 0, this replica 1"),
+        (replace(granted(world), version=0), f"is of protocol 0, this replica reads {PROTOCOL_VERSION}"),
     ]
     for request, reason in wrong:
         (chunk,) = await stream(world, request)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.protocol import Grant, IngressNotice, Refusal
+from deployments.protocol import PROTOCOL_VERSION, Grant, IngressNotice, Refusal
 from deployments.routing.forecast import ForecastError
 from deployments.routing.ledger import Ledger, Queued
 from tests.unit.routing.worlds import EPOCH, granted, ledger, state, wish
@@ -121,7 +121,7 @@ def test_a_new_ledger_waits_for_its_replicas_or_one_lease_time() -> None:
         (wish("q", prompt=160, output=1), "too_long", ["160 tokens", "longest context", "160"]),
         (wish("q", prompt=100, output=100), "too_long", ["200 tokens", "160", "max_tokens"]),
         (wish("q", pool="large"), "unknown_pool", ["'large'", "default"]),
-        (wish("q", version=99), "version", ["99", "1"]),
+        (wish("q", version=99), "version", ["protocol 99", f"reads {PROTOCOL_VERSION}", "rolling update"]),
     ],
 )
 def test_refusals_state_need_and_have(request_of: object, kind: str, words: list[str]) -> None:

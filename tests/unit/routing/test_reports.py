@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from ray.exceptions import RayError
 
+from deployments.metrics.pacing import seldom
 from deployments.protocol import CachedGranules, Grant, ReplicaState
 from deployments.routing import reports
 from deployments.routing.admission import Admission
 from deployments.routing.reports import ReportSender
+from tests.unit.metrics.samples import replica_vitals
 
 
 class LedgerHandle:
@@ -106,3 +108,14 @@ async def test_a_replica_that_is_stopped_drains_and_says_so_at_once() -> None:
         await asyncio.sleep(0.001)
     task.cancel()
     assert not any(state.draining for state in ledger.heard[:-1])
+
+
+async def test_an_idle_replica_tells_how_it_stands_again_and_again() -> None:
+    own, ledger, _ = sender()
+    vitals = seldom(replica_vitals, every_s=0.1)
+    reporting = ReportSender(own, ledger, vitals=vitals)  # type: ignore[arg-type]  # a fake ledger
+    task = asyncio.create_task(reporting.run())
+    async with asyncio.timeout(10):
+        while sum(state.vitals is not None for state in ledger.heard) < 4:
+            await asyncio.sleep(0.01)
+    task.cancel()
