@@ -10,6 +10,8 @@ from ray.serve import Application
 
 from deployments.ingress import Ingress
 from deployments.replica import ReplicaDeployment
+from deployments.routing.autoscaling import autoscaling_config
+from deployments.routing.growth import ScaledPool
 from deployments.routing.ledger_deployment import deployment_name, ledger_application
 from deployments.routing.refusals import LedgerConfig
 from deployments.routing.router import router_config
@@ -52,16 +54,29 @@ def _ledger_config(model: ModelSettings) -> LedgerConfig:
     return LedgerConfig(
         model=model.name,
         pools=tuple(pool.name for pool in model.pools),
-        expected_replicas=sum(pool.replicas for pool in model.pools),
+        expected_replicas=sum(pool.fewest_replicas for pool in model.pools),
+        scaled=tuple(_scaled(pool) for pool in model.pools if pool.autoscaling),
         queue_limit=model.queue_limit,
         tenant_weights=tuple(sorted(model.tenant_weights.items())),
     )
 
 
+def _scaled(pool: PoolSettings) -> ScaledPool:
+    assert pool.autoscaling is not None, f"pool {pool.name} has a fixed number of replicas"
+    scaling = pool.autoscaling
+    return ScaledPool(pool.name, scaling.min_replicas, scaling.max_replicas, scaling.upscale_delay_s)
+
+
+def _number(pool: PoolSettings) -> dict[str, Any]:
+    """How many replicas Serve is asked for."""
+    if pool.autoscaling is None:
+        return {"num_replicas": pool.replicas}
+    return {"autoscaling_config": autoscaling_config(**pool.autoscaling.model_dump())}
+
+
 def _pool(settings: Settings, model: ModelSettings, pool: PoolSettings, ledger: Application) -> Application:
     deployment = serve.deployment(
         name=pool_deployment_name(model.name, pool.name),
-        num_replicas=pool.replicas,
         # The ledger decides who waits; Serve must never queue before it.
         max_ongoing_requests=2 * pool.max_sequences + 16,
         ray_actor_options=_actor_options(pool),
@@ -71,6 +86,7 @@ def _pool(settings: Settings, model: ModelSettings, pool: PoolSettings, ledger: 
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=pool.drain_s,
         max_surge_percent=100 if pool.surge else 0,
+        **_number(pool),
     )(ReplicaDeployment)
     return deployment.bind(model, pool, _replicas_on_cpu(settings), ledger)
 
@@ -94,4 +110,4 @@ def _gpus(pool: PoolSettings) -> int:
 
 def _replicas_on_cpu(settings: Settings) -> int:
     """Replicas that share the cores of one machine, as far as the settings tell."""
-    return sum(pool.replicas for model in settings.models for pool in model.pools)
+    return sum(pool.most_replicas for model in settings.models for pool in model.pools)

@@ -11,7 +11,15 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.metrics.board import Board, Observation
-from deployments.protocol import Grant, IngressNotice, LedgerNews, Refusal, ReplicaState, ReserveRequest
+from deployments.protocol import (
+    Grant,
+    IngressNotice,
+    LedgerNews,
+    Refusal,
+    ReplicaState,
+    ReportAnswer,
+    ReserveRequest,
+)
 from deployments.routing.ledger import Ledger, Queued
 from deployments.routing.refusals import LedgerConfig
 from deployments.routing.router import router_config
@@ -54,13 +62,13 @@ class LedgerService:
         finally:
             del self._answers[request.request_id]
 
-    async def report(self, state: ReplicaState) -> int:
-        """Take in a replica's report; returns the ledger's epoch."""
+    async def report(self, state: ReplicaState) -> ReportAnswer:
+        """Take in a replica's report."""
         self._keep_time()
         epoch = self._ledger.report(state, time.time())
         self._board.hear_replica(state, time.time())
         self._admit()
-        return epoch
+        return ReportAnswer(epoch, self._ledger.waiting_tokens(state.pool))
 
     async def notice(self, notice: IngressNotice) -> LedgerNews:
         """Take in an ingress's notice."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deployments.protocol import PROTOCOL_VERSION, Refusal, ReserveRequest
+from deployments.protocol import PROTOCOL_VERSION, Refusal, ReplicaState, ReserveRequest
+from deployments.routing.growth import ScaledPool
 from deployments.routing.policy import Candidate, Size, fits_ever
 
 
@@ -17,6 +18,8 @@ class LedgerConfig:
     pools: tuple[str, ...] = ("default",)
     expected_replicas: int = 1
     """A new ledger waits one lease time for this many replicas before it sells or refuses."""
+    scaled: tuple[ScaledPool, ...] = ()
+    """Those of the pools whose replicas come and go; a request may wait for the first one of such a pool."""
     queue_limit: int = 1024
     tenant_weights: tuple[tuple[str, int], ...] = ()
     """(tenant, weight) of tenants that get more or less than others when requests wait; 1 for those not named."""
@@ -39,6 +42,19 @@ def malformed(config: LedgerConfig, request: ReserveRequest) -> Refusal | None:
     return None
 
 
+def check_version(state: ReplicaState) -> None:
+    """A report speaks this ledger's protocol.
+
+    Raises:
+        ValueError: it doesn't.
+    """
+    if state.version != PROTOCOL_VERSION:
+        raise ValueError(
+            f"replica {state.replica_id} reports in protocol {state.version}, "
+            f"this ledger reads {PROTOCOL_VERSION}: deploy both from one version"
+        )
+
+
 def hopeless(
     config: LedgerConfig, request: ReserveRequest, size: Size, known: Sequence[Candidate], *, alive: bool
 ) -> Refusal | None:
@@ -49,8 +65,8 @@ def hopeless(
         request: the request.
         size: its size.
         known: replicas of its pool, those that fell silent a moment ago included: what fits one of them is worth
-            waiting for, and must not be told that it is too long.
-        alive: whether any of them is alive.
+            waiting for, and must not be told that it is too long; and those that could be started.
+        alive: whether any of them is alive, or could be started.
     """
     if not alive:
         where = f"model {config.model}" + (f", pool {request.pool}" if request.pool else "")

@@ -124,8 +124,8 @@ def _pools(service: Manifest, settings: Settings) -> Iterator[str]:
             able = [g for g in groups(service) if pool.resources.keys() <= _resources(g).keys() and pool.resources]
             if not able:
                 yield f"{where}: no worker group has {sorted(pool.resources)}"
-            elif sum(g["maxReplicas"] for g in able) < pool.replicas:
-                yield f"{where}: {pool.replicas} replicas, and fewer workers"
+            elif sum(g["maxReplicas"] for g in able) < pool.most_replicas:
+                yield f"{where}: {pool.most_replicas} replicas, and fewer workers"
             for group in able:
                 limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
                 if int(limits.get("nvidia.com/gpu", 0)) != pool.stage_count:
