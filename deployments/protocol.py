@@ -145,6 +145,8 @@ class GenerationRequest:
     """As in `ReserveRequest`."""
     priority: int = 0
     """As in `ReserveRequest`."""
+    pool: str | None = None
+    """As in `ReserveRequest`."""
     version: int = PROTOCOL_VERSION
 
     @property
@@ -278,6 +280,8 @@ class LedgerNews:
     """Replicas that can take work now."""
     silent: tuple[tuple[str, int], ...] = ()
     """(replica id, epoch) of replicas whose heartbeats stopped: frozen, cut off or dead."""
+    pool_contexts: tuple[tuple[str, int], ...] = ()
+    """(pool, longest prompt + output in tokens) of pools that have a known replica, or had one."""
     wake: tuple[str, ...] = ()
     """Pools without a replica that are to get one, because requests wait for it."""
 

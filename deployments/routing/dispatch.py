@@ -119,6 +119,10 @@ class ServeDispatcher:
         """Longest prompt + output in tokens that a known replica holds; None while none is known."""
         return self._notices.news.max_context if self._notices.news is not None else None
 
+    def context_of(self, pool: str) -> int | None:
+        """The same of one pool."""
+        return dict(self._notices.news.pool_contexts).get(pool) if self._notices.news is not None else None
+
     async def is_ready(self) -> bool:
         """Whether a replica is known that can take work: by the ledger, or without it by its last news."""
         try:
@@ -191,7 +195,7 @@ class ServeDispatcher:
         while True:
             request = progress.next_attempt()
             try:
-                grant = await self._reserve(request, progress.pool, max(0.0, deadline - loop.time()))
+                grant = await self._reserve(request, progress.pool or request.pool, max(0.0, deadline - loop.time()))
                 return await self._send(replace(request, grant=grant), grant)
             except NotTakenUp as reason:
                 logger.warning("request %s was not taken up and is tried again: %s", request.request_id, reason)

@@ -96,6 +96,10 @@ class Growth:
         """Of the last replica of each pool; of all pools for None."""
         return [self._shapes[name] for name in self._names(pool) if name in self._shapes]
 
+    def contexts(self) -> list[tuple[str, int]]:
+        """(pool, longest prompt + output in tokens), by the last replica of each."""
+        return [(name, shape.max_context) for name, shape in self._shapes.items()]
+
     def may_hold(self, pool: str | None, tokens: int) -> bool:
         """Whether a request of so many tokens is worth waiting with: nobody knows yet what a new pool holds."""
         return any(self._longest(name, tokens) >= tokens for name in self._names(pool))

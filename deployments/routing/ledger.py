@@ -198,10 +198,11 @@ class Ledger:
     def news(self) -> LedgerNews:
         """What an ingress is told each second."""
         quiet = [a.state for a in self._fleet if self._now - a.heard_at > self.config.silence_s]
-        contexts = [account.max_context for account in self._fleet] + [s.max_context for s in self._growth.shapes(None)]
+        contexts = [*self._growth.contexts(), *((a.state.pool, a.max_context) for a in self._fleet)]
         return LedgerNews(
             epoch=self.epoch,
-            max_context=max(contexts, default=None),
+            max_context=max((context for _, context in contexts), default=None),
+            pool_contexts=tuple(dict(sorted(contexts)).items()),
             warming=self._still_warming(self._now),
             expected_output_tokens=self._lengths.expected(),
             spots=tuple(account.spot() for account in self._fleet if self._sells(account)),
