@@ -28,7 +28,9 @@ def build(args: dict[str, Any]) -> Application:
         ConfigError: a wrong key or value, by name.
     """
     settings = parse_settings(args)
-    ledgers = {model.name: ledger_application(_ledger_config(model)) for model in settings.models}
+    ledgers = {
+        model.name: ledger_application(_ledger_config(model), settings.api.resources) for model in settings.models
+    }
     pools = {
         model.name: {pool.name: _pool(settings, model, pool, ledgers[model.name]) for pool in model.pools}
         for model in settings.models
@@ -37,7 +39,7 @@ def build(args: dict[str, Any]) -> Application:
         name="ingress",
         num_replicas=settings.api.replicas,
         max_ongoing_requests=settings.api.max_ongoing_requests,
-        ray_actor_options={"num_cpus": ACTOR_CPUS},
+        ray_actor_options={"num_cpus": ACTOR_CPUS, "resources": dict(settings.api.resources)},
         # An answer can't move to another ingress: one that Serve stops finishes all, and its successor is there first.
         graceful_shutdown_timeout_s=settings.api.request_timeout_s,
         max_surge_percent=100,

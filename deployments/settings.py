@@ -205,6 +205,8 @@ class ApiSettings(_Strict):
     """From the request's arrival to its last token; afterwards it is cancelled."""
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 10_000
     """Serve's limit per ingress replica; must exceed running plus waiting requests."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Custom Ray resources that ingress replicas and ledgers ask for, so that they keep no node of replicas busy."""
     ledger_limit_s: Annotated[float, Field(gt=0)] = 2.0
     """A ledger that gives no sign for this long is done without: an ingress then places requests by what it last knew
     of the replicas, which take up what they have room for."""

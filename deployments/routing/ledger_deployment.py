@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Mapping
 
 from ray import serve
 from ray.serve import Application
@@ -117,13 +118,18 @@ class LedgerService:
             self._answer(self._ledger.tick(time.time()))
 
 
-def ledger_application(config: LedgerConfig) -> Application:
-    """The Serve application node of one model's ledger, to be bound into ingress and replicas."""
+def ledger_application(config: LedgerConfig, resources: Mapping[str, float] | None = None) -> Application:
+    """The Serve application node of one model's ledger, to be bound into ingress and replicas.
+
+    Args:
+        config: of the ledger.
+        resources: custom Ray resources that it asks for.
+    """
     deploy = serve.deployment(
         name=deployment_name(config.model),
         num_replicas=1,
         max_ongoing_requests=MAX_CALLS,
-        ray_actor_options={"num_cpus": 0.01},
+        ray_actor_options={"num_cpus": 0.01, "resources": dict(resources or {})},
         # One replica: nothing to choose, so no probing of its queue before each call.
         request_router_config=router_config(),
         logging_config={"enable_access_log": False},
