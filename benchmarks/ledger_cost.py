@@ -102,7 +102,7 @@ class Asker:
 
     async def measure(self, replicas: int, rate: int, seconds: int) -> list[float]:
         """Reserve at a steady rate, whatever the answers take; returns the seconds that each took."""
-        epoch = await self._ledger.report.remote(replica(0, 0))
+        epoch = (await self._ledger.report.remote(replica(0, 0))).epoch
         for sequence in (2, 3):
             for index in range(replicas):
                 await self._ledger.report.remote(replica(index, epoch, sequence))

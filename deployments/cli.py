@@ -201,7 +201,9 @@ def _with_address(file: ConfigFile, host: str | None, port: int | None) -> Confi
 
 def _print_plans(survey: Survey) -> None:
     for planned in survey.pools:
-        print(f"\npool {planned.pool.name}, {planned.pool.replicas} replicas, each:\n{table(planned.plan)}")
+        fewest, most = planned.pool.fewest_replicas, planned.pool.most_replicas
+        number = str(most) if fewest == most else f"{fewest} to {most}"
+        print(f"\npool {planned.pool.name}, {number} replicas, each:\n{table(planned.plan)}")
     print(flush=True)
 
 

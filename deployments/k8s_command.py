@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--pod-memory", default="24Gi", metavar="SIZE", help="main memory of a worker; default: 24Gi")
     plan.add_argument("--own-cache", metavar="SIZE", help="a volume per worker (ReadWriteOnce), not one for all")
     plan.add_argument("--image", default=IMAGE, help=f"with its tag; default: {IMAGE}")
+    plan.add_argument(
+        "--min-replicas",
+        type=int,
+        metavar="N",
+        help="replicas follow demand, from N (0: none while idle) to as many as planned; default: always all",
+    )
     add_wishes(parser)
     return parser
 
@@ -78,6 +84,8 @@ def _write_base(options: argparse.Namespace) -> None:
 
 
 def _write_overlay(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    if options.min_replicas is not None and options.min_replicas < 0:
+        raise ConfigError(f"--min-replicas {options.min_replicas}: write 0 or more")
     if options.out is None:
         raise ConfigError("--gpus writes an overlay: say where with --out, such as k8s/overlays/mine")
     inventory = parse_cluster(options.gpus)
@@ -91,6 +99,7 @@ def _write_overlay(options: argparse.Namespace, arguments: Sequence[str]) -> Non
         worker=worker,
         base=Path(os.path.relpath(options.base, options.out)).as_posix(),
         header=f"Written by:\nheadroom k8s {shlex.join(arguments)}",
+        min_replicas=options.min_replicas,
     )
     _write(options.out, made.files())
 

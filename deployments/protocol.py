@@ -171,6 +171,8 @@ class GenerationRequest:
     """As in `ReserveRequest`."""
     priority: int = 0
     """As in `ReserveRequest`."""
+    pool: str | None = None
+    """As in `ReserveRequest`."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -267,6 +269,16 @@ class ReplicaState:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportAnswer:
+    """The ledger's answer to a replica's report."""
+
+    epoch: int
+    """Of the ledger."""
+    waiting_tokens: int = 0
+    """What waits for the replica's pool, if that scales: grants, in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaSpot:
     """What an ingress needs to know of a replica to place a request by itself. Counts are blocks."""
 
@@ -293,6 +305,10 @@ class LedgerNews:
     """Replicas that can take work now."""
     silent: tuple[tuple[str, int], ...] = ()
     """(replica id, epoch) of replicas whose heartbeats stopped: frozen, cut off or dead."""
+    pool_contexts: tuple[tuple[str, int], ...] = ()
+    """(pool, longest prompt + output in tokens) of pools that have a known replica, or had one."""
+    wake: tuple[str, ...] = ()
+    """Pools without a replica that are to get one, because requests wait for it."""
 
 
 @dataclass(frozen=True, slots=True)

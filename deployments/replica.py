@@ -64,6 +64,7 @@ class Replica:
         self._admission: Admission | None = None
         self._plan: Plan | None = None
         self._attention = ""
+        self._sender: ReportSender | None = None
         self._reporting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -97,8 +98,8 @@ class Replica:
             started.load_s,
             plan.capacity_tokens,
         )
-        sender = ReportSender(self._admission, self._ledger, vitals=seldom(self._vitals), stopping=stop_flag())
-        self._reporting = asyncio.get_running_loop().create_task(sender.run())
+        self._sender = ReportSender(self._admission, self._ledger, vitals=seldom(self._vitals), stopping=stop_flag())
+        self._reporting = asyncio.get_running_loop().create_task(self._sender.run())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Take the request up and stream its chunks.
@@ -139,6 +140,14 @@ class Replica:
             requests=len(self._requests),
             preemptions=self._engine.preemptions,
         )
+
+    async def awake(self) -> None:
+        """Answers as soon as there is a replica: a call that waits for one makes Serve start it."""
+
+    async def record_autoscaling_stats(self) -> dict[str, int]:
+        """Asked by Serve where the pool scales; see `routing.autoscaling`."""
+        assert self._sender is not None, "start() comes first"
+        return self._sender.demand()
 
     async def check_health(self) -> None:
         """Serve restarts the replica when this raises.

@@ -59,6 +59,16 @@ class Admission:
         charged = sum(max(granted, held) for granted, held in self._held.values())
         return self.capacity_blocks - charged + self._shared_blocks
 
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens of KV cache."""
+        return self.capacity_blocks * self.block_size
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens granted or held."""
+        return (self.capacity_blocks - self.free_blocks) * self.block_size
+
     def take_up(self, grant: Grant | None, now: float) -> str | None:
         """Take a grant up, or say why not.
 

@@ -28,6 +28,7 @@ from deployments.routing.fairness import FairShares
 from deployments.routing.fleet import Fleet
 from deployments.routing.forecast import Forecast
 from deployments.routing.grants import GrantIndex
+from deployments.routing.growth import Growth
 from deployments.routing.policy import Size, blocks_for, grant_blocks, shared_blocks
 from deployments.routing.prefixes import PrefixMap
 from deployments.routing.refusals import LedgerConfig
@@ -71,6 +72,7 @@ class Ledger:
         self._leases: dict[str, float] = {}
         self._lengths = OutputLengths()
         self._forecast = Forecast()
+        self._growth = Growth(config.scaled)
         self._granted = 0
 
     # Events
@@ -143,6 +145,7 @@ class Ledger:
         if account is None or state.epoch > account.state.epoch:
             self._forget(state.replica_id)
             account = ReplicaAccount(state, now)
+            self._growth.learn(state)
             self._prefixes.hear(state.replica_id, state.granules)
             self._fleet.add(account)
             self._place(account)
@@ -194,24 +197,29 @@ class Ledger:
     def admit(self, now: float) -> list[Outcome]:
         """Answer all those who wait and can be answered. Costs nothing when nothing has changed since the last time."""
         now = self._advance(now)
-        outcomes: list[Outcome] = []
-        if not self._still_warming(now):
-            answer = self._answer_at(now)
-            while (outcome := self._turns.next(answer)) is not None:
-                outcomes.append(outcome)
-        return outcomes
+        if self._still_warming(now):
+            return []
+        answer = self._answer_at(now)
+        return list(iter(lambda: self._turns.next(answer), None))
 
     def news(self) -> LedgerNews:
         """What an ingress is told each second."""
         quiet = [a.state for a in self._fleet if self._now - a.heard_at > self.config.silence_s]
+        contexts = [*self._growth.contexts(), *((a.state.pool, a.max_context) for a in self._fleet)]
         return LedgerNews(
             epoch=self.epoch,
-            max_context=max((account.max_context for account in self._fleet), default=None),
+            max_context=max((context for _, context in contexts), default=None),
+            pool_contexts=tuple(dict(sorted(contexts)).items()),
             warming=self._still_warming(self._now),
             expected_output_tokens=self._lengths.expected(),
             spots=tuple(account.spot() for account in self._fleet if self._sells(account)),
             silent=tuple((state.replica_id, state.epoch) for state in quiet),
+            wake=self._growth.to_wake(self._queue.sums(), self._fleet, self._now),
         )
+
+    def waiting_tokens(self, pool: str) -> int:
+        """What waits for a pool that scales: grants, in tokens."""
+        return self._growth.waiting_tokens(pool, self._queue.sums(), self._fleet)
 
     def view(self, now: float) -> LedgerView:
         """A snapshot."""
@@ -224,6 +232,7 @@ class Ledger:
             expected_output_tokens=self._lengths.expected(),
             replicas=tuple(view_of(account, sellable=self._sells(account)) for account in self._fleet),
             forecast=self._forecast.error,
+            starts_on_demand=self._growth.from_none,
         )
 
     def check_integrity(self) -> None:
@@ -285,10 +294,11 @@ class Ledger:
     def _hopeless(self, request: ReserveRequest, size: Size) -> Refusal | None:
         pool, total = request.pool, size.prompt_tokens + size.max_tokens
         alive = self._fleet.alive(pool) > 0
-        if alive and total <= self._fleet.longest_tokens(pool):
+        if (alive and total <= self._fleet.longest_tokens(pool)) or self._growth.may_hold(pool, total):
             return None
+        startable = self._growth.shapes(pool)
         known = [account for account in self._fleet if pool is None or account.state.pool == pool]
-        return refusals.hopeless(self.config, request, size, known, alive=alive)
+        return refusals.hopeless(self.config, request, size, [*known, *startable], alive=alive or bool(startable))
 
     def _late(self, waiter: Waiter, now: float) -> Refusal:
         tokens = self._tokens_before(waiter.request, waiter.size)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deployments.protocol import Refusal, ReserveRequest, mismatch
+from deployments.routing.growth import ScaledPool
 from deployments.routing.policy import Candidate, Size, fits_ever
 
 
@@ -17,6 +18,8 @@ class LedgerConfig:
     pools: tuple[str, ...] = ("default",)
     expected_replicas: int = 1
     """A new ledger waits one lease time for this many replicas before it sells or refuses."""
+    scaled: tuple[ScaledPool, ...] = ()
+    """Those of the pools whose replicas come and go; a request may wait for the first one of such a pool."""
     queue_limit: int = 1024
     tenant_weights: tuple[tuple[str, int], ...] = ()
     """(tenant, weight) of tenants that get more or less than others when requests wait; 1 for those not named."""
@@ -48,8 +51,8 @@ def hopeless(
         request: the request.
         size: its size.
         known: replicas of its pool, those that fell silent a moment ago included: what fits one of them is worth
-            waiting for, and must not be told that it is too long.
-        alive: whether any of them is alive.
+            waiting for, and must not be told that it is too long; and those that could be started.
+        alive: whether any of them is alive, or could be started.
     """
     if not alive:
         where = f"model {config.model}" + (f", pool {request.pool}" if request.pool else "")

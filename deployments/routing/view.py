@@ -36,11 +36,13 @@ class LedgerView:
     replicas: tuple[ReplicaView, ...]
     forecast: ForecastError
     """Of the waits forecast to those who queued, and then were granted."""
+    starts_on_demand: bool = False
+    """A pool may have no replica, and gets one when a request comes."""
 
     @property
     def ready(self) -> bool:
-        """Whether a replica can take work."""
-        return any(replica.sellable for replica in self.replicas)
+        """Whether a request would be served: a replica can take work, or one is started for it."""
+        return self.starts_on_demand or any(replica.sellable for replica in self.replicas)
 
 
 def view_of(account: ReplicaAccount, *, sellable: bool) -> ReplicaView:

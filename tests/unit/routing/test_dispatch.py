@@ -92,6 +92,8 @@ class World:
         self.reserve = Method(self._reserve)
         self.generate = Method(self._generate)
         self.notice = Method(self._notice)
+        self.awake = Method(lambda: self.woken.wait)
+        self.woken = asyncio.Event()
         self.snapshot = Method(lambda: RayError("no ledger"))
         self.news = LedgerNews(7, 4096)
         self.dispatcher = ServeDispatcher("m", "in", self, {"default": self}, ledger_limit_s=0.05)  # type: ignore[arg-type, dict-item]  # plays both handles
@@ -264,6 +266,50 @@ async def test_a_replica_that_says_nothing_until_the_grant_expired_is_given_up(m
     world = World([expired, grant(2)], [[frozen.wait, TAKEN], [TokenChunk("q~1", (5,), finish_reason="stop")]])
     assert await asyncio.wait_for(run(world), 5.0) == [text(5, finish="stop")]
     assert world.generate.calls[0].cancelled
+    await world.dispatcher.close()
+
+
+# Without a replica
+
+
+async def test_one_call_waits_at_a_pool_for_as_long_as_its_first_replica_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deployments.routing.notices.RENEW_S", 0.01)
+    world = World([], [])
+    world.news = LedgerNews(7, None, wake=("default",))
+    world.dispatcher.start()
+    while len(world.notices) < 5:
+        await asyncio.sleep(0.001)
+    assert len(world.awake.calls) == 1
+    world.news = LedgerNews(7, None)  # nobody waits any more
+    while not world.awake.calls[0].cancelled:
+        await asyncio.sleep(0.001)
+    world.news = LedgerNews(7, None, wake=("default",))
+    while len(world.awake.calls) < 2:
+        await asyncio.sleep(0.001)
+    world.woken.set()  # the replica is there, and gone again before it served anybody
+    while len(world.awake.calls) < 3:
+        await asyncio.sleep(0.001)
+    await world.dispatcher.close()
+
+
+async def test_a_call_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.routing.notices.RENEW_S", 0.01)
+    world = World([], [])
+    world.awake = Method(lambda: RayError("it could not start"))
+    world.news = LedgerNews(7, None, wake=("default",))
+    world.dispatcher.start()
+    while len(world.awake.calls) < 3:
+        await asyncio.sleep(0.001)
+    await world.dispatcher.close()
+
+
+async def test_the_pool_that_a_request_insists_on_is_asked_for() -> None:
+    world = World([grant()], [[TAKEN, text(5, finish="stop")]])
+    chunks = await world.dispatcher.dispatch(replace(REQUEST, pool="int8"), wait_limit_s=5.0)
+    assert [chunk async for chunk in chunks] == [text(5, finish="stop")]
+    assert [wish.pool for wish in world.wishes] == ["int8"]
     await world.dispatcher.close()
 
 

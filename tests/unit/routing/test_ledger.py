@@ -7,6 +7,7 @@ import pytest
 
 from deployments.protocol import PROTOCOL_VERSION, Grant, IngressNotice, Refusal
 from deployments.routing.forecast import ForecastError
+from deployments.routing.growth import ScaledPool
 from deployments.routing.ledger import Ledger, Queued
 from tests.unit.routing.worlds import EPOCH, granted, ledger, state, wish
 
@@ -456,3 +457,59 @@ def test_news_names_replicas_that_fell_silent_and_not_those_that_were_lost() -> 
     book.tick(4.0)
     assert book.news().silent == (("a", 1),)
     assert [spot.replica_id for spot in book.news().spots] == ["b"]
+
+
+FROM_NONE = ScaledPool("default", min_replicas=0, max_replicas=2, upscale_delay_s=10.0)
+
+
+def test_with_no_replica_a_request_waits_where_one_may_be_started() -> None:
+    book = ledger(scaled=(FROM_NONE,))
+    assert book.view(0.0).ready, "a request would be served"
+    assert isinstance(book.reserve(wish("q", prompt=100, output=16), 0.0), Queued)
+    assert (book.news().wake, book.waiting_tokens("default")) == (("default",), 116)
+    assert book.admit(0.5) == []
+    book.report(state(), 1.0)
+    assert [granted(outcome).request_id for outcome in book.admit(1.0)] == ["q"]
+    assert (book.news().wake, book.waiting_tokens("default")) == ((), 0)
+    book.check_integrity()
+
+
+def test_a_request_too_long_for_the_replica_that_was_last_there_is_refused_without_one() -> None:
+    book = ledger(state(), scaled=(FROM_NONE,))
+    book.tick(30.0)  # it was stopped, and is forgotten
+    assert book.view(30.0).replicas == ()
+    assert book.news().pool_contexts == (("default", 160),)
+    assert isinstance(book.reserve(wish("fits", prompt=100, output=60), 30.0), Queued)
+    refusal = book.reserve(wish("long", prompt=100, output=61), 30.0)
+    assert isinstance(refusal, Refusal)
+    assert refusal.kind == "too_long"
+    assert "160" in refusal.message
+
+
+def test_what_waited_in_vain_for_a_first_replica_turns_out_too_long() -> None:
+    book = ledger(scaled=(FROM_NONE,))
+    book.reserve(wish("q", prompt=100, output=61), 0.0)
+    book.report(state(), 1.0)
+    (refusal,) = book.admit(1.0)
+    assert isinstance(refusal, Refusal)
+    assert refusal.kind == "too_long"
+
+
+def test_a_request_too_long_for_the_small_pool_goes_to_the_large_one() -> None:
+    roomy = state("r1", pool="large", capacity_blocks=40, max_context=640)
+    book = ledger(state(), roomy, pools=("default", "large"))
+    assert granted(book.reserve(wish("long", prompt=200, output=60), 0.0)).replica_id == "r1"
+    full = granted(book.reserve(wish("fill", prompt=300, output=60), 0.0))
+    assert full.replica_id == "r1"
+    assert isinstance(book.reserve(wish("longer", prompt=200, output=60), 0.0), Queued), "it waits for the large one"
+
+
+def test_a_long_request_waits_for_the_large_pool_that_has_no_replica() -> None:
+    large = ScaledPool("large", min_replicas=0, max_replicas=1, upscale_delay_s=10.0)
+    book = ledger(state(), pools=("default", "large"), scaled=(large,))
+    assert granted(book.reserve(wish("short"), 0.0)).pool == "default"
+    assert isinstance(book.reserve(wish("long", prompt=200, output=60), 0.0), Queued)
+    assert book.news().wake == ("large",)
+    insists = book.reserve(wish("insists", prompt=200, output=60, pool="default"), 0.0)
+    assert isinstance(insists, Refusal)
+    assert insists.kind == "too_long"

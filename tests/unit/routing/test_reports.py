@@ -7,7 +7,7 @@ import pytest
 from ray.exceptions import RayError
 
 from deployments.metrics.pacing import seldom
-from deployments.protocol import CachedGranules, Grant, ReplicaState
+from deployments.protocol import CachedGranules, Grant, ReplicaState, ReportAnswer
 from deployments.routing import reports
 from deployments.routing.admission import Admission
 from deployments.routing.reports import ReportSender
@@ -23,11 +23,11 @@ class LedgerHandle:
         self.report = self
 
     def remote(self, state: ReplicaState) -> Any:
-        async def answer() -> int:
+        async def answer() -> ReportAnswer:
             if self.failing:
                 raise RayError("down")
             self.heard.append(state)
-            return 7
+            return ReportAnswer(7, 48)
 
         return answer()
 
