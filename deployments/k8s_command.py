@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "--min-replicas",
         type=int,
         metavar="N",
-        help="replicas follow demand, from N (0: none while nothing is asked) to as many as planned; default: always all",
+        help="replicas follow demand, from N (0: none while nothing is asked) to as many as planned; default: all stay",
     )
     add_wishes(parser)
     return parser
