@@ -9,6 +9,7 @@ from ray.exceptions import RayError
 from deployments.protocol import CachedGranules, Grant, ReplicaState, ReportAnswer
 from deployments.routing import reports
 from deployments.routing.admission import Admission
+from deployments.routing.autoscaling import WAITING
 from deployments.routing.reports import ReportSender
 
 
@@ -106,3 +107,13 @@ async def test_a_replica_that_is_stopped_drains_and_says_so_at_once() -> None:
         await asyncio.sleep(0.001)
     task.cancel()
     assert not any(state.draining for state in ledger.heard[:-1])
+
+
+async def test_what_waits_for_the_pool_comes_with_the_answer() -> None:
+    _, ledger, reporting = sender()
+    assert reporting.demand()[WAITING] == 0
+    await reporting.send()
+    assert reporting.demand()[WAITING] == 48
+    ledger.failing = True
+    await reporting.send()
+    assert reporting.demand()[WAITING] == 48, "the last word holds"
