@@ -168,9 +168,10 @@ class Fleet:
         if before == now:
             return False
         self._seen[replica_id] = now
-        for counts in self._sums(account.state.pool):
-            counts.alive += now.alive - before.alive
-            counts.sold += now.sold - before.sold
+        if before[:2] != now[:2]:
+            for counts in self._sums(account.state.pool):
+                counts.alive += now.alive - before.alive
+                counts.sold += now.sold - before.sold
         self._close(replica_id)
         if self.is_open(replica_id):
             self._open(account)

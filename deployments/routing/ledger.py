@@ -302,7 +302,8 @@ class Ledger:
 
     def _late(self, waiter: Waiter, now: float) -> Refusal:
         tokens = self._tokens_before(waiter.request, waiter.size)
-        return refusals.late(self.config, waiter.request, waiter.size, self._forecast.retry_after_s(tokens, now))
+        again_s, there = self._forecast.retry_after_s(tokens, now), self._fleet.sold(waiter.request.pool) > 0
+        return refusals.late(self.config, waiter.request, waiter.size, again_s, there=there)
 
     def _tokens_before(self, request: ReserveRequest, size: Size) -> int:
         """Tokens that must become free before all that go before this request, and this request, have found room."""

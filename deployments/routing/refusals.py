@@ -83,12 +83,18 @@ def full(config: LedgerConfig, request: ReserveRequest, waiting: int, retry_afte
     return _busy(Refusal(request.request_id, "queue_full", text, retry_after_s))
 
 
-def late(config: LedgerConfig, request: ReserveRequest, size: Size, retry_after_s: int) -> Refusal:
-    """The deadline passed."""
-    text = (
-        f"no replica of {config.model} had room for {size.grant_tokens} tokens "
-        f"within {request.wait_limit_s:g} s (wait_limit_s)"
-    )
+def late(config: LedgerConfig, request: ReserveRequest, size: Size, retry_after_s: int, *, there: bool) -> Refusal:
+    """The deadline passed.
+
+    Args:
+        config: of the ledger.
+        request: the request.
+        size: its size.
+        retry_after_s: the forecast.
+        there: whether a replica takes requests.
+    """
+    did = f"had room for {size.grant_tokens} tokens" if there else "was ready"
+    text = f"no replica of {config.model} {did} within {request.wait_limit_s:g} s (wait_limit_s)"
     return _busy(Refusal(request.request_id, "deadline", text, retry_after_s))
 
 

@@ -474,6 +474,16 @@ def test_with_no_replica_a_request_waits_where_one_may_be_started() -> None:
     book.check_integrity()
 
 
+def test_a_wait_for_a_first_replica_has_its_deadline() -> None:
+    book = ledger(scaled=(FROM_NONE,))
+    book.reserve(wish("q", wait_limit_s=4.0), 0.0)
+    (refusal,) = book.tick(4.0)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.kind, refusal.message[:43]) == ("deadline", "no replica of m was ready within 4 s (wait_")
+    assert refusal.retry_after_s is not None
+    assert book.news().wake == ()
+
+
 def test_a_request_too_long_for_the_replica_that_was_last_there_is_refused_without_one() -> None:
     book = ledger(state(), scaled=(FROM_NONE,))
     book.tick(30.0)  # it was stopped, and is forgotten

@@ -10,6 +10,7 @@ from deployments.metrics.pacing import seldom
 from deployments.protocol import CachedGranules, Grant, ReplicaState, ReportAnswer
 from deployments.routing import reports
 from deployments.routing.admission import Admission
+from deployments.routing.autoscaling import WAITING
 from deployments.routing.reports import ReportSender
 from tests.unit.metrics.samples import replica_vitals
 
@@ -119,3 +120,13 @@ async def test_an_idle_replica_tells_how_it_stands_again_and_again() -> None:
         while sum(state.vitals is not None for state in ledger.heard) < 4:
             await asyncio.sleep(0.01)
     task.cancel()
+
+
+async def test_what_waits_for_the_pool_comes_with_the_answer() -> None:
+    _, ledger, reporting = sender()
+    assert reporting.demand()[WAITING] == 0
+    await reporting.send()
+    assert reporting.demand()[WAITING] == 48
+    ledger.failing = True
+    await reporting.send()
+    assert reporting.demand()[WAITING] == 48, "the last word holds"
