@@ -21,7 +21,7 @@ NAMESPACES = ("unshare", "--mount", "--pid", "--net", "--fork", "--kill-child")
 _HIDDEN = {"/tmp": "1777", "/root": "755", "/home": "755"}
 _SCRIPT = """
 set -eu
-root=$(mktemp -d)
+root=/mnt
 mount --rbind / "$root"
 mount -t tmpfs -o mode=1777,size=1g pod-shm "$root/dev/shm"
 mount -t proc proc "$root/proc"
