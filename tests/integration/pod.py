@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,8 @@ exec chroot "$root" setpriv --reuid 1000 --regid 100 --clear-groups --inh-caps=-
 
 def why_not() -> str | None:
     """Why this machine can't; None if it can."""
+    if missing := [tool for tool in ("unshare", "setpriv", "ip") if shutil.which(tool) is None]:
+        return f"{missing[0]} is not installed"
     tried = subprocess.run(
         [*NAMESPACES, "sh", "-c", "mount -t tmpfs tmpfs /mnt && ip link set lo up && setpriv --no-new-privs true"],
         capture_output=True,
