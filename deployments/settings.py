@@ -159,7 +159,7 @@ class ApiSettings(_Strict):
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """From the request's arrival to its last token; afterwards it is cancelled."""
     keep_alive_s: Annotated[float, Field(gt=0)] | None = 15.0
-    """A stream in which nothing was said for so long gets a comment, so that no proxy takes it for dead; None: never."""
+    """A stream that was silent for so long gets a comment, so that no proxy takes it for dead; None: never."""
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 10_000
     """Serve's limit per ingress replica; must exceed running plus waiting requests."""
     ledger_limit_s: Annotated[float, Field(gt=0)] = 2.0
