@@ -49,6 +49,7 @@ def test_an_overlay_of_a_gpu_that_nobody_knows(tmp_path: Path, capsys: pytest.Ca
         (["--gpus", "L4", *LLAMA, "--out", "x", "--node-label", "T4:a=b"], "--node-label T4: --gpus has no such GPU"),
         (["--gpus", "L4", *LLAMA, "--out", "x", "--base", "/nowhere"], "k8s/base"),
         (["--gpus", "L4+", *LLAMA, "--out", "x"], "write count x size or name"),
+        (["--gpus", "", *LLAMA, "--out", "x"], "write count x size or name"),
         (["--config", "/nowhere.yaml"], "can't be read"),
     ],
 )
