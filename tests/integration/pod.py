@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ NAMESPACES = ("unshare", "--mount", "--pid", "--net", "--fork", "--kill-child")
 _HIDDEN = {"/tmp": "1777", "/root": "755", "/home": "755"}
 _SCRIPT = """
 set -eu
-root=$(mktemp -d)
+root=/mnt
 mount --rbind / "$root"
 mount -t tmpfs -o mode=1777,size=1g pod-shm "$root/dev/shm"
 mount -t proc proc "$root/proc"
@@ -36,6 +37,8 @@ exec chroot "$root" setpriv --reuid 1000 --regid 100 --clear-groups --inh-caps=-
 
 def why_not() -> str | None:
     """Why this machine can't; None if it can."""
+    if missing := [tool for tool in ("unshare", "setpriv", "ip") if shutil.which(tool) is None]:
+        return f"{missing[0]} is not installed"
     tried = subprocess.run(
         [*NAMESPACES, "sh", "-c", "mount -t tmpfs tmpfs /mnt && ip link set lo up && setpriv --no-new-privs true"],
         capture_output=True,

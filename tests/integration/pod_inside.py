@@ -22,7 +22,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
-START_LIMIT_S = 400.0
+START_LIMIT_S = 900.0
 
 
 def locks() -> dict[str, Any]:

@@ -28,7 +28,7 @@ def inside(*arguments: str) -> dict[str, Any]:
     if (reason := pod.why_not()) is not None:
         pytest.skip(f"namespaces are not allowed here: {reason}")
     line = pod.command([sys.executable, "-m", "tests.integration.pod_inside", *arguments])
-    done = subprocess.run(line, capture_output=True, text=True, timeout=580, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -105,7 +105,7 @@ class Sent:
 def client(url: str, number: int, until: float) -> Sent:
     """Asks for one completion after the other."""
     sent = Sent()
-    with httpx.Client(base_url=url, timeout=240) as http:
+    with httpx.Client(base_url=url, timeout=600) as http:
         while time.monotonic() < until:
             words = " ".join(["count"] * (8 + 16 * (number % 3)))
             body = {"model": MODEL, "prompt": words, "max_tokens": 8 + 8 * number, "ignore_eos": True}
@@ -144,7 +144,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Iterator
         "max_context": 256,
         "max_sequences": 8,
     }
-    model = {"name": MODEL, "pools": [pool]}
+    model = {"name": MODEL, "wait_limit_s": 600, "pools": [pool]}  # on a slow machine they wait for minutes
     with (
         start_service(folder, demo_folder, model, {}) as service,
         prometheus(folder, service.url.removeprefix("http://")) as watching,

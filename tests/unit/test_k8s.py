@@ -71,6 +71,7 @@ def test_pools_that_follow_demand(tmp_path: Path) -> None:
         (["--gpus", "L4", *LLAMA, "--out", "x", "--min-replicas", "-1"], "--min-replicas -1"),
         (["--gpus", "L4", *LLAMA, "--out", "x", "--min-replicas", "2"], "is planned with 1"),
         (["--gpus", "L4+", *LLAMA, "--out", "x"], "write count x size or name"),
+        (["--gpus", "", *LLAMA, "--out", "x"], "write count x size or name"),
         (["--config", "/nowhere.yaml"], "can't be read"),
     ],
 )
