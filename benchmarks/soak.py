@@ -34,7 +34,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.child import ROOT
 from benchmarks.live.memory import Trend, resident, trend
 
-POOL = {"quantization": "nf4", "max_memory": {0: "240MB"}}
+POOL = {"quantization": "nf4", "max_memory": {0: "280MB"}}
 """So little that requests wait for blocks."""
 MODEL, QUEUE_LIMIT = "smol", 32
 OVERLOAD, LEAVERS = 1.2, 0.25
