@@ -21,6 +21,11 @@ class ReplicaView:
     held_blocks: int
     promises: int
     sellable: bool
+    alive: bool = True
+    """Its heartbeats come, and no call found it gone."""
+    draining: bool = False
+    silent_s: float = 0.0
+    """Since its last report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,8 @@ class LedgerView:
     replicas: tuple[ReplicaView, ...]
     forecast: ForecastError
     """Of the waits forecast to those who queued, and then were granted."""
+    waiting_by_pool: tuple[tuple[str | None, int], ...] = ()
+    """(pool that they insist on, requests); None: any pool."""
 
     @property
     def ready(self) -> bool:
@@ -43,7 +50,7 @@ class LedgerView:
         return any(replica.sellable for replica in self.replicas)
 
 
-def view_of(account: ReplicaAccount, *, sellable: bool) -> ReplicaView:
+def view_of(account: ReplicaAccount, *, sellable: bool, now: float) -> ReplicaView:
     """One replica's view."""
     state = account.state
     return ReplicaView(
@@ -56,4 +63,7 @@ def view_of(account: ReplicaAccount, *, sellable: bool) -> ReplicaView:
         held_blocks=account.held_blocks,
         promises=len(account.promises),
         sellable=sellable,
+        alive=account.alive,
+        draining=state.draining,
+        silent_s=now - account.heard_at,
     )
