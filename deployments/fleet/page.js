@@ -157,7 +157,7 @@ function blocksView() {
 
 function replicaView(replica) {
   const badge = el("span", {class: "badge"}), live = el("dl", {class: "figures"}), blocks = blocksView();
-  const title = el("p", {class: "faint"}), devices = el("div", {class: "device"}), table = el("div", {class: "scroll"});
+  const title = el("p", {class: "faint"}), devices = el("div", {class: "devices"}), table = el("div", {class: "scroll"});
   const more = el("details", {}, el("summary", {}, "Every part of the plan"), table);
   const heading = el("h3", {}, replica.pool, " ", el("small", {}, replica.id));
   const node = el("article", {class: "card"}, el("header", {}, heading, badge), live, blocks.node, title, devices, more);
@@ -167,7 +167,7 @@ function replicaView(replica) {
     say(badge, STATUS[now.status] + (now.status === "lost" || now.silent_s >= 5 ? `, silent for ${span(now.silent_s)}` : ""));
     figures(live, [
       ["Headroom", `${whole.format(tokens(now.kv, "headroom"))} tokens, ${percent(now.kv.headroom_blocks, now.kv.capacity_blocks)}`],
-      ["Running", count(now.running)], ["Waiting in it", count(now.waiting)], ["Tokens/s", rate(now.tokens_per_s)],
+      ["Running", count(now.running)], ["In its queue", count(now.waiting)], ["Tokens/s", rate(now.tokens_per_s)],
       ["Preempted", count(now.preemptions)],
     ]);
     blocks.update(now.kv);
@@ -255,10 +255,11 @@ function show(state) {
 }
 
 function pulse() {
+  const locked = !$("key-form").hidden;
   const age = last ? (performance.now() - shownAt) / 1000 : 0, stale = failure !== "";
   put($("pulse"), "data-state", stale ? "stale" : last ? "live" : "loading");
-  say($("pulse-text"), stale ? (last ? `No answer; values are ${span(age)} old` : "No answer") : last ? "Live" : "Loading");
-  $("banner").hidden = !stale || !$("key-form").hidden;
+  say($("pulse-text"), locked ? "Locked" : stale ? (last ? `No answer; values are ${span(age)} old` : "No answer") : last ? "Live" : "Loading");
+  $("banner").hidden = !stale || locked;
   put($("banner"), "data-tone", "bad");
   say($("banner"), failure);
 }
@@ -268,11 +269,11 @@ async function ask() {
   const headers = key ? {authorization: `Bearer ${key}`} : {};
   const answer = await fetch(location.pathname.replace(/\/+$/, "") + "/state", {headers, cache: "no-store", signal: AbortSignal.timeout(ANSWER_MS)});
   if (answer.status === 401 || answer.status === 403) {
-    const typing = $("key-form").hidden === false && !key;
     sessionStorage.removeItem(KEY);
+    say($("key-why"), key ? "This key is not accepted." : "This service asks for a key.");
     $("key-form").hidden = false;
-    if (!typing) $("key").focus();
-    throw new Error(key ? "The key is not accepted." : "A key is needed.");
+    $("key").focus();
+    throw new Error("A key is needed.");
   }
   if (!answer.ok) throw new Error(`The service answered with status ${answer.status}.`);
   const state = await answer.json();
@@ -282,11 +283,10 @@ async function ask() {
 
 async function poll() {
   clearTimeout(timer);
-  if (asking || document.hidden) return;
+  if (asking || document.hidden || !$("key-form").hidden) return;
   asking = true;
   try {
     const state = await ask();
-    $("key-form").hidden = true;
     show(state);
     [last, shownAt, failure] = [state, performance.now(), ""];
   } catch (error) {
@@ -295,7 +295,7 @@ async function poll() {
   } finally {
     asking = false;
     pulse();
-    timer = setTimeout(poll, EVERY_MS);
+    if ($("key-form").hidden) timer = setTimeout(poll, EVERY_MS);  // else there is nothing to ask without a key
   }
 }
 
