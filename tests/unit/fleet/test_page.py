@@ -1,7 +1,6 @@
 """The page in a real browser: what it shows in every state, and that nothing of the service runs in it.
 
-Skipped where there is no Chromium. FLEET_PICTURES=FOLDER keeps pictures of every scene, in light and in dark, on a phone
-and on a desk.
+Skipped where there is no Chromium. FLEET_PICTURES=FOLDER keeps pictures of every scene: light and dark, phone and desk.
 """
 
 from __future__ import annotations
