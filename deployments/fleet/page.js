@@ -2,7 +2,7 @@
 // Every name comes from the service and is only ever set as text. The page keeps its elements and changes what differs,
 // so that an open table stays open and a reader's place is kept.
 
-const EVERY_MS = 1000, ANSWER_MS = 10000, KEY = "headroom-key";
+const EVERY_MS = 1000, ANSWER_MS = 10000, LATE_S = 5, KEY = "headroom-key";
 const STATUS = {serving: "Serving", starting: "Starting", draining: "Draining", lost: "Lost"};
 const BLOCKS = {held: "in use", promised: "granted, not used yet", cached: "cached prefixes", empty: "empty"};
 const KINDS = {weights: "weights", kv: "KV cache", reserve: "reserve", free: "free", outside: "outside the budget"};
@@ -28,16 +28,14 @@ function put(node, name, value) {
 
 // The children of `parent` become one view per item: those of known keys are updated, the others made or removed.
 function sync(parent, items, keyOf, make) {
-  const before = parent.views ?? new Map(), after = new Map();
-  items.forEach((item, place) => {
-    const key = keyOf(item), view = before.get(key) ?? make(item);
-    before.delete(key);
-    after.set(key, view);
-    if (view.update) view.update(item);
+  const before = parent.views ?? new Map(), keys = items.map(keyOf), stay = new Set(keys);
+  for (const [key, view] of before) if (!stay.has(key)) view.node.remove();
+  parent.views = new Map(items.map((item, place) => {
+    const view = before.get(keys[place]) ?? make(item);
+    view.update(item);
     if (parent.children[place] !== view.node) parent.insertBefore(view.node, parent.children[place] ?? null);
-  });
-  for (const view of before.values()) view.node.remove();
-  parent.views = after;
+    return [keys[place], view];
+  }));
 }
 
 function figures(node, rows) {
@@ -256,10 +254,10 @@ function show(state) {
 
 function pulse() {
   const locked = !$("key-form").hidden;
-  const age = last ? (performance.now() - shownAt) / 1000 : 0, stale = failure !== "";
+  const age = last ? (performance.now() - shownAt) / 1000 : 0, stale = failure !== "" || age >= LATE_S;
   put($("pulse"), "data-state", stale ? "stale" : last ? "live" : "loading");
-  say($("pulse-text"), locked ? "Locked" : stale ? (last ? `No answer; values are ${span(age)} old` : "No answer") : last ? "Live" : "Loading");
-  $("banner").hidden = !stale || locked;
+  say($("pulse-text"), locked ? "Locked" : stale ? (last ? `No news; values are ${span(age)} old` : "No answer") : last ? "Live" : "Loading");
+  $("banner").hidden = !failure || locked;
   put($("banner"), "data-tone", "bad");
   say($("banner"), failure);
 }
@@ -267,7 +265,11 @@ function pulse() {
 async function ask() {
   const key = sessionStorage.getItem(KEY);
   const headers = key ? {authorization: `Bearer ${key}`} : {};
-  const answer = await fetch(location.pathname.replace(/\/+$/, "") + "/state", {headers, cache: "no-store", signal: AbortSignal.timeout(ANSWER_MS)});
+  const path = location.pathname.replace(/\/+$/, "") + "/state";
+  const answer = await fetch(path, {headers, cache: "no-store", signal: AbortSignal.timeout(ANSWER_MS)}).catch((error) => {
+    console.warn(error);
+    throw new Error("The service does not answer. It is asked again each second.");
+  });
   if (answer.status === 401 || answer.status === 403) {
     sessionStorage.removeItem(KEY);
     say($("key-why"), key ? "This key is not accepted." : "This service asks for a key.");
@@ -290,8 +292,7 @@ async function poll() {
     show(state);
     [last, shownAt, failure] = [state, performance.now(), ""];
   } catch (error) {
-    failure = error.name === "TypeError" || error.name === "TimeoutError" ? "The service does not answer. It is asked again each second." : error.message;
-    console.warn(error);
+    failure = error.message;
   } finally {
     asking = false;
     pulse();

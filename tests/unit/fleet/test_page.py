@@ -6,6 +6,7 @@ Skipped where there is no Chromium. FLEET_PICTURES=FOLDER keeps pictures of ever
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -17,11 +18,13 @@ import pytest
 import uvicorn
 
 from deployments.api.app import ServedModel, create_api
+from deployments.fleet.page import load_page
 from deployments.metrics.board import Observation
 from deployments.settings import ApiSettings
 from tests.chromium import Chromium, find_chromium
 from tests.fakes.dispatcher import FakeDispatcher, Script
 from tests.unit.fleet.scenes import HOSTILE, HOSTILE_TEXT, ONE, TWELVE, UNEQUAL, Rep, observation, plan_on
+from tests.unit.placement.test_svg import contrast
 
 CARDS = "document.querySelectorAll('.card:not(.absent)').length"
 
@@ -68,6 +71,19 @@ class FleetServer:
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
+
+
+def test_text_stands_out_in_light_and_in_dark() -> None:
+    palettes = [
+        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]+)", block)) for block in load_page().html.split(":root {")[1:]
+    ]
+    assert len(palettes) == 2
+    for palette in palettes:
+        for ground in ("background", "surface"):
+            for ink in ("text", "faint", "good", "note", "bad"):
+                assert contrast(palette[ink], palette[ground]) >= 4.5, (ink, ground)
+        for ink, ground in (("text", "note-fill"), ("text", "bad-fill"), ("surface", "focus")):
+            assert contrast(palette[ink], palette[ground]) >= 4.5, (ink, ground)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +202,7 @@ def test_last_values_stay_with_their_age_when_the_ledger_goes(browser: Chromium,
 def test_last_values_stay_with_their_age_when_the_service_goes(browser: Chromium, server: FleetServer) -> None:
     opened(browser, server, ONE)
     server.stop()
-    browser.wait("/No answer; values are [1-9][0-9]* s old/.test(document.body.innerText)")
+    browser.wait("/No news; values are [1-9][0-9]* s old/.test(document.body.innerText)")
     assert "in use 3,520" in browser.text()
     assert "The service does not answer. It is asked again each second." in browser.text()
 
