@@ -155,7 +155,7 @@ function blocksView() {
 
 function replicaView(replica) {
   const badge = el("span", {class: "badge"}), live = el("dl", {class: "figures"}), blocks = blocksView();
-  const title = el("p", {class: "faint"}), devices = el("div", {class: "devices"}), table = el("div", {class: "scroll"});
+  const title = el("p", {class: "faint"}), devices = el("div", {class: "devices"}), table = el("div", {class: "scroll", role: "region", tabindex: "0", "aria-label": "Every part of the plan"});
   const more = el("details", {}, el("summary", {}, "Every part of the plan"), table);
   const heading = el("h3", {}, replica.pool, " ", el("small", {}, replica.id));
   const node = el("article", {class: "card"}, el("header", {}, heading, badge), live, blocks.node, title, devices, more);
