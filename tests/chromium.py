@@ -9,6 +9,7 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ class Chromium:
             "--no-first-run",
         ]
         options += ["--disable-dev-shm-usage", "--force-color-profile=srgb", "--hide-scrollbars"]
-        options += ["--no-sandbox"] if os.geteuid() == 0 else []
+        options += ["--no-sandbox"]  # containers have no namespaces for it, and the page is our own
         command = [sys.executable, "-c", START, str(take), str(give), path, *options]
         self._log = (folder / "chromium.log").open("wb")
         self._process = subprocess.Popen(command, pass_fds=(take, give), stdout=self._log, stderr=self._log)
@@ -66,10 +67,13 @@ class Chromium:
         """Errors that the page's console or the security policy had, since the last `open`."""
 
     def __enter__(self) -> Self:
-        tab = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
+        with contextlib.ExitStack() as undo:
+            undo.push(self)
+            tab = self.call("Target.createTarget", url="about:blank")["targetId"]
+            self._session = self.call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log"):
+                self.call(f"{domain}.enable")
+            undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,17 +127,19 @@ class Chromium:
         message: dict[str, Any] = {"id": self._sent, "method": method, "params": params}
         if self._session is not None:
             message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and said why in its log
+            os.write(self._write, json.dumps(message).encode() + b"\0")
         for answer in self._messages():
             if answer.get("id") == self._sent:
                 if "error" in answer:
                     raise AssertionError(f"{method}: {answer['error']}")
                 return dict(answer["result"])
-        raise AssertionError(f"{method}: Chromium ended with {self._process.wait(10)}")
+        raise AssertionError(f"{method}: Chromium ended: {Path(self._log.name).read_text('utf-8', 'replace')[-2000:]}")
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         while True:
             while b"\0" not in self._buffer:
+                assert select.select([self._read], [], [], LIMIT_S)[0], f"Chromium said nothing for {LIMIT_S:g} s"
                 read = os.read(self._read, 1 << 20)
                 if not read:
                     return
