@@ -17,7 +17,7 @@ from deployments.engine.client import EngineClient
 from deployments.engine.messages import EngineSpec
 from deployments.errors import EngineFailed
 from deployments.home import state_folder
-from deployments.metrics.pacing import seldom
+from deployments.metrics.pacing import OUTLINE_EVERY_S, seldom
 from deployments.metrics.replica import vitals_of
 from deployments.metrics.vitals import ReplicaVitals
 from deployments.protocol import REFUSED, GenerationRequest, TokenChunk, mismatch
@@ -25,6 +25,7 @@ from deployments.routing.admission import Admission
 from deployments.routing.reports import ReportSender
 from deployments.settings import ModelSettings, PoolSettings
 from deployments.stopping import stop_flag
+from placement.outline import outline
 from placement.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Replica:
         """Engine request id -> grant id, of requests taken up and not ended."""
         self._admission: Admission | None = None
         self._plan: Plan | None = None
+        self._outline_when_due = seldom(lambda: outline(self._planned()), OUTLINE_EVERY_S)
         self._attention = ""
         self._sender: ReportSender | None = None
         self._reporting: asyncio.Task[None] | None = None
@@ -129,11 +131,10 @@ class Replica:
 
     async def status(self) -> ReplicaStatus:
         """Who and how this replica is."""
-        assert self._plan is not None
         return ReplicaStatus(
             replica_id=self._admitted().replica_id,
             engine_pid=self._engine.pid,
-            plan=self._plan,
+            plan=self._planned(),
             attention=self._attention,
             held_blocks=sum(self._engine.held.values()) - self._engine.shared_blocks,
             cached_blocks=self._engine.cached_blocks,
@@ -167,15 +168,19 @@ class Replica:
         self._engine.stop()
 
     def _vitals(self) -> ReplicaVitals:
-        assert self._plan is not None
         engine = self._engine
         return vitals_of(
             engine.tally,
-            self._plan,
+            self._planned(),
             cached_blocks=engine.cached_blocks,
             preemptions=engine.preemptions,
             grants=self._admitted().grants,
+            outline=self._outline_when_due(),
         )
+
+    def _planned(self) -> Plan:
+        assert self._plan is not None, "start() comes first"
+        return self._plan
 
     def _admitted(self) -> Admission:
         assert self._admission is not None, "start() comes first"

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from deployments.api.auth import ApiKeys
@@ -20,6 +21,8 @@ from deployments.api.responses import GenerationResponse
 from deployments.api.schemas import parse_chat, parse_completion
 from deployments.api.served import ModelTable, ServedModel
 from deployments.api.visit import Visit, visit_of
+from deployments.fleet.page import load_page
+from deployments.fleet.watch import FleetWatch
 from deployments.metrics.meter import IngressMeter
 from deployments.metrics.overview import Overview
 from deployments.metrics.page import render
@@ -50,6 +53,8 @@ class Endpoints:
         self._settings = settings
         self._meter = meter
         self._draw_seed = draw_seed
+        self._fleet = FleetWatch({model.name: model.dispatcher.observe for model in models.models})
+        self._fleet_page = load_page()
 
     def routes(self) -> list[BaseRoute]:
         """Path to endpoint. Starlette adds HEAD to GET."""
@@ -61,6 +66,8 @@ class Endpoints:
             Route("/health", self.health, methods=["GET"]),
             Route("/ready", self.ready, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/fleet", self.fleet, methods=["GET"]),
+            Route("/fleet/state", self.fleet_state, methods=["GET"]),
         ]
 
     async def list_models(self, request: Request) -> Response:
@@ -113,6 +120,15 @@ class Endpoints:
         model = self._models[name]
         visit_of(request).model = model.name
         return model
+
+    async def fleet(self, _: Request) -> Response:
+        """The live page. There is nothing in it but its code: whoever opens it gives it the key for `/fleet/state`."""
+        return HTMLResponse(self._fleet_page.html, headers=self._fleet_page.headers)
+
+    async def fleet_state(self, request: Request) -> Response:
+        """What the page shows. Asks for a key where one is set."""
+        self._tenant(request)
+        return JSONResponse(asdict(await self._fleet.state()), headers={"cache-control": "no-store"})
 
     def _tenant(self, request: Request) -> str:
         return self._keys.tenant(request.headers.get("authorization"))

@@ -230,9 +230,10 @@ class Ledger:
             waiting=len(self._queue),
             waiting_tokens=self._queue.tokens,
             expected_output_tokens=self._lengths.expected(),
-            replicas=tuple(view_of(account, sellable=self._sells(account)) for account in self._fleet),
+            replicas=tuple(view_of(account, sellable=self._sells(account), now=self._now) for account in self._fleet),
             forecast=self._forecast.error,
             starts_on_demand=self._growth.from_none,
+            waiting_by_pool=self._queue.by_pool(),
         )
 
     def check_integrity(self) -> None:

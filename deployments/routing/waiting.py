@@ -8,6 +8,7 @@ for the rest of it, so only the first of each line is looked at: some tens of th
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -148,6 +149,10 @@ class WaitingQueue:
     def sums(self) -> list[Waiting]:
         """What waits, by kind: some tens, however many wait."""
         return [Waiting(kind.pool, each.longest, each.tokens) for kind, each in self._sums.items()]
+
+    def by_pool(self) -> tuple[tuple[str | None, int], ...]:
+        """(pool that they insist on, waiters), None for any pool. Looks at every waiter: for snapshots."""
+        return tuple(Counter(waiter.request.pool for waiter in self._waiters.values()).items())
 
     def tokens_before(self, tenant: str) -> int:
         """Tokens likely to be granted before one more request of this tenant."""

@@ -173,6 +173,30 @@ async def test_bad_input_is_refused_and_nothing_leaks(
     assert running.idle()
 
 
+async def test_the_fleet_page_shows_replicas_at_work(running: Service) -> None:
+    async with httpx.AsyncClient(base_url=running.url, timeout=TIMEOUT) as client:
+        assert (await client.get("/fleet")).headers["content-type"].startswith("text/html")
+        streams = [asyncio.create_task(stream(client, body(f"Saga {i}", max_tokens=2000))) for i in range(8)]
+        while True:  # until what replicas tell each second, and their plans each ten, has come
+            (model,) = (await client.get("/fleet/state")).json()["models"]
+            at_work = [r for r in model["replicas"] if r["plan"] and r["running"] and r["kv"]["held_blocks"]]
+            if len(at_work) == 2 and all(r["tokens_per_s"] for r in at_work):
+                break
+            assert not any(task.done() for task in streams), f"never seen at work: {model}"
+            await asyncio.sleep(0.2)
+        assert (model["name"], model["ledger"], model["missing_replicas"]) == (MODEL, "up", 0)
+        plans = {status.replica_id: status.plan for status in (await asyncio.to_thread(running.replicas)).values()}
+        for replica in model["replicas"]:
+            assert replica["status"] == "serving"
+            (device,) = replica["plan"]["devices"]
+            assert device["budget_bytes"] == plans[replica["id"]].stages[0].budget_bytes
+            assert sum(part["bytes"] for part in device["parts"]) == device["memory_bytes"]
+        for task in streams:
+            task.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+    await asyncio.to_thread(wait_for, running.idle, 30.0)
+
+
 async def test_a_killed_replica_process_ends_its_requests_and_the_service_recovers(running: Service) -> None:
     wait_for(running.idle, 5.0)
     before = await asyncio.to_thread(running.replicas)

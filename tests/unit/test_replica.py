@@ -16,6 +16,7 @@ from deployments import replica as replica_module
 from deployments.engine.messages import EngineSpec, Started
 from deployments.engine.tally import EngineTally
 from deployments.errors import EngineFailed
+from deployments.metrics.vitals import ReplicaVitals
 from deployments.protocol import (
     NO_CHANGE,
     PROTOCOL_VERSION,
@@ -30,6 +31,7 @@ from deployments.replica import Replica
 from deployments.routing.admission import Admission
 from deployments.settings import ModelSettings, PoolSettings
 from placement.hardware import Gpu
+from placement.outline import outline
 from placement.plan import Plan, Stage
 
 GPU = Gpu("Toy", 10**6, speed=1)
@@ -77,12 +79,13 @@ class FakeSender:
     """Reports to nobody until it breaks."""
 
     broken: asyncio.Event
+    first: ReplicaVitals
 
     def __init__(
         self, admission: Admission, ledger: Any, *, vitals: Callable[[], Any], stopping: Callable[[], bool]
     ) -> None:
         assert not stopping()
-        assert vitals().steps.total == 0  # at most one a second: the first is due at once
+        FakeSender.first = vitals()  # at most one a second: the first is due at once
         assert (admission.replica_id, ledger) == ("r1", "the ledger")
         FakeSender.broken = asyncio.Event()
 
@@ -120,6 +123,12 @@ async def test_starts_its_engine_with_the_pools_settings(world: Any, tmp_path: P
     assert (spec.name, spec.model_dir, spec.replicas_here, spec.pool) == ("m", tmp_path, 3, PoolSettings())
     state = world.admission.report()
     assert (state.replica_id, state.block_size, state.capacity_blocks, state.max_context) == ("r1", 4, 100, 256)
+
+
+async def test_tells_its_plan_in_outline_with_its_first_vitals_and_then_seldom(world: Any) -> None:
+    assert FakeSender.first.steps.total == 0
+    assert FakeSender.first.outline == outline(PLAN)
+    assert world.replica._vitals().outline is None
 
 
 async def test_says_first_that_it_took_the_grant_up_and_counts_at_the_end(world: Any) -> None:

@@ -339,6 +339,18 @@ def test_a_silent_ingress_loses_its_waiters_but_not_its_grants() -> None:
     assert book.view(5.0).waiting == 1
 
 
+def test_a_snapshot_says_who_drains_who_is_silent_and_for_which_pool_requests_wait() -> None:
+    book = ledger(state(), state("r1"))
+    book.report(state("r1", 2, draining=True), 3.0)
+    book.tick(3.5)
+    told = [(r.alive, r.draining, r.silent_s, r.sellable) for r in book.view(3.5).replicas]
+    assert told == [(False, False, 3.5, False), (True, True, 0.5, False)]
+    book.reserve(wish("a"), 3.5)
+    book.reserve(wish("b", pool="default"), 3.5)
+    book.reserve(wish("c", pool="default"), 3.5)
+    assert dict(book.view(3.5).waiting_by_pool) == {None: 1, "default": 2}
+
+
 def test_silence_hides_a_replica_until_it_reports_again() -> None:
     book = ledger(state(), state("r1"))
     book.report(state("r1", 2), 3.0)
