@@ -48,7 +48,7 @@ class Caution:
     """
 
     TARGET = 1000
-    STEP = 10_000
+    STEP = 25_000
     """Thousandths of a percent."""
     LEAST, MOST = 10_000, 95_000
 

@@ -79,7 +79,7 @@ def test_without_anything_learnt_what_goes_on_is_expected_to_produce_the_prior_o
 def test_a_preemption_is_worth_a_thousand_requests_that_were_held_back() -> None:
     caution = Caution(50)
     caution.learn(preempted=1, held_back=0)
-    assert caution.percent == 60
+    assert caution.percent == 75
     for _ in range(10):
         caution.learn(preempted=0, held_back=100)
     assert caution.percent == 50
@@ -100,7 +100,7 @@ def test_caution_has_bounds_and_returns_from_them_at_once() -> None:
     caution.learn(preempted=0, held_back=100_000)
     assert caution.percent == 10
     caution.learn(preempted=1, held_back=0)
-    assert caution.percent == 20
+    assert caution.percent == 35
 
 
 def test_what_is_promised_follows_caution() -> None:
@@ -108,9 +108,9 @@ def test_what_is_promised_follows_caution() -> None:
     for value in (10, 20, 30, 40, 50):
         lengths.add(value, 1000)
     assert lengths.size(100, 1000).grant_tokens == 130
-    lengths.caution.learn(preempted=3, held_back=0)
+    lengths.caution.learn(preempted=1, held_back=0)
     assert lengths.size(100, 1000).grant_tokens == 140
-    assert lengths.expected_beyond(10, 1000) == 50
+    assert lengths.expected_beyond(10, 1000) == 40
 
 
 @pytest.mark.parametrize(
