@@ -264,6 +264,8 @@ class ReplicaState:
     """How much less than the sum of `held` is really held, because requests share prefixes; whole granules count."""
     granules: CachedGranules = NO_CHANGE
     """Every change since the last report that this ledger acknowledged, or the whole for one that has none yet."""
+    preemptions: int = 0
+    """Since the start of its epoch: from these the ledger learns how much to promise."""
     vitals: ReplicaVitals | None = None
     """For the metrics page; about once a second."""
 

@@ -205,6 +205,7 @@ class Replica:
         self._note_shared()
         if self._admission is not None:
             self._admission.note_granules(self._engine.granules)
+            self._admission.preemptions = self._engine.preemptions
 
     def _note_shared(self) -> None:
         """Tell what requests share. The engine may count one that has ended here already: nobody shares with that."""

@@ -39,6 +39,8 @@ class Admission:
         self.draining = False
         self.grants = GrantCounts()
         """How the grants of ended requests compared with what they came to need."""
+        self.preemptions = 0
+        """Since the start of this life; the next report tells."""
         self.changed = True
         """Whether something happened since the last report, which is then due."""
         self._sequence = 0
@@ -146,6 +148,7 @@ class Admission:
             ledger_epoch=self.ledger_epoch,
             shared_blocks=self._shared_blocks,
             granules=self._granules.report(self._sequence),
+            preemptions=self.preemptions,
         )
 
     def acknowledge(self, sequence: int, ledger_epoch: int) -> None:

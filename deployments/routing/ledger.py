@@ -370,15 +370,16 @@ class Ledger:
         if ended is None:
             return
         self._heard.move_to_end(state.replica_id)
-        self._learn(state, {grant.grant_id: size for grant, size in ended})
+        self._learn(account, {grant.grant_id: size for grant, size in ended})
         for grant, _ in ended:
             self._grants.remove(grant)
         self._forecast.freed((before - account.charged_blocks) * account.block_size, now)
         self._expect_growth(account)
         self._place(account)
 
-    def _learn(self, state: ReplicaState, ended: dict[str, Size]) -> None:
-        for grant_id, _, output_tokens in state.ended:
+    def _learn(self, account: ReplicaAccount, ended: dict[str, Size]) -> None:
+        self._lengths.caution.learn(preempted=account.preempted, held_back=len(ended) if self._queue else 0)
+        for grant_id, _, output_tokens in account.state.ended:
             if grant_id in ended:
                 self._lengths.add(output_tokens, ended[grant_id].max_tokens)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from deployments.protocol import ReserveRequest
@@ -57,13 +57,13 @@ class Waiter:
     """Its number among all that ever joined; set by the queue."""
     passed_tokens: int = 0
     """Tokens granted to requests behind it while it stood first in its line."""
+    kind: Kind = field(init=False)
+    """Its line."""
 
-    @property
-    def kind(self) -> Kind:
-        """Its line."""
+    def __post_init__(self) -> None:
         size = self.size
         longest = size.prompt_tokens + size.max_tokens
-        return Kind(self.request.pool, size.grant_tokens.bit_length(), longest.bit_length())
+        self.kind = Kind(self.request.pool, size.grant_tokens.bit_length(), longest.bit_length())
 
 
 class Line:

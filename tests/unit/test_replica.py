@@ -255,3 +255,9 @@ async def test_stop_ends_engine_and_reports(world: Any) -> None:
     await asyncio.sleep(0.01)
     assert world.engine.stopped
     assert world.replica._reporting.cancelled()
+
+
+async def test_reports_tell_of_preemptions(world: Any) -> None:
+    assert world.admission.report().preemptions == 0
+    world.engine.on_report()
+    assert world.admission.report().preemptions == 6
