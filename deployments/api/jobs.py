@@ -28,6 +28,8 @@ class Caller:
     """Tenant salt of the prefix cache; empty where no API keys tell callers apart."""
     seed: int
     """Unsigned 64-bit, drawn for this request; used where the client gives none."""
+    tenant: str = ""
+    """By the API key; empty where there is none, and `user` names the tenant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ def _job(
             prompt_ids=ids,
             sampling=_sampling(body, model, caller, p * body.n + c, max_tokens, logprobs, biases),
             salt=caller.salt,
-            tenant=caller.salt or body.user or "",
+            tenant=caller.tenant or body.user or "",
             priority=body.priority,
         )
         for p, ids in enumerate(prompts)
