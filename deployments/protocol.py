@@ -110,6 +110,8 @@ class ReserveRequest:
     prefix: Prefix | None = None
     """What the prompt begins with, to find replicas that have it cached; None: not looked for."""
     version: int = PROTOCOL_VERSION
+    weight: int | None = None
+    """Of the tenant, from its API key; None: as the ledger's settings have it."""
 
 
 RefusalKind = Literal["too_long", "queue_full", "deadline", "no_replica", "unknown_pool", "version"]
@@ -146,6 +148,8 @@ class GenerationRequest:
     priority: int = 0
     """As in `ReserveRequest`."""
     version: int = PROTOCOL_VERSION
+    weight: int | None = None
+    """As in `ReserveRequest`."""
 
     @property
     def prompt_tokens(self) -> int:

@@ -123,7 +123,7 @@ class Endpoints:
         if key is None:
             return Caller(visit.engine_id, "", self._draw_seed())
         visit.admission = self._limiter.enter(key)
-        return Caller(visit.engine_id, key.salt, self._draw_seed(), tenant=key.owner)
+        return Caller(visit.engine_id, key.salt, self._draw_seed(), tenant=key.owner, weight=key.weight)
 
     async def _read(self, request: Request) -> dict[str, Any]:
         return await read_json_object(request, self._settings.max_body_bytes, self._settings.body_timeout_s)

@@ -30,6 +30,8 @@ class Caller:
     """Unsigned 64-bit, drawn for this request; used where the client gives none."""
     tenant: str = ""
     """By the API key; empty where there is none, and `user` names the tenant."""
+    weight: int | None = None
+    """Of the tenant, by the API key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ def _job(
             salt=caller.salt,
             tenant=caller.tenant or body.user or "",
             priority=body.priority,
+            weight=caller.weight,
         )
         for p, ids in enumerate(prompts)
         for c in range(body.n)

@@ -145,7 +145,7 @@ class WaitingQueue:
         self._joined += 1
         waiter.arrival = self._joined
         self._tokens += waiter.size.grant_tokens
-        self._shares.join(request.tenant, waiter.size.grant_tokens)
+        self._shares.join(request.tenant, waiter.size.grant_tokens, request.weight)
         self._line_up(waiter)
         heapq.heappush(self._deadlines, (waiter.deadline, waiter.arrival, waiter))
 

@@ -139,7 +139,8 @@ async def test_the_tenant_is_the_keys(
     make_api: Callable[..., Api], speak: Callable[..., Script], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys"
-    path.write_text("".join(entry(k, tenant=t) for k, t in (("a", "team"), ("b", "team"), ("c", None))), "utf-8")
+    path.write_text("".join(entry(k, tenant=t) for k, t in (("a", "team"), ("b", "team"))), "utf-8")
+    path.write_text(path.read_text("utf-8") + entry("c", weight=3), "utf-8")
     api = make_api(speak("x"), ApiSettings(api_keys_file=str(path), api_keys_env="K"), environment={"K": "plain"})
     caplog.set_level(logging.INFO)
     for key in ("a", "b", "c", "plain"):
@@ -147,6 +148,7 @@ async def test_the_tenant_is_the_keys(
     tenants = [request.tenant for request in api.dispatcher.requests]
     assert tenants[:3] == ["team", "team", "c"]
     assert tenants[3].startswith("key-")
+    assert [request.weight for request in api.dispatcher.requests] == [None, None, 3, None]
     salts = [request.salt for request in api.dispatcher.requests]
     assert salts[0] == salts[1]
     assert len(set(salts)) == 3
