@@ -41,7 +41,7 @@ def create_api(
     """
     meter = meter or IngressMeter(uuid.uuid4().hex)
     endpoints = Endpoints(ModelTable(models), open_gate(settings, environment), settings, meter, draw_seed)
-    # Bodies are read by deployments.api.body, so the OpenAPI page that FastAPI derives would show none of them.
+    # Bodies are read by deployments.api.body: what FastAPI derives would show none of them. See openapi.py.
     app = FastAPI(title="Headroom", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.router.routes.extend(endpoints.routes())
     app.add_exception_handler(RequestError, on_request_error)

@@ -89,6 +89,11 @@ class Gate:
         self._file = file
         self._open_admin = open_admin
 
+    def asks(self, role: Role) -> bool:
+        """Whether endpoints of this role ask for a key."""
+        keyed = bool(self._plain) or self._file is not None
+        return keyed and not (role == "admin" and self._open_admin)
+
     def admit(self, authorizations: Sequence[str], role: Role) -> ApiKey | None:
         """The key that the request shows; None where none is asked for.
 
@@ -99,7 +104,7 @@ class Gate:
             Unauthorized: no key, or an unknown one.
             Forbidden: the key is not for this role.
         """
-        if (not self._plain and self._file is None) or (role == "admin" and self._open_admin):
+        if not self.asks(role):
             return None
         shown = _bearer(authorizations)
         key = find_key((*self._plain, *(self._file.valid() if self._file else ())), shown)

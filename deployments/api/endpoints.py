@@ -12,12 +12,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from deployments import __version__
 from deployments.api.auth import Gate
 from deployments.api.body import read_json_object
 from deployments.api.formats import ChatFormat, CompletionFormat
 from deployments.api.jobs import Caller, Job, chat_job, completion_job
 from deployments.api.keys import ApiKey, Role
 from deployments.api.limits import Limiter
+from deployments.api.openapi import document
 from deployments.api.responses import GenerationResponse
 from deployments.api.schemas import parse_chat, parse_completion
 from deployments.api.served import ModelTable, ServedModel
@@ -64,6 +66,7 @@ class Endpoints:
             Route("/health", self.health, methods=["GET"]),
             Route("/ready", self.ready, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/openapi.json", self.openapi, methods=["GET"]),
         ]
 
     async def list_models(self, request: Request) -> Response:
@@ -110,6 +113,12 @@ class Endpoints:
         overview = Overview(tuple(zip((model.name for model in models), seen, strict=True)), self._meter.vitals())
         page, content_type = render(overview, request.headers.get("accept", ""))
         return Response(page, headers={"content-type": content_type})
+
+    async def openapi(self, request: Request) -> Response:
+        """What the endpoints take and answer. Open to all: it tells nothing of this service but whether it has keys."""
+        gate = self._gate
+        made = document(__version__, keyed=gate.asks("api"), admin_keyed=gate.asks("admin"))
+        return JSONResponse({**made, "servers": [{"url": request.scope.get("root_path") or "/"}]})
 
     def _admit(self, request: Request, role: Role) -> ApiKey | None:
         key = self._gate.admit(request.headers.getlist("authorization"), role)
