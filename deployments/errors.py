@@ -7,10 +7,13 @@
         │   ├── ContextLengthExceeded
         │   └── UnsupportedField
         ├── Unauthorized            401
+        ├── Forbidden               403
         ├── ModelNotFound           404
         ├── RequestTimeout          408
+        │   └── BodyTimeout
         ├── BodyTooLarge            413
         ├── Overloaded              429, with Retry-After
+        │   └── KeyLimitExceeded
         ├── EngineFailed            500
         └── NoReplica               503
 
@@ -81,6 +84,12 @@ class Unauthorized(RequestError):
     default_code = "invalid_api_key"
 
 
+class Forbidden(RequestError):
+    """The API key is known, and not for this endpoint."""
+
+    default_code = "insufficient_role"
+
+
 class ModelNotFound(RequestError):
     """No model of that name or alias is served."""
 
@@ -93,6 +102,12 @@ class RequestTimeout(RequestError):
     default_code = "request_timeout"
 
 
+class BodyTimeout(RequestTimeout):
+    """The request's body was not there `api.body_timeout_s` after its head."""
+
+    default_code = "body_timeout"
+
+
 class BodyTooLarge(RequestError):
     """The request body is over `api.max_body_bytes`."""
 
@@ -103,6 +118,12 @@ class Overloaded(RequestError):
     """The waiting queue is full, or the deadline passed before blocks were free."""
 
     default_code = "rate_limit_exceeded"
+
+
+class KeyLimitExceeded(Overloaded):
+    """A limit of the API key is reached."""
+
+    default_code = "key_limit_exceeded"
 
 
 class EngineFailed(RequestError):
@@ -128,6 +149,7 @@ class HttpStatus:
 HTTP: dict[type[RequestError], HttpStatus] = {
     BadRequest: HttpStatus(400, "invalid_request_error"),
     Unauthorized: HttpStatus(401, "authentication_error"),
+    Forbidden: HttpStatus(403, "permission_error"),
     ModelNotFound: HttpStatus(404, "invalid_request_error"),
     RequestTimeout: HttpStatus(408, "timeout_error"),
     BodyTooLarge: HttpStatus(413, "invalid_request_error"),

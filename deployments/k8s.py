@@ -23,8 +23,8 @@ from placement.hardware import Gpu, Inventory
 
 PORT = 8000
 """Of Serve's proxy in every pod; k8s/base names it too."""
-API_KEYS = "HEADROOM_API_KEYS"
-"""The environment variable that k8s/base fills from the Secret."""
+KEYS_FILE = "/etc/headroom/keys.yaml"
+"""Where k8s/base mounts the Secret's hashes of API keys."""
 CACHE_CLAIM = "model-cache"
 """The base's PersistentVolumeClaim, shared by all workers."""
 PRODUCT_LABEL = "nvidia.com/gpu.product"
@@ -75,7 +75,7 @@ _METRICS_KEY = [
         "value": {"type": "Bearer", "credentials": {"name": "headroom", "key": "metrics-key"}},
     }
 ]
-"""With API keys on, Prometheus shows one too."""
+"""With API keys on, Prometheus shows one too, whose hash has the role admin in the key file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def _args(inventory: Inventory, layout: Layout) -> dict[str, Any]:
     for model in args["models"]:
         for pool in model["pools"]:
             pool.pop("accelerator_type", None)
-    return {**args, "api": {"api_keys_env": API_KEYS}}
+    return {**args, "api": {"api_keys_file": KEYS_FILE}}
 
 
 def _following_demand(args: Mapping[str, Any], min_replicas: int) -> dict[str, Any]:

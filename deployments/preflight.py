@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deployments import store, survey
-from deployments.api.auth import load_keys
+from deployments.api.auth import open_gate
 from deployments.config_file import ConfigFile
 from deployments.errors import ConfigError
 from deployments.survey import Survey
@@ -47,7 +47,7 @@ def check(file: ConfigFile, home: Path, environ: Mapping[str, str], progress: st
     try:
         check_writable(home)
         settings = file.config.application.args
-        load_keys(settings.api.api_keys_env, environ)
+        open_gate(settings.api, environ)
         models = []
         for model in settings.models:
             progress(f"model {model.name}: source {model.source}")

@@ -135,6 +135,8 @@ class ReserveRequest:
     """Orders a tenant's own requests: lower is served first."""
     prefix: Prefix | None = None
     """What the prompt begins with, to find replicas that have it cached; None: not looked for."""
+    weight: int | None = None
+    """Of the tenant, from its API key; None: as the ledger's settings have it."""
 
 
 RefusalKind = Literal["too_long", "queue_full", "deadline", "no_replica", "unknown_pool", "version"]
@@ -172,6 +174,8 @@ class GenerationRequest:
     priority: int = 0
     """As in `ReserveRequest`."""
     pool: str | None = None
+    """As in `ReserveRequest`."""
+    weight: int | None = None
     """As in `ReserveRequest`."""
 
     @property

@@ -168,7 +168,8 @@ class ModelSettings(_Strict):
     """Longest wait for blocks; afterwards 429."""
     tenant_weights: dict[str, Annotated[int, Field(ge=1, le=1000)]] = {}
     """Shares of tenants whose requests wait for blocks: a tenant of weight 2 is granted twice the tokens of one of
-    weight 1, which is the default. Tenants are API keys; without keys, requests' `user` names them."""
+    weight 1, which is the default. Tenants are those of the key file, which may give weights too, and each key of the
+    environment is one; without keys, requests' `user` names them."""
 
     @property
     def granule_tokens(self) -> int | None:
@@ -198,9 +199,15 @@ class ApiSettings(_Strict):
 
     replicas: Annotated[int, Field(ge=1)] = 1
     api_keys_env: str | None = None
-    """Environment variable with comma-separated API keys; None serves without keys."""
+    """Environment variable with comma-separated API keys, which open everything. Neither it nor a file: no keys."""
+    api_keys_file: str | None = None
+    """A file of hashed API keys (`headroom key new NAME`), read again when it changes; both kinds are valid."""
+    admin_endpoints: Literal["keyed", "open"] = "keyed"
+    """Whether `/metrics` and what else watches the service asks for a key of the role admin, where there are keys."""
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
+    body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """From a request's head to the end of its body; afterwards 408."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """From the request's arrival to its last token; afterwards it is cancelled."""
     keep_alive_s: Annotated[float, Field(gt=0)] | None = 15.0

@@ -60,6 +60,8 @@ class AccessMiddleware:
             elif not visit.complete:  # Too late for an answer: the server is to cut the connection.
                 raise RuntimeError(f"the answer to request {visit.request_id} broke off") from None
         finally:
+            if visit.admission is not None:
+                visit.admission.leave(visit.used_tokens)
             _write_line(visit, scope)
             if scope["path"] not in _PROBES:
                 _count(visit, self._meter.of(visit.model))
@@ -88,6 +90,7 @@ def _write_line(visit: Visit, scope: Scope) -> None:
         "path": scope["path"][:200],
         "status": visit.status or CLIENT_GONE,
         "error": visit.error,
+        "key": visit.key,
         "model": visit.model,
         "choices": visit.choices,
         "prompt_tokens": visit.prompt_tokens,

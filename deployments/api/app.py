@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from deployments.api.access import REQUEST_ID, AccessMiddleware
-from deployments.api.auth import load_keys
+from deployments.api.auth import open_gate
 from deployments.api.endpoints import Endpoints
 from deployments.api.problems import on_http_exception, on_request_error
 from deployments.api.served import ModelTable, ServedModel
@@ -37,11 +37,11 @@ def create_api(
         meter: counts the requests; default: one of its own.
 
     Raises:
-        ConfigError: two models share a name, or `api_keys_env` names a variable without keys.
+        ConfigError: two models share a name, or `api_keys_env` or `api_keys_file` holds no keys.
     """
     meter = meter or IngressMeter(uuid.uuid4().hex)
-    endpoints = Endpoints(ModelTable(models), load_keys(settings.api_keys_env, environment), settings, meter, draw_seed)
-    # Bodies are read by deployments.api.body, so the OpenAPI page that FastAPI derives would show none of them.
+    endpoints = Endpoints(ModelTable(models), open_gate(settings, environment), settings, meter, draw_seed)
+    # Bodies are read by deployments.api.body: what FastAPI derives would show none of them. See openapi.py.
     app = FastAPI(title="Headroom", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.router.routes.extend(endpoints.routes())
     app.add_exception_handler(RequestError, on_request_error)

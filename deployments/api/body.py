@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any, NoReturn
 
 from starlette.requests import Request
 
-from deployments.errors import BadRequest, BodyTooLarge
+from deployments.errors import BadRequest, BodyTimeout, BodyTooLarge
 
 
-async def read_json_object(request: Request, limit: int) -> dict[str, Any]:
+async def read_json_object(request: Request, limit: int, timeout_s: float) -> dict[str, Any]:
     """The JSON object in the request's body.
 
     Args:
         limit: most bytes, `api.max_body_bytes`.
+        timeout_s: longest time for all of it, `api.body_timeout_s`.
 
     Raises:
+        BodyTimeout: it came too slowly.
         BodyTooLarge: declared or found longer than `limit`.
         BadRequest: not UTF-8, not JSON (NaN, Infinity and numbers beyond a double are not), or not an object.
     """
-    value = _parse(await _read(request, limit))
+    try:
+        async with asyncio.timeout(timeout_s):
+            content = await _read(request, limit)
+    except TimeoutError:
+        raise BodyTimeout(
+            f"the body was not complete after {timeout_s:g} s, the server's api.body_timeout_s: send it faster, or "
+            "raise it"
+        ) from None
+    value = _parse(content)
     if not isinstance(value, dict):
         raise BadRequest("the body must be a JSON object", code="invalid_json")
     return value

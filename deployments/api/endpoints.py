@@ -13,10 +13,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from deployments.api.auth import ApiKeys
+from deployments import __version__
+from deployments.api.auth import Gate
 from deployments.api.body import read_json_object
 from deployments.api.formats import ChatFormat, CompletionFormat
 from deployments.api.jobs import Caller, Job, chat_job, completion_job
+from deployments.api.keys import ApiKey, Role
+from deployments.api.limits import Limiter
+from deployments.api.openapi import document
 from deployments.api.responses import GenerationResponse
 from deployments.api.schemas import parse_chat, parse_completion
 from deployments.api.served import ModelTable, ServedModel
@@ -43,13 +47,14 @@ class Endpoints:
     def __init__(
         self,
         models: ModelTable,
-        keys: ApiKeys,
+        gate: Gate,
         settings: ApiSettings,
         meter: IngressMeter,
         draw_seed: Callable[[], int],
     ) -> None:
         self._models = models
-        self._keys = keys
+        self._gate = gate
+        self._limiter = Limiter(settings.replicas)
         self._settings = settings
         self._meter = meter
         self._draw_seed = draw_seed
@@ -68,31 +73,32 @@ class Endpoints:
             Route("/metrics", self.metrics, methods=["GET"]),
             Route("/fleet", self.fleet, methods=["GET"]),
             Route("/fleet/state", self.fleet_state, methods=["GET"]),
+            Route("/openapi.json", self.openapi, methods=["GET"]),
         ]
 
     async def list_models(self, request: Request) -> Response:
         """Every name and alias."""
-        self._tenant(request)
+        self._admit(request, "api")
         cards = [_card(name, model) for name, model in self._models]
         return JSONResponse({"object": "list", "data": cards})
 
     async def show_model(self, request: Request) -> Response:
         """One name or alias."""
-        self._tenant(request)
+        self._admit(request, "api")
         name = request.path_params["model"]
         return JSONResponse(_card(name, self._models[name]))
 
     async def chat(self, request: Request) -> GenerationResponse:
         """`/v1/chat/completions`."""
         caller = self._caller(request)
-        body = parse_chat(await read_json_object(request, self._settings.max_body_bytes))
+        body = parse_chat(await self._read(request))
         job = await chat_job(body, self._named(request, body.model), caller)
         return self._respond(request, job, ChatFormat())
 
     async def complete(self, request: Request) -> GenerationResponse:
         """`/v1/completions`."""
         caller = self._caller(request)
-        body = parse_completion(await read_json_object(request, self._settings.max_body_bytes))
+        body = parse_completion(await self._read(request))
         job = await completion_job(body, self._named(request, body.model), caller)
         return self._respond(request, job, CompletionFormat())
 
@@ -107,8 +113,8 @@ class Endpoints:
         return JSONResponse({"ready": all(states.values()), "models": states}, 200 if all(states.values()) else 503)
 
     async def metrics(self, request: Request) -> Response:
-        """The whole service's metrics, whichever ingress answers. Asks for a key where one is set."""
-        self._tenant(request)
+        """The whole service's metrics, whichever ingress answers. Asks for an admin's key where there are keys."""
+        self._admit(request, "admin")
         models = self._models.models
         seen = await asyncio.gather(*(model.dispatcher.observe() for model in models))
         overview = Overview(tuple(zip((model.name for model in models), seen, strict=True)), self._meter.vitals())
@@ -127,18 +133,37 @@ class Endpoints:
 
     async def fleet_state(self, request: Request) -> Response:
         """What the page shows. Asks for a key where one is set."""
-        self._tenant(request)
+        self._admit(request, "admin")
         return JSONResponse(asdict(await self._fleet.state()), headers={"cache-control": "no-store"})
 
-    def _tenant(self, request: Request) -> str:
-        return self._keys.tenant(request.headers.get("authorization"))
+    async def openapi(self, request: Request) -> Response:
+        """What the endpoints take and answer. Open to all: it tells nothing of this service but whether it has keys."""
+        gate = self._gate
+        made = document(__version__, keyed=gate.asks("api"), admin_keyed=gate.asks("admin"))
+        return JSONResponse({**made, "servers": [{"url": request.scope.get("root_path") or "/"}]})
+
+    def _admit(self, request: Request, role: Role) -> ApiKey | None:
+        key = self._gate.admit(request.headers.getlist("authorization"), role)
+        visit_of(request).key = key.name if key else None
+        return key
 
     def _caller(self, request: Request) -> Caller:
-        return Caller(visit_of(request).engine_id, self._tenant(request), self._draw_seed())
+        """Who asks for a generation; counts it against the key's limits."""
+        visit = visit_of(request)
+        key = self._admit(request, "api")
+        if key is None:
+            return Caller(visit.engine_id, "", self._draw_seed())
+        visit.admission = self._limiter.enter(key)
+        return Caller(visit.engine_id, key.salt, self._draw_seed(), tenant=key.owner, weight=key.weight)
+
+    async def _read(self, request: Request) -> dict[str, Any]:
+        return await read_json_object(request, self._settings.max_body_bytes, self._settings.body_timeout_s)
 
     def _respond(self, request: Request, job: Job, format_: ChatFormat | CompletionFormat) -> GenerationResponse:
         visit = visit_of(request)
         _note(visit, job)
+        if visit.admission is not None:
+            visit.admission.pay(job.prompt_tokens)
         return GenerationResponse(
             job,
             format_,

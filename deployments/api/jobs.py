@@ -28,6 +28,10 @@ class Caller:
     """Tenant salt of the prefix cache; empty where no API keys tell callers apart."""
     seed: int
     """Unsigned 64-bit, drawn for this request; used where the client gives none."""
+    tenant: str = ""
+    """By the API key; empty where there is none, and `user` names the tenant."""
+    weight: int | None = None
+    """Of the tenant, by the API key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +110,10 @@ def _job(
             prompt_ids=ids,
             sampling=_sampling(body, model, caller, p * body.n + c, max_tokens, logprobs, biases),
             salt=caller.salt,
-            tenant=caller.salt or body.user or "",
+            tenant=caller.tenant or body.user or "",
             priority=body.priority,
             pool=body.pool,
+            weight=caller.weight,
         )
         for p, ids in enumerate(prompts)
         for c in range(body.n)

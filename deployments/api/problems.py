@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from deployments.api.visit import visit_of
-from deployments.errors import HttpStatus, RequestError, RequestTimeout, Unauthorized, http_status
+from deployments.errors import BodyTimeout, HttpStatus, RequestError, RequestTimeout, Unauthorized, http_status
 
 _ROUTING_CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -39,7 +39,9 @@ def _headers(error: Exception) -> dict[str, str]:
         headers["retry-after"] = str(error.retry_after_s)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, RequestTimeout):
+    if isinstance(error, BodyTimeout):
+        headers["connection"] = "close"  # The rest of the body may come yet, and would be read as the next request.
+    elif isinstance(error, RequestTimeout):
         headers["x-should-retry"] = "false"  # OpenAI's clients retry a 408 by themselves: the same work, thrice.
     return headers
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from deployments.api import fields
 from deployments.errors import BadRequest, UnsupportedField
 
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 1024
+"""Characters: each choice builds its own table of every stop string, while others wait."""
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
@@ -43,6 +45,12 @@ def _read_stop(value: Any) -> Any:
     if len(stops) > MAX_STOPS:
         raise PydanticCustomError(
             "stop", "has {count} strings; at most {most}", {"count": len(stops), "most": MAX_STOPS}
+        )
+    if (longest := max(map(len, stops), default=0)) > MAX_STOP_LENGTH:
+        raise PydanticCustomError(
+            "stop",
+            "has a string of {count} characters; at most {most}",
+            {"count": longest, "most": MAX_STOP_LENGTH},
         )
     return tuple(stops)
 
@@ -81,13 +89,44 @@ def _read_content(value: Any) -> Any:
     return "\n".join(part["text"] for part in value)
 
 
+_STOP: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+# What clients may send, for the OpenAPI document; the types of the fields are what the validators make of it.
+_SENT_STOP = WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}]})
+_SENT_PROMPT = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1},
+            _IDS,
+            {"type": "array", "items": _IDS, "minItems": 1},
+        ]
+    }
+)
+_SENT_CONTENT = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "string"},
+            {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                    "required": ["type", "text"],
+                },
+            },
+        ]
+    }
+)
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
 
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_read_content)]
+    content: Annotated[str, BeforeValidator(_read_content), _SENT_CONTENT]
     name: str | None = None
     tool_call_id: str | None = None
 
@@ -112,7 +151,7 @@ class GenerationBody(_Strict):
     max_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=_MOST)] = 0
     ignore_eos: bool = False
-    stop: Annotated[tuple[str, ...], BeforeValidator(_read_stop)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_read_stop), _SENT_STOP] = ()
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -150,7 +189,7 @@ class ChatBody(GenerationBody):
 
 
 class CompletionBody(GenerationBody):
-    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_read_prompt)]
+    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_read_prompt), _SENT_PROMPT]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from deployments.api.limits import Admission
+
 SCOPE_KEY = "headroom.visit"
 
 
@@ -24,6 +26,10 @@ class Visit:
     status: int | None = None
     complete: bool = False
     """Whether the whole answer was sent."""
+    key: str | None = None
+    """Name of the API key."""
+    admission: Admission | None = None
+    """What its key's limits know of it."""
     model: str | None = None
     choices: int = 0
     prompt_tokens: int = 0
@@ -49,6 +55,11 @@ class Visit:
     def engine_id(self) -> str:
         """Prefix of the ids under which ledger and replicas know the choices."""
         return f"{self.request_id}-{self.unique[:8]}"
+
+    @property
+    def used_tokens(self) -> int:
+        """Prompt and output, if replicas took it up."""
+        return 0 if self.granted is None else self.prompt_tokens + self.output_tokens
 
     def note_first_token(self) -> None:
         """Remember when the first token came."""

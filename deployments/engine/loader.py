@@ -152,7 +152,13 @@ def _read(
     options = {} if quantization is None else {"quantization_config": quantization}
     with _exact_allocations():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_dir, local_files_only=True, dtype=getattr(torch, plan.dtype), device_map=devices, **options
+            model_dir,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=getattr(torch, plan.dtype),
+            device_map=devices,
+            **options,
         )
     model.train(False)
     return model

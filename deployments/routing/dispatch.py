@@ -220,6 +220,7 @@ class ServeDispatcher:
             tenant=request.tenant,
             priority=request.priority,
             prefix=self._prefix(request),
+            weight=request.weight,
         )
         try:
             async with self._notices.while_there():

@@ -42,11 +42,11 @@ class FairShares:
     """The tags of all tenants.
 
     Args:
-        weights: tenant -> weight, at least 1; 1 for tenants not named.
+        weights: tenant -> weight, at least 1; 1 for tenants not named, until one of their requests names another.
     """
 
     def __init__(self, weights: Mapping[str, int]) -> None:
-        self._weights = weights
+        self._weights = dict(weights)
         self._flows: dict[str, Flow] = {}
         self._ahead: list[tuple[int, str]] = []
         """A heap of (tag, tenant) of tenants that wait for nothing, until the clock has reached them."""
@@ -54,8 +54,10 @@ class FairShares:
         self._waiting_weight = 0
         self._requests = 0
 
-    def join(self, tenant: str, tokens: int) -> None:
-        """A request of this tenant begins to wait."""
+    def join(self, tenant: str, tokens: int, weight: int | None = None) -> None:
+        """A request of this tenant begins to wait; `weight` is the tenant's from now on."""
+        if weight is not None:
+            self._weigh(tenant, weight)
         flow = self._flows.get(tenant)
         if flow is None:
             flow = self._flows[tenant] = Flow(self._clock, self._weights.get(tenant, 1))
@@ -94,6 +96,13 @@ class FairShares:
             known = self._flows.get(other)
             if known is not None and known.requests == 0 and known.tag == tag:
                 del self._flows[other]
+
+    def _weigh(self, tenant: str, weight: int) -> None:
+        self._weights[tenant] = weight
+        flow = self._flows.get(tenant)
+        if flow is not None:
+            self._waiting_weight += weight - flow.weight if flow.requests else 0
+            flow.weight = weight
 
     def tag(self, tenant: str) -> int:
         """Virtual time of a tenant that waits."""

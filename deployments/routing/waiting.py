@@ -168,7 +168,7 @@ class WaitingQueue:
         waiter.arrival = self._joined
         self._tokens += waiter.size.grant_tokens
         self._add(waiter)
-        self._shares.join(request.tenant, waiter.size.grant_tokens)
+        self._shares.join(request.tenant, waiter.size.grant_tokens, request.weight)
         self._line_up(waiter)
         heapq.heappush(self._deadlines, (waiter.deadline, waiter.arrival, waiter))
 

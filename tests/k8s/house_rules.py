@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Any
 
 from deployments.settings import Settings
@@ -21,6 +22,7 @@ def complaints(manifests: list[Manifest]) -> list[str]:
     found += [c for name, template in pod_templates(manifests) for c in _refers(name, template["spec"], manifests)]
     for group in groups(service):
         found += _worker(group, settings)
+        found += _keys(group, settings)
     return [
         *found,
         *_cluster(service, settings),
@@ -95,6 +97,27 @@ def _worker(group: Manifest, settings: Settings) -> Iterator[str]:
         yield f"{name}: readiness does not ask Serve's proxy"
     if ready["periodSeconds"] * ready["failureThreshold"] >= LOAD_BALANCER_S:
         yield f"{name}: readiness takes {LOAD_BALANCER_S} s or more to notice that the proxy drains"
+
+
+def _keys(group: Manifest, settings: Settings) -> Iterator[str]:
+    """The key file is a Secret's, read-only, and follows it."""
+    if settings.api.api_keys_file is None:
+        return
+    name, pod = group["groupName"], group["template"]["spec"]
+    path = PurePosixPath(settings.api.api_keys_file)
+    secrets = {v["name"]: {item["path"] for item in v["secret"]["items"]} for v in pod["volumes"] if "secret" in v}
+    mounts = [
+        mount
+        for mount in pod["containers"][0]["volumeMounts"]
+        if path.name in secrets.get(mount["name"], ()) and PurePosixPath(mount["mountPath"]) == path.parent
+    ]
+    if not mounts:
+        yield f"{name}: mounts no Secret at {path.parent} with {path.name}, which api.api_keys_file names"
+    for mount in mounts:
+        if mount.get("readOnly") is not True:
+            yield f"{name}: its keys may be written"
+        if "subPath" in mount:
+            yield f"{name}: its keys will never be updated: Kubernetes does not follow a Secret below a subPath"
 
 
 def _cluster(service: Manifest, settings: Settings) -> Iterator[str]:

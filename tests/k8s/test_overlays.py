@@ -124,7 +124,7 @@ def test_prometheus_reads_one_address_and_shows_a_key_where_one_is_asked(folder:
     (page,) = monitors["headroom"]["podMetricsEndpoints"]
     assert monitors["headroom"]["selector"]["matchLabels"]["app.kubernetes.io/component"] == "head"
     assert (page["port"], page["path"]) == ("serve", "/metrics")
-    keyed = "api_keys_env" in serve_config(ray_service(manifests))["applications"][0]["args"].get("api", {})
+    keyed = "api_keys_file" in serve_config(ray_service(manifests))["applications"][0]["args"].get("api", {})
     assert keyed == ("authorization" in page)
     (dashboard,) = [m for m in of_kind(manifests, "ConfigMap") if m["metadata"]["name"] == "headroom-dashboard"]
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
@@ -224,6 +224,9 @@ HOUSE_MISTAKES: dict[str, tuple[Callable[[list[Manifest]], Any], str]] = {
         "selects no pod",
     ),
     "budget": (lambda m: of_kind(m, "PodDisruptionBudget")[0]["spec"].update(minAvailable="50%"), "whole minAvailable"),
+    "keys": (lambda m: replaced(m, "/etc/headroom/keys.yaml", "/etc/keys/keys.yaml"), "mounts no Secret at /etc/keys"),
+    "writable keys": (lambda m: container(m)["volumeMounts"][3].pop("readOnly"), "keys may be written"),
+    "fixed keys": (lambda m: container(m)["volumeMounts"][3].update(subPath="keys.yaml"), "never be updated"),
     "host": (lambda m: replaced(m, "0.0.0.0", "127.0.0.1"), "does not listen"),
 }
 

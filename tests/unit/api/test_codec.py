@@ -136,3 +136,15 @@ async def test_embedded_model(demo_folder: Path) -> None:
     ids = await codec.encode(text)
     detokenizer = codec.detokenizer()
     assert "".join([*(detokenizer.push(i) for i in ids), detokenizer.flush()]) == text
+
+
+def test_code_in_a_tokenizers_folder_is_not_run(tokenizer: Any, tmp_path: Path) -> None:
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    tokenizer.save_pretrained(folder)
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Tokenizer: ...\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(tokenizer)}))
+    assert TextCodec.load(folder).vocab_size == len(tokenizer)
+    assert not ran.exists()

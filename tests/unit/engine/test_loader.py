@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from deployments.engine import cut, loader
 from deployments.engine.loader import load, quantization_config, quantized_copy
 from deployments.engine.stages import Stage, run_stages
 from deployments.errors import ConfigError
+from placement.errors import PlacementError
 from placement.plan import Plan
 from tests.unit.engine.tiny import VOCAB, llama, plan_of, rows, save
 
@@ -54,6 +58,46 @@ def test_other_kv_than_planned_is_refused(folder: Path) -> None:
     message = f"stage 0 .* needs {have:,} bytes of KV cache, but its plan says {2 * have:,}"
     with pytest.raises(ConfigError, match=message):
         load(folder, with_first_stage(plan, kv_block_bytes=2 * planned), device_type="cpu")
+
+
+# A model's own files
+
+
+def test_code_in_a_models_folder_is_not_run(folder: Path, tmp_path: Path) -> None:
+    """`trust_remote_code` is off, and no setting turns it on."""
+    copy, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(folder, copy)
+    (copy / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Config: ...\nclass Model: ...\n")
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (copy / "config.json").write_text(json.dumps(config))
+    plan = plan_of(copy)
+    assert load(copy, plan, device_type="cpu").vocab_size == VOCAB
+    assert not ran.exists()
+    config["model_type"] = "evil"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ConfigError, PlacementError, ValueError)):
+        plan_of(copy)
+    with pytest.raises((ConfigError, ValueError)):
+        load(copy, plan, device_type="cpu")
+    assert not ran.exists()
+
+
+def test_pickled_weights_are_not_read(folder: Path, tmp_path: Path) -> None:
+    """A pickle runs its author's code as it is read."""
+    copy, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(folder, copy)
+    for weights in copy.glob("*.safetensors*"):
+        weights.unlink()
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return open, (str(ran), "w")
+
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises((ConfigError, OSError)):
+        load(copy, plan_of(folder), device_type="cpu")
+    assert not ran.exists()
 
 
 # KV in fp8

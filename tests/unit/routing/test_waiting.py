@@ -51,6 +51,25 @@ def test_a_flood_of_one_tenant_does_not_hold_up_another() -> None:
     assert order[4:] == [f"flood{index}" for index in range(2, 100)]
 
 
+def test_a_requests_weight_is_its_tenants_from_then_on() -> None:
+    """Also where the tenant waits already, and after it has left: an API key brought it."""
+    shares = FairShares({"heavy": 9})
+    waiting = WaitingQueue(shares)
+    for index in range(40):
+        waiting.join(waiter(f"heavy{index}", tenant="heavy", weight=2 if index == 20 else None))
+        waiting.join(waiter(f"light{index}", tenant="light"))
+        waiting.check_integrity()
+    first = drained(waiting)[:30]
+    assert sum(key.startswith("heavy") for key in first) == 20
+    shares.join("heavy", 10)
+    shares.join("heavy", 10, 5)
+    shares.join("light", 10)
+    shares.charge("heavy", 10)
+    shares.charge("light", 10)
+    assert shares.tag("light") - shares.tag("heavy") > 0
+    shares.check_integrity()
+
+
 def test_tenants_share_by_tokens_and_weight() -> None:
     waiting = WaitingQueue(FairShares({"heavy": 3}))
     for index in range(40):
