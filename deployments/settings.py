@@ -26,11 +26,13 @@ class PoolSettings(_Strict):
 
     name: str = "default"
     replicas: Annotated[int, Field(ge=1)] = 1
-    quantization: Quantization = "nf4"
+    quantization: Quantization | Literal["auto"] = "auto"
+    """auto: the checkpoint's own where it is quantised already, else nf4."""
     double_quant: bool = False
     """NF4/FP4 only: quantise the scales too."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32."""
+    """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32; of a checkpoint that
+    is quantised already, the dtype in which it stores what is not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where a GPU is visible, else virtual devices on the CPU."""
     stages: Annotated[int, Field(ge=1)] | None = None
