@@ -203,7 +203,10 @@ def _expert_share(facts: Mapping[str, Any]) -> tuple[int, int]:
 def _geometry(model: PreTrainedModel, facts: Mapping[str, Any]) -> Geometry:
     config = model.config.get_text_config(decoder=True)
     if not facts["num_attention_heads"] or not facts["num_hidden_layers"]:
-        raise PlacementError(f"{type(model).__name__} has no attention layers: its state is not planned yet")
+        raise PlacementError(
+            f"{type(model).__name__} has no attention layers, and its state is not planned yet; serve a model with "
+            "attention in its layers"
+        )
     return Geometry(
         hidden=config.hidden_size,
         vocab=config.vocab_size,
