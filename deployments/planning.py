@@ -37,11 +37,17 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             )
         on_gpu = bool(gpus)
         device_type: DeviceType = "cuda" if on_gpu else "cpu"
+        if pool.quantize_experts and on_gpu:
+            raise ConfigError(
+                f"pool {pool.name}: quantize_experts is for the CPU yet, and this pool runs on GPUs; leave it out, or "
+                "set `device: cpu`"
+            )
         weighed = footprint(
             model_dir,
             name=name,
             quantization=_auto(pool.quantization),
             double_quant=pool.double_quant,
+            experts=pool.quantize_experts,
             dtype=_dtype(pool, device_type, find_source(model_dir)),
         )
         if reason := _why_not_loaded(weighed):

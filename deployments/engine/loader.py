@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from deployments.checkpoint import read_config
 from deployments.engine.cut import Cut
+from deployments.engine.experts import quantise_experts
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits
 from deployments.engine.residents import resident_bytes
@@ -74,6 +75,8 @@ def load(
     if already:
         _check_dtype(model, plan)
     _compute_as_planned(model, plan)
+    if plan.experts:
+        quantise_experts(model, plan)
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     devices = [
         torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
