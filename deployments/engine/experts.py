@@ -6,9 +6,11 @@ with that expert's weights in the compute dtype; so the model's own forward stay
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn.modules import Params4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,11 +31,11 @@ class FourBitExperts(nn.Module):
     def __init__(self, weight: Tensor, kind: str, *, double_quant: bool) -> None:
         super().__init__()
         self.dtype, self.shape = weight.dtype, weight.shape
-        packed = Params4bit(
+        packed: Any = Params4bit(
             weight.detach(), requires_grad=False, blocksize=BLOCK, quant_type=kind, compress_statistics=double_quant
         )
         self.weight = packed.to(weight.device)
-        own = self.weight.quant_state
+        own: Any = self.weight.quant_state
         own.code = own.code.clone()  # bitsandbytes hands out one for all
         if own.nested:
             own.state2.code = own.state2.code.clone()
@@ -47,7 +49,7 @@ class FourBitExperts(nn.Module):
         if state.nested:
             outer = torch.arange(of.start, of.stop, device=scales.device) // state.state2.blocksize
             scales = state.state2.code[scales.long()] * state.state2.absmax[outer] + state.offset
-        one = QuantState(scales, self.shape[1:], state.code, BLOCK, state.quant_type, self.dtype)
+        one = QuantState(scales, self.shape[1:], state.code, BLOCK, state.quant_type, self.dtype)  # type: ignore[no-untyped-call]  # bitsandbytes'
         half = BLOCK // 2
         weight: Tensor = dequantize_4bit(self.weight.data.view(-1, 1)[of.start * half : of.stop * half], one)
         return weight
@@ -59,6 +61,9 @@ class EightBitExperts(nn.Module):
     Args:
         weight: [experts, a, b].
     """
+
+    weight: Tensor
+    scales: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
