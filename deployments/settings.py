@@ -54,11 +54,15 @@ class PoolSettings(_Strict):
     replicas: Annotated[int, Field(ge=1)] = 1
     autoscaling: AutoscalingSettings | None = None
     """Instead of `replicas`: a number that follows demand."""
-    quantization: Quantization = "nf4"
+    quantization: Quantization | Literal["auto"] = "auto"
+    """auto: the checkpoint's own where it is quantised already, else nf4."""
     double_quant: bool = False
     """NF4/FP4 only: quantise the scales too."""
+    quantize_experts: bool = False
+    """NF4, FP4 and int8 on the CPU: quantise experts that are fused into one tensor too; else they stay in `dtype`."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32."""
+    """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32; of a checkpoint that
+    is quantised already, the dtype in which it stores what is not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where a GPU is visible, else virtual devices on the CPU."""
     stages: Annotated[int, Field(ge=1)] | None = None
