@@ -1,4 +1,4 @@
-"""`headroom`: serve a config, fetch models, plan a placement, write files for Kubernetes."""
+"""`headroom`: serve a config, fetch models, plan a placement, compare quantisations, write files for Kubernetes."""
 
 from __future__ import annotations
 
@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from deployments.k8s_command import main as k8s
 
             return k8s(arguments[1:])
+        if arguments[:1] == ["compare"]:
+            from deployments.compare.command import main as compare
+
+            return compare(arguments[1:])
         options = _arguments().parse_args(arguments)
         if options.command == "serve":
             return serve(
@@ -185,6 +189,7 @@ def _arguments() -> argparse.ArgumentParser:
     commands.add_parser("fetch-demo", help="install the embedded model (92 MB)")
     fetching = commands.add_parser("prefetch", help="fetch the models of a config")
     fetching.add_argument("config", type=Path)
+    commands.add_parser("compare", help="a model in several quantisations; `headroom compare --help`", add_help=False)
     commands.add_parser("k8s", help="files for Kubernetes; `headroom k8s --help`", add_help=False)
     commands.add_parser("plan", help="where a model's layers go; `headroom plan --help`", add_help=False)
     return parser
