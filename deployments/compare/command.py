@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import subprocess
 import sys
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     refuse_idle_options(options, names, device_type)
     pools = [_pool(options, name, device_type) for name in names]
     text = readable(options.text)
+    for path in filter(None, (options.json, options.svg)):
+        check_writable(path)
     local = store.fetch(options.model, revision=options.revision, home=state_folder(), progress=_say)
     workload = _workload(options, local.max_context)
     jobs = [
@@ -197,6 +200,16 @@ def readable(path: Path) -> Path:
     return path.absolute()
 
 
+def check_writable(path: Path) -> None:
+    """A file can be made there: found out before hours of measuring, not after.
+
+    Raises:
+        ConfigError: it can't.
+    """
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{path} can't be written: give a file in a folder that is there and writable")
+
+
 def _pool(options: argparse.Namespace, name: Quantization, device_type: DeviceType) -> PoolSettings:
     """As a Serve config's pool of this quantisation would be, so that the plan is the one that serves."""
     given: dict[str, object] = {
@@ -217,7 +230,8 @@ def _pool(options: argparse.Namespace, name: Quantization, device_type: DeviceTy
 
 def _option(text: str) -> str:
     """A setting's complaint, as the option's."""
-    return "--" + text.replace("_", "-", text.partition(":")[0].count("_")) if ":" in text else text
+    path, _, complaint = text.partition(": ")
+    return complaint if path == "args" else f"--{path.replace('_', '-')}: {complaint}"
 
 
 def _workload(options: argparse.Namespace, max_context: int) -> Workload:
@@ -244,7 +258,10 @@ def _numbers(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) for part in parts):
         raise ConfigError(f"--concurrency {text}: write numbers of requests from 1 up, with commas between")
-    return tuple(map(int, parts))
+    numbers = tuple(map(int, parts))
+    if twice := next((number for number in numbers if numbers.count(number) > 1), None):
+        raise ConfigError(f"--concurrency {text}: {twice} is there twice")
+    return numbers
 
 
 def _caps(text: str | None) -> dict[int, str]:

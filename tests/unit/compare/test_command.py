@@ -1,0 +1,171 @@
+"""The command: options that can't be are refused by name, and a quantisation that fails is a row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deployments import cli
+from deployments.compare import command
+from deployments.compare.child import check, status_bytes
+from deployments.compare.values import Comparison, Failed, Job, Measured, Quantised, Workload
+from deployments.settings import PoolSettings
+from placement import probe
+from tests.unit.compare import models
+from tests.unit.engine import tiny
+
+MEMORY = "0=2MB"
+
+
+def job(tmp_path: Path, quantization: str = "nf4") -> Job:
+    pool = PoolSettings.model_validate({"quantization": quantization, "device": "cpu"})
+    return Job(
+        model="m", folder=tmp_path, text=command.TEXT, pool=pool, workload=models.WORKLOAD, cache=tmp_path / "cache"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--quantization", "nf4,q4"], "'q4' is not one of nf4, fp4, int8, bf16, fp16, fp32"),
+        (["--quantization", "nf4,nf4"], "nf4 is there twice"),
+        (["--quantization", ""], "'' is not one of"),
+        (["--quantization", "int8", "--double-quant"], "--double-quant is for nf4 and fp4"),
+        (["--kernels", "bitsandbytes"], "--kernels chooses between kernels on GPUs"),
+        (["--hourly-price", "0"], "--hourly-price 0"),
+        (["--hourly-price", "nan"], "--hourly-price nan"),
+        (["--concurrency", "1,x"], "--concurrency 1,x"),
+        (["--concurrency", "0"], "--concurrency 0"),
+        (["--concurrency", "2,2"], "2 is there twice"),
+        (["--stages", "0"], "--stages: Input should be"),
+        (["--threads", "0"], "--threads: Input should be"),
+        (["--max-memory", "1GB"], "--max-memory '1GB': write device=size"),
+        (["--max-memory", "0=1GB,2=1GB"], "max_memory must name devices 0, 1"),
+        (["--input", "0"], "--input: Input should be"),
+        (["--output", "1"], "--output: Input should be"),
+        (["--window", "1"], "--window: Input should be"),
+        (["--window", "129"], "--window 129: the model was made for 128 tokens"),
+        (["--window", "64", "--stride", "65"], "--stride 65: windows of 64 tokens start every 1 to 64"),
+        (["--text", "no-such-file"], "--text no-such-file can't be read: No such file"),
+        (["--json", "no-such-folder/a.json"], "no-such-folder/a.json can't be written"),
+    ],
+)
+def test_what_can_not_be_is_refused_by_name_before_anything_runs(
+    arguments: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "in_child", None)
+    model = models.folder(tmp_path)
+    assert cli.main(["compare", str(model), "--device", "cpu", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert named in printed
+    assert printed.count("\n") == 1
+
+
+def test_options_of_the_other_device_are_refused() -> None:
+    options = command._parser().parse_args(["m", "--threads", "2"])
+    with pytest.raises(command.ConfigError, match="--threads is for the CPU"):
+        command.refuse_idle_options(options, ["nf4"], "cuda")
+    options = command._parser().parse_args(["m", "--kernels", "headroom"])
+    with pytest.raises(command.ConfigError, match="--kernels is for quantised weights"):
+        command.refuse_idle_options(options, ["bf16"], "cuda")
+    command.refuse_idle_options(options, ["bf16", "int8"], "cuda")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert command.device_of("auto") == "cpu"
+    with pytest.raises(command.ConfigError, match="--device cuda: no CUDA device"):
+        command.device_of("cuda")
+
+
+def test_one_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
+    def measure(job: Job) -> Measured | Failed:
+        if job.pool.quantization == "fp4":
+            return Failed(quantization="fp4", reason="no")
+        return models.measured(job.pool.quantization)
+
+    rows = command.measure_all([job(tmp_path, name) for name in ("nf4", "fp4", "int8")], measure)
+    assert [(row.quantization, row.kind) for row in rows] == [
+        ("nf4", "measured"),
+        ("fp4", "failed"),
+        ("int8", "measured"),
+    ]
+
+
+def test_a_process_that_quantised_is_followed_by_one_that_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [Quantised(seconds=7.0), models.measured("nf4")]
+    monkeypatch.setattr(command, "_ask", lambda _: answers.pop(0))
+    row = command.in_child(job(tmp_path))
+    assert isinstance(row, Measured)
+    assert row.quantise_s == 7.0
+    monkeypatch.setattr(command, "_ask", lambda _: Quantised(seconds=7.0))
+    again = command.in_child(job(tmp_path))
+    assert isinstance(again, Failed)
+    assert "did not stay" in again.reason
+
+
+def test_a_process_that_ends_by_itself_is_a_reason() -> None:
+    assert "main memory ran out" in command._how_it_ended(-9, "")
+    assert command._how_it_ended(1, "Traceback\n  line\nValueError: x\n").endswith("with code 1: ValueError: x")
+
+
+def test_a_workload_that_the_plan_has_no_room_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tiny.plan_of(tiny.save(tmp_path, tiny.llama()))
+    fits = job(tmp_path)
+    check(fits, plan)
+    for change, named in (({"input": 128}, "--input or --output"), ({"window": 129}, "--window")):
+        workload = Workload.model_validate(models.WORKLOAD.model_dump() | change)
+        with pytest.raises(command.ConfigError, match=named):
+            check(fits.model_copy(update={"workload": workload}), plan)
+    monkeypatch.setattr(probe, "available_memory", lambda: 1000)
+    with pytest.raises(command.ConfigError, match="1,000 bytes are available"):
+        check(fits, plan)
+
+
+def test_resident_memory_is_read_in_bytes() -> None:
+    assert 10_000_000 < status_bytes("VmRSS") <= status_bytes("VmHWM")
+    with pytest.raises(command.ConfigError, match="has no VmNone"):
+        status_bytes("VmNone")
+
+
+def test_the_default_text_is_long_enough_to_say_something() -> None:
+    text = command.TEXT.read_text(encoding="utf-8")
+    assert len(text) > 10_000
+    assert text.startswith("When on board H.M.S. 'Beagle,'")
+
+
+def test_compared_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """int8 has to be quantised, then fits; float32 does not, and is a row with its reason."""
+    monkeypatch.setenv("HEADROOM_HOME", str(tmp_path / "home"))
+    model = models.folder(tmp_path / "model")
+    text, found, drawn = tmp_path / "short.txt", tmp_path / "found.json", tmp_path / "drawn.svg"
+    text.write_text("all work and no play " * 4, encoding="utf-8")
+    sizes = ["--concurrency", "1,3", "--input", "9", "--output", "5", "--window", "32", "--max-memory", MEMORY]
+    files = ["--text", str(text), "--json", str(found), "--svg", str(drawn)]
+    names = ["--device", "cpu", "--quantization", "int8,fp32", "--hourly-price", "2"]
+    assert cli.main(["compare", str(model), *names, *sizes, *files]) == 0
+
+    made = Comparison.model_validate(json.loads(found.read_text(encoding="utf-8")))
+    int8, fp32 = made.rows
+    assert isinstance(int8, Measured)
+    assert isinstance(fp32, Failed)
+    assert "fp32" in fp32.reason
+    assert int8.quantise_s is not None
+    assert int8.quality.text_tokens == 84
+    assert int8.quality.scored_tokens == 83
+    assert 10 < int8.quality.perplexity < 10_000, "of a random model, 256 or so"
+    assert [level.requests for level in int8.levels] == [1, 3]
+    assert min(min(level.tokens_per_s, level.first_token_s, level.request_s) for level in int8.levels) > 0
+    assert int8.memory.measured > int8.memory.weights
+    assert drawn.read_text(encoding="utf-8").startswith("<svg")
+    printed = capsys.readouterr().out
+    assert f"fp32: not measured: {fp32.reason}" in printed
+    assert f"{int8.quality.perplexity:.3f}" in printed
