@@ -23,8 +23,8 @@ def cells(line: str) -> list[str]:
 def test_a_line_per_quantisation_and_one_per_burst() -> None:
     lines = table(comparison(measured("nf4"), SLOWER, FAILED)).splitlines()
     assert [cells(line) for line in lines if line.startswith(("nf4", "int8"))] == [
-        ["nf4", "float32", "100 MB", "500 MB", "800 MB", "700 MB", "12,345", "2.5 s", "12.346"],
-        ["int8", "float32", "100 MB", "500 MB", "800 MB", "700 MB", "12,345", "5.0 s", "12.346"],
+        ["nf4", "float32", "100.0 MB", "500.0 MB", "800.0 MB", "700.0 MB", "12,345", "2.5 s", "12.346"],
+        ["int8", "float32", "100.0 MB", "500.0 MB", "800.0 MB", "700.0 MB", "12,345", "5.0 s", "12.346"],
         ["nf4", "1", "20.0", "250 ms", "50 ms", "1.5 s"],
         ["int8", "1", "20.0", "250 ms", "50 ms", "1.5 s"],
         ["nf4", "3", "60.0", "250 ms", "50 ms", "1.5 s"],
