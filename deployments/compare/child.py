@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import re
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from deployments.engine.loop import Engine
 from deployments.engine.memory_watch import MemoryWatch
 from deployments.engine.messages import EngineLimits
 from deployments.engine.perplexity import score
+from deployments.engine.process import end_with
 from deployments.errors import ConfigError, HeadroomError
 from deployments.planning import plan_pool
 from placement import probe
@@ -34,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     """Measure the job in file `argv[1]`, and write the answer to file `argv[2]`."""
     from transformers.utils.logging import disable_progress_bar
 
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     disable_progress_bar()
     job = Job.model_validate_json(Path(argv[1]).read_text(encoding="utf-8"))
     answer: Measured | Quantised | Failed
@@ -179,6 +183,7 @@ def _quality(model: LoadedModel, ids: Sequence[int], job: Job, plan: Plan, limit
     found = score(
         model.stages, ids, window=workload.window, stride=workload.stride, block_size=plan.block_size, rows=rows
     )
+    torch.cuda.empty_cache()  # on GPUs: what scoring took is not what serving takes
     if not math.isfinite(found.perplexity):
         raise ConfigError(
             f"the perplexity in {plan.quantization} ({plan.dtype}) is {found.perplexity}: its logits are of no use; "

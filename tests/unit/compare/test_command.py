@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -9,15 +10,15 @@ import pytest
 
 from deployments import cli
 from deployments.compare import command
-from deployments.compare.child import check, status_bytes
+from deployments.compare.child import check, measure, status_bytes
 from deployments.compare.values import Comparison, Failed, Job, Measured, Quantised, Workload
 from deployments.settings import PoolSettings
 from placement import probe
 from tests.unit.compare import models
 from tests.unit.engine import tiny
 
-MEMORY = "0=3.75MB"
-"""NF4 needs 3.63 MB with a block of KV cache, float32 3.88."""
+MEMORY = "0=3MB"
+"""bfloat16 needs 2.43 MB with a block of KV cache, float32 3.88."""
 
 
 def job(tmp_path: Path, quantization: str = "nf4") -> Job:
@@ -90,12 +91,12 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
-    def measure(job: Job) -> Measured | Failed:
+    def fake(job: Job) -> Measured | Failed:
         if job.pool.quantization == "fp4":
             return Failed(quantization="fp4", reason="no")
         return models.measured(job.pool.quantization)
 
-    rows = command.measure_all([job(tmp_path, name) for name in ("nf4", "fp4", "int8")], measure)
+    rows = command.measure_all([job(tmp_path, name) for name in ("nf4", "fp4", "int8")], fake)
     assert [(row.quantization, row.kind) for row in rows] == [
         ("nf4", "measured"),
         ("fp4", "failed"),
@@ -147,31 +148,47 @@ def test_the_default_text_is_long_enough_to_say_something() -> None:
     assert text.startswith("When on board H.M.S. 'Beagle,'")
 
 
+def test_what_is_measured_was_not_quantised_by_the_same_process(model: Path, tmp_path: Path) -> None:
+    wanted = job(model).model_copy(update={"cache": tmp_path / "cache"})
+    first = measure(wanted)
+    assert isinstance(first, Quantised)
+    assert first.seconds > 0
+    try:
+        second = measure(wanted)
+    finally:
+        gc.unfreeze()
+    assert isinstance(second, Measured)
+    assert (second.quantization, second.dtype, second.devices) == ("nf4", "float32", ("CPU",))
+    assert second.quality.text_tokens == len(command.TEXT.read_bytes())
+    assert second.quality.scored_tokens == second.quality.text_tokens - 1
+    assert second.memory.planned <= 1_000_000_000 < second.memory.planned + 10_000
+
+
 def test_compared_for_real(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """NF4 has to be quantised, then fits; float32 does not, and is a row with its reason."""
+    """bfloat16 fits; float32 does not, and is a row with its reason."""
     monkeypatch.setenv("HEADROOM_HOME", str(tmp_path / "home"))
     text, found, drawn = tmp_path / "short.txt", tmp_path / "found.json", tmp_path / "drawn.svg"
     text.write_text("all work and no play " * 4, encoding="utf-8")
     sizes = ["--concurrency", "1,3", "--input", "9", "--output", "5", "--window", "32", "--max-memory", MEMORY]
     files = ["--text", str(text), "--json", str(found), "--svg", str(drawn)]
-    names = ["--device", "cpu", "--quantization", "nf4,fp32", "--hourly-price", "2"]
+    names = ["--device", "cpu", "--quantization", "bf16,fp32", "--hourly-price", "2"]
     assert cli.main(["compare", str(model), *names, *sizes, *files]) == 0
 
     made = Comparison.model_validate(json.loads(found.read_text(encoding="utf-8")))
-    nf4, fp32 = made.rows
-    assert isinstance(nf4, Measured)
+    bf16, fp32 = made.rows
+    assert isinstance(bf16, Measured)
     assert isinstance(fp32, Failed)
     assert "3,884,480 bytes" in fp32.reason
-    assert nf4.quantise_s is not None
-    assert nf4.quality.text_tokens == 84
-    assert nf4.quality.scored_tokens == 83
-    assert 10 < nf4.quality.perplexity < 10_000, "of a random model, 256 or so"
-    assert [level.requests for level in nf4.levels] == [1, 3]
-    assert min(min(level.tokens_per_s, level.first_token_s, level.request_s) for level in nf4.levels) > 0
-    assert nf4.memory.measured > nf4.memory.weights
+    assert bf16.quantise_s is None
+    assert bf16.quality.text_tokens == 84
+    assert bf16.quality.scored_tokens == 83
+    assert 10 < bf16.quality.perplexity < 10_000, "of a random model, 256 or so"
+    assert [level.requests for level in bf16.levels] == [1, 3]
+    assert min(min(level.tokens_per_s, level.first_token_s, level.request_s) for level in bf16.levels) > 0
+    assert bf16.memory.measured > bf16.memory.weights
     assert drawn.read_text(encoding="utf-8").startswith("<svg")
     printed = capsys.readouterr().out
     assert f"fp32: not measured: {fp32.reason}" in printed
-    assert f"{nf4.quality.perplexity:.3f}" in printed
+    assert f"{bf16.quality.perplexity:.3f}" in printed
