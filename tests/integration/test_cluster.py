@@ -1,6 +1,6 @@
 """Two Ray nodes, one of which dies with all that runs on it, under load.
 
-Two nodes on one machine take some 40 s to start, and the rest as long: it runs where HEADROOM_CLUSTER=1 is set.
+On two busy cores it took two minutes, half of them to start: it runs where HEADROOM_CLUSTER=1 is set.
 """
 
 from __future__ import annotations
