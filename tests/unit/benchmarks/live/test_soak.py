@@ -19,6 +19,8 @@ def test_a_clean_run_has_no_fault() -> None:
 def test_each_fault_is_told_with_its_numbers() -> None:
     assert soaked(waiting=QUEUE_LIMIT + 1).faults(0.05) == [f"{QUEUE_LIMIT + 1} requests waited, and queue_limit is 32"]
     assert soaked(held_at_end=2.0).faults(0.05) == ["after all ended: 0 wait, 2 blocks held, 0 granted"]
+    (idle,) = soaked(waiting=0.0).faults(0.05)
+    assert idle.startswith("no request was ever seen to wait")
     assert soaked(ReadTimeout=1).faults(0.05) == ["requests ended otherwise: {'ReadTimeout': 1}"]
     (grew,) = soaked(growth=200).faults(0.05)
     assert grew.startswith("ingress grew by 8.7% in the second half")
