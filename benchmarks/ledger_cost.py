@@ -150,7 +150,12 @@ def through_ray(replicas: int, rate: int, seconds: int) -> list[float]:
             ledger = ledger_application(LedgerConfig("m", expected_replicas=replicas))
             asker = serve.deployment(name="asker", ray_actor_options={"num_cpus": 0.01})(Asker).bind(ledger)
             handle = serve.run(asker, name="cost", route_prefix=None)
-            took = handle.measure.remote(replicas, rate, seconds).result(timeout_s=seconds + 300)
+
+            async def measured() -> list[float]:  # handles need an event loop, as our Ray sets Serve up
+                took: list[float] = await handle.measure.remote(replicas, rate, seconds)
+                return took
+
+            took = asyncio.run(asyncio.wait_for(measured(), seconds + 300))
         finally:
             local.stop()
     return sorted(1000 * each for each in took)
