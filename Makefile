@@ -30,13 +30,21 @@ KEY = $(shell cat $(CONSTRAINTS) pyproject.toml | cksum | cut -d ' ' -f 1)
 PYTHON_KEY = $(shell printf %s '$(PYTHON)' | cksum | cut -d ' ' -f 1)
 TORCH = $(shell grep '^torch==' $(CONSTRAINTS))
 TORCH_KEY = $(shell printf %s '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d ' ' -f 1)
+PYTEST = "$(BIN)/python" -m pytest -m "not gpu" -rs
+SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist loadfile
 PIP = "$(BIN)/python" -m pip install -c $(CONSTRAINTS)
 
 serve: $(STAMPS)/run-$(KEY) $(STAMPS)/demo-$(KEY)
 	@exec "$(BIN)/headroom" serve "$(CONFIG)" $(ARGS)
 
+# Files of tests run side by side, except for those that start a service: these want the machine for themselves.
 test: $(STAMPS)/test-$(KEY) $(STAMPS)/demo-$(KEY)
-	@"$(BIN)/python" -m pytest -m "not gpu" -rs $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	@$(PYTEST) $(SIDE_BY_SIDE) --ignore tests/integration
+	@$(PYTEST) tests/integration
+else
+	@$(PYTEST) $(ARGS)
+endif
 
 check: $(STAMPS)/test-$(KEY)
 	"$(BIN)/ruff" format --check .
@@ -51,7 +59,7 @@ format: $(STAMPS)/test-$(KEY)
 # environment.
 test-lowest:
 	@$(MAKE) --no-print-directory VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt \
-		ARGS="tests/unit tests/contract" test
+		ARGS="$(SIDE_BY_SIDE) tests/unit tests/contract" test
 
 install: $(STAMPS)/run-$(KEY) $(STAMPS)/demo-$(KEY)
 

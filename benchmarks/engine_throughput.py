@@ -15,7 +15,6 @@ import argparse
 import csv
 import gc
 import json
-import random
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint import SHAPES, write
+from deployments.compare.throughput import Burst, Step, burst, random_prompts
 from deployments.engine.loader import load, quantization_config
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
@@ -60,17 +60,6 @@ class Measured:
     floor_ms: float
     first_token_s: float
     """Median over requests."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One call of the engine's `step`."""
-
-    ms: float
-    tokens: int
-    """Produced by the requests together."""
-    running: int
-    """Sequences in the pipeline afterwards, those in the middle of their prompts among them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,12 +118,12 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
         flush=True,
     )
     results: dict[str, Any] = {"load_s": loaded - began, "engine": [], "generate": []}
-    _run(engine, 2, options.input, min(8, options.output), tag="warm-up")
+    burst(engine, 2, options.input, min(8, options.output), tag="warm-up")
     for concurrency in concurrencies:
         floor = _floor_s(plan, concurrency, options.input + options.output // 2, bandwidth)
-        measured, steps = _run(engine, concurrency, options.input, options.output, floor_s=floor)
+        measured, done = _run(engine, concurrency, options, floor)
         if options.steps and concurrency == max(concurrencies):
-            _append(options.steps, quantization, steps)
+            _append(options.steps, quantization, done.steps)
         results["engine"].append(asdict(measured))
         print(
             f"{concurrency:5d} requests: {measured.tokens_per_s:8.0f} tokens/s, step {measured.step_ms:6.2f} ms, "
@@ -184,48 +173,17 @@ def _limits(options: argparse.Namespace, most: int) -> EngineLimits:
     )
 
 
-def _run(
-    engine: Engine, concurrency: int, inputs: int, outputs: int, *, floor_s: float = 0.0, tag: str = ""
-) -> tuple[Measured, list[Step]]:
+def _run(engine: Engine, concurrency: int, options: argparse.Namespace, floor_s: float) -> tuple[Measured, Burst]:
     """All requests at once, to their end."""
-    seed = f"{tag}{concurrency}"
-    for i, prompt in enumerate(_prompts(engine, concurrency, inputs, seed)):
-        sampling = Sampling(max_tokens=outputs, seed=0, temperature=0.0)
-        engine.submit(GenerationRequest(f"{seed}-{i}", prompt, sampling))
-    began = now = time.perf_counter()
-    first: dict[str, float] = {}
-    steps: list[Step] = []
-    decoding: list[float] = []
-    while engine.has_work():
-        chunks = engine.step()
-        before, now = now, time.perf_counter()
-        for chunk in chunks:
-            first.setdefault(chunk.request_id, now - began)
-        ms = 1e3 * (now - before)
-        steps.append(Step(ms, sum(len(chunk.token_ids) for chunk in chunks), engine.scheduler.running))
-        if len(first) == concurrency and chunks:
-            decoding.append(ms)
-    if engine.blocks.held_blocks:
-        raise RuntimeError(f"{engine.blocks.held_blocks} blocks are held while idle")
-    measured = Measured(
-        concurrency,
-        concurrency * outputs / (now - began),
-        statistics.median(decoding[len(decoding) // 4 :]),
-        1e3 * floor_s,
-        statistics.median(first.values()),
-    )
-    return measured, steps
+    done = burst(engine, concurrency, options.input, options.output)
+    return Measured(
+        concurrency, done.tokens_per_s, done.step_ms, 1e3 * floor_s, statistics.median(done.first_token_s)
+    ), done
 
 
 def _append(path: Path, quantization: str, steps: Sequence[Step]) -> None:
     with path.open("a", newline="") as file:
         csv.writer(file).writerows((quantization, f"{step.ms:.3f}", step.tokens, step.running) for step in steps)
-
-
-def _prompts(engine: Engine, count: int, length: int, seed: str) -> Iterator[tuple[int, ...]]:
-    draw = random.Random(seed)
-    for _ in range(count):
-        yield tuple(draw.randrange(3, engine.vocab_size) for _ in range(length))
 
 
 def _floor_s(plan: Plan, concurrency: int, context: int, bandwidth: float) -> float:
@@ -260,7 +218,7 @@ def copy_bandwidth() -> float:
 
 def _profile(engine: Engine, concurrency: int, options: argparse.Namespace) -> None:
     """Shares of a decode step by kernel class, over ten steps on the first device."""
-    for i, prompt in enumerate(_prompts(engine, concurrency, options.input, f"profile{concurrency}")):
+    for i, prompt in enumerate(random_prompts(engine, concurrency, options.input, f"profile{concurrency}")):
         engine.submit(
             GenerationRequest(
                 f"p{concurrency}-{i}", prompt, Sampling(max_tokens=options.output, seed=0, temperature=0.0)

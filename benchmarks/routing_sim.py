@@ -2,7 +2,7 @@
 
     python -m benchmarks.routing_sim                                  # equal and unequal replicas, Poisson and bursts
     python -m benchmarks.routing_sim --trace FILE --workloads trace
-    python -m benchmarks.routing_sim --fleets 1000 --ledgers 4 --seeds 3
+    python -m benchmarks.routing_sim --fleets 64 --ledgers 4 --others  # the ledger alone, the fleet in four parts
 
 The ledger is the service's own (`deployments.routing`), its time simulated. What a replica is: benchmarks/routing/
 replica.py; how fast: speed.py; the others: baselines.py; what limits all of them: `Limits` in front.py.
@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.routing.baselines import BASELINES
 from benchmarks.routing.fleet import FLEETS
 from benchmarks.routing.front import Limits
 from benchmarks.routing.study import Setting, study
@@ -34,6 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fleets", nargs="+", choices=FLEETS, default=["equal", "unequal"])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["poisson", "bursty"])
     parser.add_argument("--trace", type=Path, help="CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
+    parser.add_argument("--others", nargs="*", choices=list(BASELINES), default=list(BASELINES), help="to compare with")
     parser.add_argument("--loads", nargs="+", type=float, default=list(LOADS), help="shares of saturation")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--requests", type=int, help="of one run; default: 400 for each replica, 3,000 to 60,000")
@@ -71,9 +73,11 @@ def _study(setting: Setting, chosen: argparse.Namespace) -> None:
         loads=chosen.loads,
         seeds=chosen.seeds,
         limit=None if chosen.no_sustained else chosen.limit,
+        others=chosen.others,
         processes=chosen.processes,
     )
-    print(f"== {setting.fleet} fleet, {setting.workload}, {setting.requests} requests a run, {chosen.seeds} seeds")
+    fleet = f"{setting.fleet} fleet" + (f", {setting.ledgers} ledgers" if setting.ledgers > 1 else "")
+    print(f"== {fleet}, {setting.workload}, {setting.requests} requests a run, {chosen.seeds} seeds")
     print(text(done))
     print(f"({time.monotonic() - started:.0f} s)\n", flush=True)
     if chosen.out is not None:

@@ -31,7 +31,7 @@ class OwnServer:
     """
 
     def __init__(self, config: Path, log: Path) -> None:
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
         with log.open("w") as output:
@@ -70,11 +70,25 @@ class OwnServer:
             self._process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def wait_until_ready(url: str, limit_s: float = START_LIMIT_S) -> None:
+    """Return once `GET /ready` answers 200.
+
+    Raises:
+        LoadFailed: it did not in time.
+    """
+    limit = time.monotonic() + limit_s
+    while not _ready(url):
+        if time.monotonic() > limit:
+            raise LoadFailed(f"{url} was not ready within {limit_s:.0f} s")
+        time.sleep(0.5)
 
 
 def _ready(url: str) -> bool:

@@ -10,6 +10,8 @@ from ray.serve import Application
 
 from deployments.ingress import Ingress
 from deployments.replica import ReplicaDeployment
+from deployments.routing.autoscaling import autoscaling_config
+from deployments.routing.growth import ScaledPool
 from deployments.routing.ledger_deployment import deployment_name, ledger_application
 from deployments.routing.refusals import LedgerConfig
 from deployments.routing.router import router_config
@@ -26,7 +28,9 @@ def build(args: dict[str, Any]) -> Application:
         ConfigError: a wrong key or value, by name.
     """
     settings = parse_settings(args)
-    ledgers = {model.name: ledger_application(_ledger_config(model)) for model in settings.models}
+    ledgers = {
+        model.name: ledger_application(_ledger_config(model), settings.api.resources) for model in settings.models
+    }
     pools = {
         model.name: {pool.name: _pool(settings, model, pool, ledgers[model.name]) for pool in model.pools}
         for model in settings.models
@@ -35,7 +39,9 @@ def build(args: dict[str, Any]) -> Application:
         name="ingress",
         num_replicas=settings.api.replicas,
         max_ongoing_requests=settings.api.max_ongoing_requests,
-        ray_actor_options={"num_cpus": ACTOR_CPUS},
+        ray_actor_options={"num_cpus": ACTOR_CPUS, "resources": dict(settings.api.resources)},
+        health_check_period_s=2,
+        health_check_timeout_s=30,
         # An answer can't move to another ingress: one that Serve stops finishes all, and its successor is there first.
         graceful_shutdown_timeout_s=settings.api.request_timeout_s,
         max_surge_percent=100,
@@ -52,16 +58,29 @@ def _ledger_config(model: ModelSettings) -> LedgerConfig:
     return LedgerConfig(
         model=model.name,
         pools=tuple(pool.name for pool in model.pools),
-        expected_replicas=sum(pool.replicas for pool in model.pools),
+        expected_replicas=sum(pool.fewest_replicas for pool in model.pools),
+        scaled=tuple(_scaled(pool) for pool in model.pools if pool.autoscaling),
         queue_limit=model.queue_limit,
         tenant_weights=tuple(sorted(model.tenant_weights.items())),
     )
 
 
+def _scaled(pool: PoolSettings) -> ScaledPool:
+    assert pool.autoscaling is not None, f"pool {pool.name} has a fixed number of replicas"
+    scaling = pool.autoscaling
+    return ScaledPool(pool.name, scaling.min_replicas, scaling.max_replicas, scaling.upscale_delay_s)
+
+
+def _number(pool: PoolSettings) -> dict[str, Any]:
+    """How many replicas Serve is asked for."""
+    if pool.autoscaling is None:
+        return {"num_replicas": pool.replicas}
+    return {"autoscaling_config": autoscaling_config(**pool.autoscaling.model_dump())}
+
+
 def _pool(settings: Settings, model: ModelSettings, pool: PoolSettings, ledger: Application) -> Application:
     deployment = serve.deployment(
         name=pool_deployment_name(model.name, pool.name),
-        num_replicas=pool.replicas,
         # The ledger decides who waits; Serve must never queue before it.
         max_ongoing_requests=2 * pool.max_sequences + 16,
         ray_actor_options=_actor_options(pool),
@@ -71,6 +90,7 @@ def _pool(settings: Settings, model: ModelSettings, pool: PoolSettings, ledger: 
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=pool.drain_s,
         max_surge_percent=100 if pool.surge else 0,
+        **_number(pool),
     )(ReplicaDeployment)
     return deployment.bind(model, pool, _replicas_on_cpu(settings), ledger)
 
@@ -94,4 +114,4 @@ def _gpus(pool: PoolSettings) -> int:
 
 def _replicas_on_cpu(settings: Settings) -> int:
     """Replicas that share the cores of one machine, as far as the settings tell."""
-    return sum(pool.replicas for model in settings.models for pool in model.pools)
+    return sum(pool.most_replicas for model in settings.models for pool in model.pools)

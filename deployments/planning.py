@@ -12,9 +12,12 @@ from placement.footprint import Footprint, footprint
 from placement.hardware import DeviceType, Gpu, virtual_cpu_devices
 from placement.kv import kv_dtype_name, why_not_served
 from placement.plan import Plan, solve
+from placement.recipe import Grouped, read_recipe
 from placement.reserve import Attention
+from placement.source import Source, find_source
 
 _FIXED_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_BITSANDBYTES = ("nf4", "fp4", "int8")
 
 
 def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, DeviceType]:
@@ -34,12 +37,18 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             )
         on_gpu = bool(gpus)
         device_type: DeviceType = "cuda" if on_gpu else "cpu"
+        if pool.quantize_experts and on_gpu:
+            raise ConfigError(
+                f"pool {pool.name}: quantize_experts is for the CPU yet, and this pool runs on GPUs; leave it out, or "
+                "set `device: cpu`"
+            )
         weighed = footprint(
             model_dir,
             name=name,
-            quantization=pool.quantization,
+            quantization=_auto(pool.quantization),
             double_quant=pool.double_quant,
-            dtype=_dtype(pool, device_type),
+            experts=pool.quantize_experts,
+            dtype=_dtype(pool, device_type, find_source(model_dir)),
         )
         if reason := _why_not_loaded(weighed):
             raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
@@ -80,10 +89,10 @@ def _attention(weighed: Footprint, kv_dtype: str) -> Attention:
 
 def _why_not_loaded(weighed: Footprint) -> str | None:
     """What the loader can't do with this checkpoint yet, with the mend; None when it loads it."""
-    if weighed.prequantized:
+    if weighed.prequantized and weighed.quantization not in _BITSANDBYTES:
         return (
             f"is quantised already ({weighed.quantization}), which the engine does not load yet; "
-            "give the unquantised model"
+            "give the unquantised model, or one that bitsandbytes quantised"
         )
     if weighed.left_out:
         return (
@@ -98,10 +107,32 @@ def _virtual_devices(pool: PoolSettings) -> tuple[Gpu, ...]:
     return virtual_cpu_devices(tuple(sizes))
 
 
-def _dtype(pool: PoolSettings, device_type: DeviceType) -> str | None:
-    """The compute dtype; None leaves it to an unquantised name such as bf16."""
+def _dtype(pool: PoolSettings, device_type: DeviceType, source: Source) -> str | None:
+    """The compute dtype; None leaves it to an unquantised name such as bf16, or to GPTQ's and AWQ's default.
+
+    Raises:
+        ConfigError: another than the one in which a quantised checkpoint stores the rest, and so loads it.
+    """
+    if source.quantization is not None:
+        return _auto(pool.dtype) if isinstance(read_recipe(source.quantization), Grouped) else _stored(pool, source)
     if pool.dtype != "auto":
         return pool.dtype
     if pool.quantization in _FIXED_DTYPE:
         return None
     return "bfloat16" if device_type == "cuda" or probe.computes_bf16_natively() else "float32"
+
+
+def _auto(name: str) -> str | None:
+    return None if name == "auto" else name
+
+
+def _stored(pool: PoolSettings, source: Source) -> str | None:
+    parts = (source.config, source.config.get("text_config") or {})
+    names = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
+    stored = next((str(name).removeprefix("torch.") for name in names if name), None)
+    if pool.dtype != "auto" and stored not in (None, pool.dtype):
+        raise ConfigError(
+            f"pool {pool.name}: dtype is {pool.dtype}, but the checkpoint is quantised already and stores the rest in "
+            f"{stored}; leave dtype out, or give the unquantised model"
+        )
+    return stored or _auto(pool.dtype)

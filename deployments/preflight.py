@@ -146,16 +146,16 @@ def check_resources(found: Survey, *, cpus: int, memory: int) -> None:
     gpus = sum(pool.gpus for pool in found.pools)
     if gpus > found.visible_gpus:
         raise ConfigError(
-            f"the replicas need {gpus} GPUs in all, {found.visible_gpus} are visible; lower `replicas` or `stages`, or "
-            "set `device: cpu` for a pool"
+            f"the replicas need {gpus} GPUs in all, {found.visible_gpus} are visible; lower `replicas` (or "
+            "`max_replicas`) or `stages`, or set `device: cpu` for a pool"
         )
-    asked = sum(pool.pool.replicas * (pool.pool.cpus or 0) for pool in found.pools)
+    asked = sum(pool.pool.most_replicas * (pool.pool.cpus or 0) for pool in found.pools)
     if asked > cpus:
         raise ConfigError(f"the replicas ask for {asked:g} CPUs, there are {cpus}; lower or remove `cpus`")
-    replicas = sum(pool.pool.replicas for pool in found.pools)
+    replicas = sum(pool.pool.most_replicas for pool in found.pools)
     need = SERVICE_BYTES + replicas * REPLICA_BYTES + sum(pool.cpu_bytes for pool in found.pools)
     if need > memory:
         raise ConfigError(
             f"{replicas} replicas need {format_bytes(need)} of memory in all, {format_bytes(memory)} are available; "
-            "lower `replicas`, `cpu_device_memory` or `max_memory`"
+            "lower `replicas` (or `max_replicas`), `cpu_device_memory` or `max_memory`"
         )

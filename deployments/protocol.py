@@ -2,17 +2,22 @@
 
 Frozen dataclasses of plain Python values: cheap to pickle, comparable in tests, and free of torch and ray.
 Token counts are tokens, block counts are KV blocks, durations are seconds, and instants are Unix seconds.
+
+What asks or tells says its protocol's version, and is read only by those of the same one: others refuse it by name
+(`mismatch`), so an answer needs none. Instances travel as the list of their values, and a receiver fills its own fields
+with them in order. Hence `version` is the first, and the id that a refusal needs the second: they are where another
+version's reader looks for them, whatever comes after them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from deployments.metrics.vitals import IngressVitals, ReplicaVitals
 
-PROTOCOL_VERSION = 1
-"""Raised when a message changes shape; a receiver refuses by name a version that it does not know."""
+PROTOCOL_VERSION = 2
+"""Raised when any of these classes changes shape (`tests/unit/test_protocol.py` knows the shapes of this version)."""
 
 REFUSED = "not taken up: "
 """How the error of a replica's first and only chunk begins when it refuses a grant; the request is then retried."""
@@ -22,6 +27,26 @@ LOST = "the engine is gone: "
 
 LOCAL_EPOCH = 0
 """`Grant.ledger_epoch` of a grant that an ingress made by itself because the ledger gave no answer."""
+
+
+class Message(Protocol):
+    """What asks or tells."""
+
+    @property
+    def version(self) -> int:
+        """The protocol that it was written in."""
+        ...
+
+
+def mismatch(message: Message, reader: str) -> str | None:
+    """Why `reader` can't read the message: both versions and the way out. None if it can."""
+    if message.version == PROTOCOL_VERSION:
+        return None
+    return (
+        f"{type(message).__name__} is of protocol {message.version}, {reader} reads {PROTOCOL_VERSION}: "
+        "a rolling update between versions of Headroom is not done yet; if it stays, deploy all from one version"
+    )
+
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 """How a request ended: an end token or stop string, the token limit, the client's leaving, a failure."""
@@ -95,6 +120,7 @@ class Prefix:
 class ReserveRequest:
     """What the ledger must know to size, queue or refuse a request. No token ids, no text."""
 
+    version: int = field(default=PROTOCOL_VERSION, kw_only=True)
     request_id: str
     ingress_id: str
     prompt_tokens: int
@@ -109,7 +135,6 @@ class ReserveRequest:
     """Orders a tenant's own requests: lower is served first."""
     prefix: Prefix | None = None
     """What the prompt begins with, to find replicas that have it cached; None: not looked for."""
-    version: int = PROTOCOL_VERSION
     weight: int | None = None
     """Of the tenant, from its API key; None: as the ledger's settings have it."""
 
@@ -132,6 +157,7 @@ class Refusal:
 class GenerationRequest:
     """One choice to generate: token ids in, token ids out."""
 
+    version: int = field(default=PROTOCOL_VERSION, kw_only=True)
     request_id: str
     """Unique per choice: the HTTP request's id, a dash, prompt and choice indices."""
     prompt_ids: tuple[int, ...]
@@ -147,7 +173,8 @@ class GenerationRequest:
     """As in `ReserveRequest`."""
     priority: int = 0
     """As in `ReserveRequest`."""
-    version: int = PROTOCOL_VERSION
+    pool: str | None = None
+    """As in `ReserveRequest`."""
     weight: int | None = None
     """As in `ReserveRequest`."""
 
@@ -217,6 +244,7 @@ NO_CHANGE = CachedGranules()
 class ReplicaState:
     """A replica's report to the ledger: on change, at most every 100 ms, and a heartbeat each second."""
 
+    version: int = field(default=PROTOCOL_VERSION, kw_only=True)
     replica_id: str
     pool: str
     epoch: int
@@ -240,9 +268,20 @@ class ReplicaState:
     """How much less than the sum of `held` is really held, because requests share prefixes; whole granules count."""
     granules: CachedGranules = NO_CHANGE
     """Every change since the last report that this ledger acknowledged, or the whole for one that has none yet."""
+    preemptions: int = 0
+    """Since the start of its epoch: from these the ledger learns how much to promise."""
     vitals: ReplicaVitals | None = None
     """For the metrics page; about once a second."""
-    version: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class ReportAnswer:
+    """The ledger's answer to a replica's report."""
+
+    epoch: int
+    """Of the ledger."""
+    waiting_tokens: int = 0
+    """What waits for the replica's pool, if that scales: grants, in tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,12 +311,17 @@ class LedgerNews:
     """Replicas that can take work now."""
     silent: tuple[tuple[str, int], ...] = ()
     """(replica id, epoch) of replicas whose heartbeats stopped: frozen, cut off or dead."""
+    pool_contexts: tuple[tuple[str, int], ...] = ()
+    """(pool, longest prompt + output in tokens) of pools that have a known replica, or had one."""
+    wake: tuple[str, ...] = ()
+    """Pools without a replica that are to get one, because requests wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class IngressNotice:
     """What an ingress tells the ledger: at once when there is something to tell, and each second to renew its lease."""
 
+    version: int = field(default=PROTOCOL_VERSION, kw_only=True)
     ingress_id: str
     unused: tuple[str, ...] = ()
     """Ids of grants that no replica can have taken up; a grant that one took up ends with that replica's report."""
@@ -287,4 +331,3 @@ class IngressNotice:
     """(replica id, epoch) of replicas that a call found dead or gone."""
     vitals: IngressVitals | None = None
     """For the metrics page; about once a second."""
-    version: int = PROTOCOL_VERSION

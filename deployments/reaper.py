@@ -7,6 +7,7 @@ some of its daemons, and leave the folder.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     sys.stdin.buffer.read()
     if folder.is_dir():
-        end_processes(marked(folder), _TERM_WAIT_S)
+        # Where the run itself still lives, it could not remove its folder, and may still have logs open there.
+        end_processes([p for p in marked(folder) if p.pid != os.getppid()], _TERM_WAIT_S)
         shutil.rmtree(folder, ignore_errors=True)
 
 

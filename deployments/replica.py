@@ -17,14 +17,15 @@ from deployments.engine.client import EngineClient
 from deployments.engine.messages import EngineSpec
 from deployments.errors import EngineFailed
 from deployments.home import state_folder
-from deployments.metrics.pacing import seldom
+from deployments.metrics.pacing import OUTLINE_EVERY_S, seldom
 from deployments.metrics.replica import vitals_of
 from deployments.metrics.vitals import ReplicaVitals
-from deployments.protocol import PROTOCOL_VERSION, REFUSED, GenerationRequest, TokenChunk
+from deployments.protocol import REFUSED, GenerationRequest, TokenChunk, mismatch
 from deployments.routing.admission import Admission
 from deployments.routing.reports import ReportSender
 from deployments.settings import ModelSettings, PoolSettings
 from deployments.stopping import stop_flag
+from placement.outline import outline
 from placement.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,9 @@ class Replica:
         """Engine request id -> grant id, of requests taken up and not ended."""
         self._admission: Admission | None = None
         self._plan: Plan | None = None
+        self._outline_when_due = seldom(lambda: outline(self._planned()), OUTLINE_EVERY_S)
         self._attention = ""
+        self._sender: ReportSender | None = None
         self._reporting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -97,8 +100,8 @@ class Replica:
             started.load_s,
             plan.capacity_tokens,
         )
-        sender = ReportSender(self._admission, self._ledger, vitals=seldom(self._vitals), stopping=stop_flag())
-        self._reporting = asyncio.get_running_loop().create_task(sender.run())
+        self._sender = ReportSender(self._admission, self._ledger, vitals=seldom(self._vitals), stopping=stop_flag())
+        self._reporting = asyncio.get_running_loop().create_task(self._sender.run())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Take the request up and stream its chunks.
@@ -128,17 +131,24 @@ class Replica:
 
     async def status(self) -> ReplicaStatus:
         """Who and how this replica is."""
-        assert self._plan is not None
         return ReplicaStatus(
             replica_id=self._admitted().replica_id,
             engine_pid=self._engine.pid,
-            plan=self._plan,
+            plan=self._planned(),
             attention=self._attention,
             held_blocks=sum(self._engine.held.values()) - self._engine.shared_blocks,
             cached_blocks=self._engine.cached_blocks,
             requests=len(self._requests),
             preemptions=self._engine.preemptions,
         )
+
+    async def awake(self) -> None:
+        """Answers as soon as there is a replica: a call that waits for one makes Serve start it."""
+
+    async def record_autoscaling_stats(self) -> dict[str, int]:
+        """Asked by Serve where the pool scales; see `routing.autoscaling`."""
+        assert self._sender is not None, "start() comes first"
+        return self._sender.demand()
 
     async def check_health(self) -> None:
         """Serve restarts the replica when this raises.
@@ -158,23 +168,27 @@ class Replica:
         self._engine.stop()
 
     def _vitals(self) -> ReplicaVitals:
-        assert self._plan is not None
         engine = self._engine
         return vitals_of(
             engine.tally,
-            self._plan,
+            self._planned(),
             cached_blocks=engine.cached_blocks,
             preemptions=engine.preemptions,
             grants=self._admitted().grants,
+            outline=self._outline_when_due(),
         )
+
+    def _planned(self) -> Plan:
+        assert self._plan is not None, "start() comes first"
+        return self._plan
 
     def _admitted(self) -> Admission:
         assert self._admission is not None, "start() comes first"
         return self._admission
 
     def _reason_against(self, request: GenerationRequest) -> str | None:
-        if request.version != PROTOCOL_VERSION:
-            return f"the request speaks protocol {request.version}, this replica {PROTOCOL_VERSION}"
+        if (reason := mismatch(request, "this replica")) is not None:
+            return reason
         if self._engine.failure is not None:
             return f"the engine failed: {self._engine.failure}"
         if request.request_id in self._requests:
@@ -191,6 +205,7 @@ class Replica:
         self._note_shared()
         if self._admission is not None:
             self._admission.note_granules(self._engine.granules)
+            self._admission.preemptions = self._engine.preemptions
 
     def _note_shared(self) -> None:
         """Tell what requests share. The engine may count one that has ended here already: nobody shares with that."""

@@ -21,16 +21,48 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class AutoscalingSettings(_Strict):
+    """As many replicas as demand asks for: KV tokens granted, held and waited for over what a replica holds."""
+
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    """0: none while nothing is asked; the first request then waits until one is loaded, or for `wait_limit_s`."""
+    max_replicas: Annotated[int, Field(ge=1)]
+    target_percent: Annotated[int, Field(ge=1, le=100)] = 80
+    """Of the replicas' KV cache that is to be in use; where demand is more, the pool grows."""
+    slack_percent: Annotated[int, Field(ge=0)] = 20
+    """The pool shrinks where fewer replicas would be in use by so much less than the target."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
+    """For how long more replicas must be needed before they are started."""
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
+    """For how long fewer must do before some are stopped."""
+    downscale_to_zero_delay_s: Annotated[float, Field(ge=0)] | None = None
+    """The same for the last one; default: `downscale_delay_s`."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> AutoscalingSettings:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}, under min_replicas, {self.min_replicas}")
+        if self.slack_percent >= self.target_percent:
+            raise ValueError(f"slack_percent is {self.slack_percent}; it must be under target_percent")
+        return self
+
+
 class PoolSettings(_Strict):
     """Replicas of one model with one shape: one Serve deployment, one plan."""
 
     name: str = "default"
     replicas: Annotated[int, Field(ge=1)] = 1
-    quantization: Quantization = "nf4"
+    autoscaling: AutoscalingSettings | None = None
+    """Instead of `replicas`: a number that follows demand."""
+    quantization: Quantization | Literal["auto"] = "auto"
+    """auto: the checkpoint's own where it is quantised already, else nf4."""
     double_quant: bool = False
     """NF4/FP4 only: quantise the scales too."""
+    quantize_experts: bool = False
+    """NF4, FP4 and int8 on the CPU: quantise experts that are fused into one tensor too; else they stay in `dtype`."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32."""
+    """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32; of a checkpoint that
+    is quantised already, the dtype in which it stores what is not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where a GPU is visible, else virtual devices on the CPU."""
     stages: Annotated[int, Field(ge=1)] | None = None
@@ -95,6 +127,23 @@ class PoolSettings(_Strict):
         if taken := {"CPU", "GPU", "memory", "object_store_memory"} & self.resources.keys():
             raise ValueError(f"resources are Ray's custom ones, not {', '.join(sorted(taken))}; use stages or cpus")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number_of_replicas(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "replicas" in values and values.get("autoscaling") is not None:
+            raise ValueError("replicas and autoscaling are both given; autoscaling has min_replicas and max_replicas")
+        return values
+
+    @property
+    def fewest_replicas(self) -> int:
+        """Replicas that there always are."""
+        return self.autoscaling.min_replicas if self.autoscaling else self.replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas that there may be."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
 
     def batch_tokens(self, device_type: str) -> int:
         """`max_batch_tokens`, or its default on a kind of device."""
@@ -165,8 +214,12 @@ class ApiSettings(_Strict):
     """From a request's head to the end of its body; afterwards 408."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """From the request's arrival to its last token; afterwards it is cancelled."""
+    keep_alive_s: Annotated[float, Field(gt=0)] | None = 15.0
+    """A stream that was silent for so long gets a comment, so that no proxy takes it for dead; None: never."""
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 10_000
     """Serve's limit per ingress replica; must exceed running plus waiting requests."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Custom Ray resources that ingress replicas and ledgers ask for, so that they keep no node of replicas busy."""
     ledger_limit_s: Annotated[float, Field(gt=0)] = 2.0
     """A ledger that gives no sign for this long is done without: an ingress then places requests by what it last knew
     of the replicas, which take up what they have room for."""
@@ -218,4 +271,8 @@ def describe(error: Any) -> str:
 
 
 def _known_keys() -> list[str]:
-    return [key for part in (Settings, ApiSettings, ModelSettings, PoolSettings) for key in part.model_fields]
+    return [
+        key
+        for part in (Settings, ApiSettings, ModelSettings, PoolSettings, AutoscalingSettings)
+        for key in part.model_fields
+    ]

@@ -30,13 +30,13 @@ class PlannedPool:
     @property
     def gpus(self) -> int:
         """GPUs that all its replicas need."""
-        return self.pool.replicas * sum(stage.gpu.device_type == "cuda" for stage in self.plan.stages)
+        return self.pool.most_replicas * sum(stage.gpu.device_type == "cuda" for stage in self.plan.stages)
 
     @property
     def cpu_bytes(self) -> int:
         """Main memory that all its replicas' weights, reserves and KV caches may take."""
         on_cpu = [stage for stage in self.plan.stages if stage.gpu.device_type == "cpu"]
-        return self.pool.replicas * sum(s.weight_bytes + s.reserve_bytes + self.plan.kv_bytes(s) for s in on_cpu)
+        return self.pool.most_replicas * sum(s.weight_bytes + s.reserve_bytes + self.plan.kv_bytes(s) for s in on_cpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,10 @@ def take(models: Sequence[tuple[ModelSettings, LocalModel]]) -> Survey:
         ConfigError: a pool does not fit; one line.
     """
     wanted = [(model.name, local.path, pool) for model, local in models for pool in model.pools]
-    asked = [{"model": name, "folder": str(path), "pool": pool.model_dump_json()} for name, path, pool in wanted]
+    asked = [
+        {"model": name, "folder": str(path), "pool": pool.model_dump_json(exclude_unset=True)}
+        for name, path, pool in wanted
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "deployments.survey"],
         input=json.dumps(asked),

@@ -49,6 +49,21 @@ class Unit:
     """Of another modality than text: a vision or audio encoder, or what joins it to the text model."""
 
 
+def fused_experts(model: nn.Module, block_size: int) -> dict[str, nn.Parameter]:
+    """Dotted name -> weights [experts, a, b] of the mixtures of experts whose forward takes one expert's at a time.
+
+    Those are transformers' modules under its experts interface, which leaves a `has_gate` in each. Weights of which an
+    expert is no whole number of quantisation blocks are left out.
+    """
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if hasattr(module, "has_gate")
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter[0].numel() % block_size == 0
+    }
+
+
 def find_stacks(model: PreTrainedModel, encoder_layers: int, layers: int) -> tuple[Stack, ...]:
     """The stacks of layers, in the order in which they run.
 

@@ -115,8 +115,9 @@ def parse_cluster(text: str) -> Inventory:
         from placement import probe
 
         return probe.inventory() if text == "local" else probe.ray_inventory()
-    if Path(text).exists() or Path(text).suffix in (".yaml", ".yml", ".json"):
-        return parse_inventory(read(Path(text), "inventory"))
+    path = Path(text)
+    if (path.exists() and not path.is_dir()) or path.suffix in (".yaml", ".yml", ".json"):
+        return parse_inventory(read(path, "inventory"))
     return Inventory(tuple(Node(f"node{i}", parse_gpus(part)) for i, part in enumerate(text.split("+"))))
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 
 from placement.errors import PlacementError
 from placement.kv import LayerKv
-from placement.recipe import BLOCK, FourBit, Quantization, Recipe, compute_dtype, make_recipe, read_recipe
+from placement.recipe import BLOCK, FourBit, Plain, Quantization, Recipe, compute_dtype, make_recipe, read_recipe
 from placement.source import Source, find_source
 
 __all__ = ["Footprint", "Geometry", "Module", "Quantization", "Role", "Tensor", "footprint", "resident_bytes"]
@@ -108,6 +108,8 @@ class Footprint:
     """The checkpoint itself is quantised, so it can't be had at another quantisation."""
     left_out: tuple[str, ...] = ()
     """Vision and audio towers of the checkpoint that are not counted: text-only serving does without."""
+    experts: bool = False
+    """Fused experts are quantised too."""
 
     @property
     def layers(self) -> tuple[Module, ...]:
@@ -170,6 +172,7 @@ def footprint(
     skip_modules: tuple[str, ...] | None = None,
     dtype: str | None = None,
     vision: bool = False,
+    experts: bool = False,
     name: str | None = None,
 ) -> Footprint:
     """The bytes of every module of `model`, read without weights.
@@ -187,6 +190,8 @@ def footprint(
         dtype: of compute and of what is not quantised; None: see `compute_dtype`.
         vision: count the vision or audio tower of a multimodal model, beside the first layers; text-only serving
             leaves it out.
+        experts: nf4, fp4 and int8: quantise fused experts too, as the engine can once they are loaded; transformers
+            leaves them in `dtype`.
         name: what plans and errors call the model; None: its folder, file or id.
 
     Raises:
@@ -205,7 +210,12 @@ def footprint(
     from placement.reconcile import check_gguf, reconcile
     from placement.skeleton import read_skeleton
 
-    skeleton = read_skeleton(source, dtype, recipe, vision=vision)
+    if experts and (recipe.prequantized or isinstance(recipe, Plain)):
+        raise PlacementError(
+            f"quantize_experts needs nf4, fp4 or int8 and a checkpoint that is not quantised yet, but {source.name} is "
+            f"to be loaded in {recipe.name}; leave it out"
+        )
+    skeleton = read_skeleton(source, dtype, recipe, vision=vision, experts=experts)
     modules = tuple(_weigh(module, recipe) for module in skeleton.modules)
     if source.gguf is not None:
         check_gguf(source.name, modules, source.gguf)
@@ -213,7 +223,15 @@ def footprint(
         modules = reconcile(source.name, modules, source.headers, recipe)
     doubled = isinstance(recipe, FourBit) and recipe.double_quant
     return Footprint(
-        source.name, recipe.name, doubled, dtype, modules, skeleton.geometry, recipe.prequantized, skeleton.left_out
+        model=source.name,
+        quantization=recipe.name,
+        double_quant=doubled,
+        dtype=dtype,
+        modules=modules,
+        geometry=skeleton.geometry,
+        prequantized=recipe.prequantized,
+        left_out=skeleton.left_out,
+        experts=experts,
     )
 
 

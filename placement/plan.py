@@ -85,6 +85,8 @@ class Plan:
     """KV and recurrent state of one sequence of `max_context` tokens, in all stages."""
     window_aware_bytes: int = 0
     """The same in a cache that frees blocks behind sliding windows. The engine's does not: no capacity counts on it."""
+    experts: bool = False
+    """Fused experts are quantised too, once they are loaded."""
 
     @property
     def capacity_tokens(self) -> int:
@@ -167,6 +169,7 @@ def _price(problem: Problem, split: Split) -> Plan:
         stages=tuple(_stage(problem, cut, split.blocks) for cut in split.cuts),
         sequence_bytes=one,
         window_aware_bytes=window_aware,
+        experts=footprint.experts,
     )
 
 

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> str:
         PlacementError: one line.
     """
     # The devices first: they are checked in no time, the footprint imports torch.
-    devices, caps, pins = _devices(options), _caps(options.max_memory), _pins(options.pin)
+    devices, caps, pins = _devices(options), parse_caps(options.max_memory), _pins(options.pin)
     weighed = footprint(
         options.model,
         quantization=options.quantization,
@@ -189,7 +189,12 @@ def _file(act: Callable[[], _T], failed: str) -> _T:
         raise PlacementError(f"{failed}: not UTF-8") from None
 
 
-def _caps(text: str | None) -> dict[int, str]:
+def parse_caps(text: str | None) -> dict[int, str]:
+    """What `--max-memory` says: device -> size.
+
+    Raises:
+        PlacementError: it is not written so.
+    """
     caps: dict[int, str] = {}
     for part in text.split(",") if text else ():
         device, _, size = part.partition("=")

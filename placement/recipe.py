@@ -126,9 +126,9 @@ class EightBit(Recipe):
         return "int8"
 
     def weight_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
-        """One byte a weight, one float32 a row."""
+        """One byte a weight, one float32 a row (of each expert, where `shape` is [experts, out, in])."""
         del itemsize
-        return prod(shape) + 4 * shape[0]
+        return prod(shape) + 4 * prod(shape[:-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -203,7 +203,7 @@ def reserve(
         sampler=_WEIGHT_TABLE_BYTES,
         per_block=4 * workload.block_size,
         gather_per_block=_gather_bytes(footprint, workload) if gathers else 0,
-        load_peak=_cuda_load_peak_bytes(footprint, devices) if cuda else _cpu_load_peak_bytes(footprint),
+        load_peak=_cuda_load_peak_bytes(footprint, devices) if cuda else _cpu_load_peak_bytes(footprint, devices),
     )
 
 
@@ -297,7 +297,7 @@ def _activation_bytes(footprint: Footprint) -> int:
     if footprint.quantization == "int8":
         # Inputs once more in float16 and int8, results once more in int32 and float16.
         shapes = [t.shape for layer in footprint.layers for t in layer.tensors if t.linear]
-        per_token += max((3 * s[1] + 6 * s[0] for s in shapes), default=0)
+        per_token += max((3 * s[-1] + 6 * s[-2] for s in shapes), default=0)
     return per_token
 
 
@@ -345,11 +345,14 @@ def _dequantisation_bytes(footprint: Footprint) -> int:
     return size * _largest_quantised(footprint)
 
 
-def _cpu_load_peak_bytes(footprint: Footprint) -> int:
+def _cpu_load_peak_bytes(footprint: Footprint, devices: int) -> int:
     """The largest weight while it is quantised: in the compute dtype, and with what bitsandbytes computes it from.
-    transformers quantises one tensor at a time; what stays as it is is mapped from the checkpoint, not read."""
+    transformers quantises one tensor at a time; what stays as it is is mapped from the checkpoint, not read. Fused
+    experts are quantised once all are loaded: until then they are in the compute dtype, as if in equal shares."""
     scratch = _QUANTISE_BYTES.get(footprint.quantization, 0)
-    return _largest_quantised(footprint) * (dtype_bytes(footprint.dtype) + scratch)
+    fused = [t for layer in footprint.layers for t in layer.tensors if t.linear and len(t.shape) == 3]
+    waiting = sum(t.elements * t.itemsize - t.bytes for t in fused)
+    return -(-waiting // devices) + _largest_quantised(footprint) * (dtype_bytes(footprint.dtype) + scratch)
 
 
 def _cuda_load_peak_bytes(footprint: Footprint, devices: int) -> int:

@@ -32,12 +32,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from placement.anatomy import Stack, find_stacks, find_units
+from placement.anatomy import Stack, find_stacks, find_units, fused_experts
 from placement.errors import PlacementError
 from placement.footprint import Geometry, Module, Tensor
 from placement.headers import Gguf
 from placement.kv import LayerKv, layer_kv
-from placement.recipe import Grouped, Recipe
+from placement.recipe import BLOCK, Grouped, Recipe
 from placement.source import Source
 
 _STANDARD = (
@@ -68,11 +68,12 @@ class Skeleton:
     """Vision and audio towers that text-only serving does without."""
 
 
-def read_skeleton(source: Source, dtype: str, recipe: Recipe, *, vision: bool) -> Skeleton:
+def read_skeleton(source: Source, dtype: str, recipe: Recipe, *, vision: bool, experts: bool) -> Skeleton:
     """The modules of a model, those that `recipe` converts marked.
 
     Args:
         vision: count the vision or audio tower, which lives with the first layers; otherwise it is left out.
+        experts: `recipe` converts fused experts too, as the engine can; transformers leaves them in 16 bits.
 
     Raises:
         PlacementError: transformers can't build it, or its parts can't be told.
@@ -86,7 +87,10 @@ def read_skeleton(source: Source, dtype: str, recipe: Recipe, *, vision: bool) -
     towers = tuple(unit.name for unit in units if unit.tower)
     if vision and not towers:
         raise PlacementError(f"{source.name} has no vision or audio tower to count; leave vision out")
-    held = _by_unit(_tensors(model, dtype, _convertible(model, recipe, stacks)), {unit.name for unit in units})
+    convertible = _convertible(model, recipe, stacks)
+    if experts:
+        convertible |= _experts(model, source.name)
+    held = _by_unit(_tensors(model, dtype, convertible), {unit.name for unit in units})
     if homeless := held.pop(""):
         names = ", ".join(tensor.name for tensor in homeless[:3])
         raise PlacementError(f"{type(model).__name__}: no stage would hold {names}")
@@ -203,7 +207,10 @@ def _expert_share(facts: Mapping[str, Any]) -> tuple[int, int]:
 def _geometry(model: PreTrainedModel, facts: Mapping[str, Any]) -> Geometry:
     config = model.config.get_text_config(decoder=True)
     if not facts["num_attention_heads"] or not facts["num_hidden_layers"]:
-        raise PlacementError(f"{type(model).__name__} has no attention layers: its state is not planned yet")
+        raise PlacementError(
+            f"{type(model).__name__} has no attention layers, and its state is not planned yet; serve a model with "
+            "attention in its layers"
+        )
     return Geometry(
         hidden=config.hidden_size,
         vocab=config.vocab_size,
@@ -284,10 +291,9 @@ def _out_in(shape: tuple[int, ...], *, transposed: bool) -> tuple[int, ...]:
 
 
 def _convertible(model: PreTrainedModel, recipe: Recipe, stacks: tuple[Stack, ...]) -> dict[str, bool]:
-    """The weights that `recipe` converts, and whether they are stored [in, out] (GPT-2's Conv1D).
+    """The weights that transformers converts to `recipe`, and whether they are stored [in, out] (GPT-2's Conv1D).
 
-    Experts fused into 3-D parameters are no linears, so no recipe converts them: transformers leaves them in 16 bits.
-    When the engine quantises them itself, this is where their names are added.
+    Experts fused into 3-D parameters are no linears: transformers leaves them in 16 bits.
     """
     linears = {
         name: isinstance(module, Conv1D)
@@ -307,6 +313,13 @@ def _convertible(model: PreTrainedModel, recipe: Recipe, stacks: tuple[Stack, ..
         )
         names = [name for name in linears if should_convert_module(name, kept)]
     return {f"{name}.weight": linears[name] for name in names if recipe.for_module(name) is not None}
+
+
+def _experts(model: PreTrainedModel, name: str) -> dict[str, bool]:
+    found = fused_experts(model, BLOCK)
+    if not found:
+        raise PlacementError(f"{name} has no fused experts to quantise; leave quantize_experts out")
+    return dict.fromkeys(found, False)
 
 
 def _check_kv(model: PreTrainedModel, modules: tuple[Module, ...], geometry: Geometry) -> None:

@@ -11,16 +11,11 @@ from html import escape
 
 from placement.export import capacity, title
 from placement.hardware import format_bytes
+from placement.outline import Part, colours, parts
 from placement.plan import Plan, Stage
-from placement.reserve import Term
 
-_WEIGHTS = {"embedding": "#5b88dd", "layers": "#2f6fd0", "head": "#7a68e0", "shared": "#75889f"}
-_KV = {"KV cache": "#1f9668"}
-_RESERVES = ("#96590f", "#c9761a", "#c4504a", "#b4489a", "#7a8c2a", "#8b6d5c", "#d0668a", "#5f7f86")
-"""In the order in which a plan names its reserves. All colours have a contrast of 3 against both backgrounds."""
 _LEGEND = {"layers": "decoder layers", "KV cache": "keys and values of all tokens, and one scratch block"}
 """For the legend, where a part's own words are about one device."""
-_FREE, _OUTSIDE = "free", "outside the budget"
 
 _STYLE = """
 text { font: 13px system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; fill: #1c2430 }
@@ -62,7 +57,7 @@ class _Bar:
     """One device: where its bytes go, in the order in which they are drawn."""
 
     stage: Stage
-    parts: tuple[Term, ...]
+    parts: tuple[Part, ...]
 
     def bytes_of(self, name: str) -> int:
         return sum(part.bytes for part in self.parts if part.name == name)
@@ -70,11 +65,11 @@ class _Bar:
 
 def svg(plan: Plan) -> str:
     """The picture of `plan`, as the text of an SVG file."""
-    bars = [_Bar(stage, _parts(plan, stage)) for stage in plan.stages]
-    colours = _colours(bars)
+    bars = [_Bar(stage, parts(plan, stage)) for stage in plan.stages]
+    painted = colours(part for bar in bars for part in bar.parts)
     width = max(_LEAST_WIDTH, 2 * _MARGIN + _TERMS + _COLUMN * len(bars))
     bottom = _TOP + _BAR_STEP * len(bars)
-    height = bottom + 40 + _ROW * (len(colours) + 3) + _MARGIN
+    height = bottom + 40 + _ROW * (len(painted) + 3) + _MARGIN
     return "\n".join(
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
@@ -87,37 +82,15 @@ def svg(plan: Plan) -> str:
             f'<rect class="background" width="{width}" height="{height}"/>',
             _text(_MARGIN, 38, title(plan), "heading"),
             _text(_MARGIN, 60, capacity(plan), "faint"),
-            *_bars(bars, colours, width),
-            *_table(bars, colours, bottom + 40, width),
+            *_bars(bars, painted, width),
+            *_table(bars, painted, bottom + 40, width),
             "</svg>",
             "",
         )
     )
 
 
-def _parts(plan: Plan, stage: Stage) -> tuple[Term, ...]:
-    blocks = f"{plan.num_blocks:,} blocks and a scratch block of {format_bytes(stage.kv_block_bytes)}"
-    outside = max(0, stage.gpu.memory_bytes - stage.budget_bytes)
-    return (
-        *stage.weights,
-        Term("KV cache", plan.kv_bytes(stage), blocks),
-        *stage.reserve,
-        Term(_FREE, plan.unused_bytes(stage), "what the plan leaves of its budget"),
-        Term(_OUTSIDE, outside, "taken by others, or above the cap"),
-    )
-
-
-def _colours(bars: Sequence[_Bar]) -> dict[str, str | None]:
-    """Every name with its colour, in drawing order; None: drawn by its style (what is not used)."""
-    names = dict.fromkeys(part.name for bar in bars for part in bar.parts if part.bytes)
-    reserves = [term.name for bar in bars for term in bar.stage.reserve if term.bytes]
-    fixed = _WEIGHTS | _KV
-    fixed |= {name: _RESERVES[i % len(_RESERVES)] for i, name in enumerate(dict.fromkeys(reserves))}
-    order = sorted(names, key=[*_WEIGHTS, *_KV, *dict.fromkeys(reserves), _FREE, _OUTSIDE].index)
-    return {name: fixed.get(name) for name in order}
-
-
-def _bars(bars: Sequence[_Bar], colours: dict[str, str | None], width: int) -> Iterable[str]:
+def _bars(bars: Sequence[_Bar], painted: dict[str, str | None], width: int) -> Iterable[str]:
     left, room = _MARGIN + _LABELS, width - 2 * _MARGIN - _LABELS
     most = max(max(bar.stage.gpu.memory_bytes, bar.stage.budget_bytes) for bar in bars)
     bottom = _TOP + _BAR_STEP * len(bars) - _BAR_STEP + _BAR + 6
@@ -135,10 +108,10 @@ def _bars(bars: Sequence[_Bar], colours: dict[str, str | None], width: int) -> I
             x, end = (left + edge * room // most for edge in (done, done + part.bytes))
             done += part.bytes
             if end > x:
-                yield _segment(part, colours[part.name], x, y, end - x)
+                yield _segment(part, painted[part.name], x, y, end - x)
 
 
-def _segment(part: Term, colour: str | None, x: int, y: int, width: int) -> str:
+def _segment(part: Part, colour: str | None, x: int, y: int, width: int) -> str:
     style = f'class="segment" fill="{colour}"' if colour else f'class="{part.name.split()[0]}"'
     rect = f'<rect {style} x="{x}" y="{y}" width="{width}" height="{_BAR}"/>'
     label, size = part.name, format_bytes(part.bytes)
@@ -148,13 +121,13 @@ def _segment(part: Term, colour: str | None, x: int, y: int, width: int) -> str:
     return f"<g><title>{tip}</title>{rect}{text}</g>"
 
 
-def _table(bars: Sequence[_Bar], colours: dict[str, str | None], top: int, width: int) -> Iterable[str]:
+def _table(bars: Sequence[_Bar], painted: dict[str, str | None], top: int, width: int) -> Iterable[str]:
     """One row per name: its colour, its bytes on each device and, where there is room, what it is. The sums below."""
     columns = [_MARGIN + _TERMS + _COLUMN * (i + 1) for i in range(len(bars))]
     right, room = columns[-1], (width - _MARGIN - columns[-1] - 24) // _CHARACTER
     for bar, x in zip(bars, columns, strict=True):
         yield _text(x, top, f"device {bar.stage.device}", "number strong")
-    for row, (name, colour) in enumerate(colours.items(), start=1):
+    for row, (name, colour) in enumerate(painted.items(), start=1):
         y = top + _ROW * row
         style = f'fill="{colour}"' if colour else f'class="{name.split()[0]}"'
         yield f'<line class="line" x1="{_MARGIN}" y1="{y - 16}" x2="{right}" y2="{y - 16}"/>'
@@ -165,7 +138,7 @@ def _table(bars: Sequence[_Bar], colours: dict[str, str | None], top: int, width
         if room >= _LEAST_WHY:
             why = next(part.why for bar in bars for part in bar.parts if part.name == name and part.bytes)
             yield _text(right + 24, y, _shortened(_LEGEND.get(name, why.partition(":")[0]), room), "faint")
-    for row, name in enumerate(("budget", "memory"), start=len(colours) + 1):
+    for row, name in enumerate(("budget", "memory"), start=len(painted) + 1):
         y = top + _ROW * row
         yield f'<line class="line" x1="{_MARGIN}" y1="{y - 16}" x2="{right}" y2="{y - 16}"/>'
         yield _text(_MARGIN + 20, y, name, "strong")

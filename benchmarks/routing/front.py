@@ -177,6 +177,7 @@ class LedgerFront:
         for sequence in it.sequences():
             admission.hold(self._grants[sequence.job.index].grant_id, it.held_blocks(sequence))
         admission.share(it.shared_blocks)
+        admission.preemptions = it.preemptions
         admission.note_granules(self._granule_news(replica))
         return admission.report()
 

@@ -104,6 +104,12 @@ class SimReplica:
             return self._blocks(sequence.origin + self._step + self._grown)
         return self._blocks(sequence.prefilled) if sequence.place == "prefilling" else 0
 
+    def produced(self, sequence: Sequence) -> int:
+        """Tokens that it has produced, as of the last step that is accounted for."""
+        if sequence.place == "decoding":
+            return sequence.job.output - (sequence.last_step - self._step)
+        return sequence.produced
+
     def sequences(self) -> list[Sequence]:
         """Those that hold blocks."""
         return [*self.prefilling, *self.decoding.values()]

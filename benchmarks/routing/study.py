@@ -108,6 +108,16 @@ class Study:
     """Policy -> sustained load of each seed, as a share of saturation; empty when it was not sought."""
 
     @cached_property
+    def policies(self) -> list[str]:
+        """Those that were run, ours first."""
+        return [policy for policy in POLICIES if (policy, self.loads[0]) in self.outcomes]
+
+    @cached_property
+    def others(self) -> list[str]:
+        """Those that ours is compared with; may be none."""
+        return [policy for policy in self.policies if policy != OURS]
+
+    @cached_property
     def loads(self) -> list[float]:
         """In ascending order."""
         return sorted({load for _, load in self.outcomes})
@@ -122,7 +132,7 @@ class Study:
         def badness(policy: str) -> tuple[float, int]:
             return self.p99(policy, load).median, sum(outcome.refused for outcome in self.outcomes[policy, load])
 
-        return min(BASELINES, key=badness)
+        return min(self.others, key=badness)
 
     def gain(self, load: float) -> Interval:
         """Our p99 over that of the best other policy, seed by seed. Infinite where only ours is infinite."""
@@ -132,7 +142,7 @@ class Study:
 
     def sustained_gain(self) -> tuple[str, Interval]:
         """The best other policy, and our sustained load over its, seed by seed."""
-        best = max(BASELINES, key=lambda policy: Interval.of(self.sustained[policy]).median)
+        best = max(self.others, key=lambda policy: Interval.of(self.sustained[policy]).median)
         pairs = zip(self.sustained[OURS], self.sustained[best], strict=True)
         return best, Interval.of([ours / theirs for ours, theirs in pairs])
 
@@ -143,10 +153,19 @@ def _ratio(ours: float, theirs: float) -> float:
     return ours / theirs
 
 
-def study(setting: Setting, *, loads: Sequence[float], seeds: int, limit: float | None, processes: int = 1) -> Study:
-    """Run everything; `limit` None leaves out the search for the sustained load."""
-    tasks = [(policy, load, seed) for policy in POLICIES for load in loads for seed in range(seeds)]
-    searches = [(policy, seed) for policy in POLICIES for seed in range(seeds)] if limit is not None else []
+def study(
+    setting: Setting,
+    *,
+    loads: Sequence[float],
+    seeds: int,
+    limit: float | None,
+    others: Sequence[str] = tuple(BASELINES),
+    processes: int = 1,
+) -> Study:
+    """Run everything, ours against `others`; `limit` None leaves out the search for the sustained load."""
+    policies = (OURS, *others)
+    tasks = [(policy, load, seed) for policy in policies for load in loads for seed in range(seeds)]
+    searches = [(policy, seed) for policy in policies for seed in range(seeds)] if limit is not None else []
     outcomes = _map(_run, [(setting, *task) for task in tasks], processes)
     found = _map(_search, [(setting, policy, limit or 0.0, seed) for policy, seed in searches], processes)
     by_task = dict(zip(tasks, outcomes, strict=True))
@@ -154,8 +173,8 @@ def study(setting: Setting, *, loads: Sequence[float], seeds: int, limit: float 
     return Study(
         setting,
         limit or 0.0,
-        {(p, load): tuple(by_task[p, load, s] for s in range(seeds)) for p in POLICIES for load in loads},
-        {p: tuple(by_search[p, s] for s in range(seeds)) for p in POLICIES} if searches else {},
+        {(p, load): tuple(by_task[p, load, s] for s in range(seeds)) for p in policies for load in loads},
+        {p: tuple(by_search[p, s] for s in range(seeds)) for p in policies} if searches else {},
     )
 
 

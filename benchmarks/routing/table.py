@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.report import Goal
 from benchmarks.routing.outcome import Interval, Outcome
-from benchmarks.routing.study import OURS, POLICIES, Study
+from benchmarks.routing.study import OURS, Study
 
 GOAL_LOAD = 0.9
 GOAL_P99 = {"unequal": 0.5, "equal": 0.8}
@@ -41,22 +41,27 @@ def text(study: Study) -> str:
     parts = []
     for load in study.loads:
         rows = [["", *(name for name, _, _ in COLUMNS), "interval of TTFT p99"]]
-        rows += [_row(study, policy, load) for policy in POLICIES]
+        rows += [_row(study, policy, load) for policy in study.policies]
         parts += [f"load {load:g} of saturation; times in ms", _aligned(rows)]
-        parts.append(f"TTFT p99 of the ledger over that of {study.best_other(load)}: {_span(study.gain(load), '.2f')}")
+        if study.others:
+            gain = _span(study.gain(load), ".2f")
+            parts.append(f"TTFT p99 of the ledger over that of {study.best_other(load)}: {gain}")
         parts.append("")
     if study.sustained:
         parts.append(f"load sustained with a p99 TTFT of at most {study.limit:g} s, as a share of saturation")
-        parts += [f"  {policy:16} {_span(Interval.of(study.sustained[policy]), '.2f')}" for policy in POLICIES]
-        best, gain = study.sustained_gain()
-        parts.append(f"  the ledger's over that of {best}: {_span(gain, '.2f')}")
+        parts += [f"  {policy:16} {_span(Interval.of(study.sustained[policy]), '.2f')}" for policy in study.policies]
+        if study.others:
+            best, ratio = study.sustained_gain()
+            parts.append(f"  the ledger's over that of {best}: {_span(ratio, '.2f')}")
         parts.append("")
     return "\n".join([*parts, *map(str, goals(study))])
 
 
 def goals(study: Study) -> list[Goal]:
     """Those that the study measured."""
-    found = []
+    found: list[Goal] = []
+    if not study.others:
+        return found
     wanted = GOAL_P99.get(study.setting.fleet)
     if wanted is not None and study.setting.workload != "chats" and GOAL_LOAD in study.loads:
         other = study.best_other(GOAL_LOAD)
@@ -96,7 +101,7 @@ def plot(study: Study, path: Path) -> None:
     )
     figure, axes = pyplot.subplots(1, len(panels), figsize=(17, 4), layout="constrained")
     for axis, (title, of, logarithmic) in zip(axes, panels, strict=True):
-        for policy in POLICIES:
+        for policy in study.policies:
             _curve(axis, study, policy, of)
         axis.set(title=title, xlabel="load, share of saturation")
         if logarithmic and axis.get_legend_handles_labels()[0]:

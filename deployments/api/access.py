@@ -20,7 +20,7 @@ REQUEST_ID = "x-request-id"
 CLIENT_GONE = 499
 """Logged as the status when the client left before there was one; never sent."""
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_PROBES = frozenset({"/health", "/ready", "/metrics"})
+_PROBES = frozenset({"/health", "/ready", "/metrics", "/fleet/state"})
 """Paths that machines ask all the time: no line in the log, and not counted."""
 _log = logging.getLogger("headroom.access")
 

@@ -45,6 +45,10 @@ class Dispatcher(Protocol):
         """Longest prompt + output in tokens that a known replica holds; None while none is known."""
         ...
 
+    def context_of(self, pool: str) -> int | None:
+        """Longest prompt + output in tokens that a replica of one pool holds; None while that is not known."""
+        ...
+
     async def is_ready(self) -> bool:
         """Whether a replica can take work now."""
         ...

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from deployments import __version__
@@ -24,6 +25,8 @@ from deployments.api.responses import GenerationResponse
 from deployments.api.schemas import parse_chat, parse_completion
 from deployments.api.served import ModelTable, ServedModel
 from deployments.api.visit import Visit, visit_of
+from deployments.fleet.page import load_page
+from deployments.fleet.watch import FleetWatch
 from deployments.metrics.meter import IngressMeter
 from deployments.metrics.overview import Overview
 from deployments.metrics.page import render
@@ -55,6 +58,8 @@ class Endpoints:
         self._settings = settings
         self._meter = meter
         self._draw_seed = draw_seed
+        self._fleet = FleetWatch({model.name: model.dispatcher.observe for model in models.models})
+        self._fleet_page = load_page()
 
     def routes(self) -> list[BaseRoute]:
         """Path to endpoint. Starlette adds HEAD to GET."""
@@ -66,6 +71,8 @@ class Endpoints:
             Route("/health", self.health, methods=["GET"]),
             Route("/ready", self.ready, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/fleet", self.fleet, methods=["GET"]),
+            Route("/fleet/state", self.fleet_state, methods=["GET"]),
             Route("/openapi.json", self.openapi, methods=["GET"]),
         ]
 
@@ -85,14 +92,14 @@ class Endpoints:
         """`/v1/chat/completions`."""
         caller = self._caller(request)
         body = parse_chat(await self._read(request))
-        job = await chat_job(body, self._models[body.model], caller)
+        job = await chat_job(body, self._named(request, body.model), caller)
         return self._respond(request, job, ChatFormat())
 
     async def complete(self, request: Request) -> GenerationResponse:
         """`/v1/completions`."""
         caller = self._caller(request)
         body = parse_completion(await self._read(request))
-        job = await completion_job(body, self._models[body.model], caller)
+        job = await completion_job(body, self._named(request, body.model), caller)
         return self._respond(request, job, CompletionFormat())
 
     async def health(self, _: Request) -> Response:
@@ -113,6 +120,21 @@ class Endpoints:
         overview = Overview(tuple(zip((model.name for model in models), seen, strict=True)), self._meter.vitals())
         page, content_type = render(overview, request.headers.get("accept", ""))
         return Response(page, headers={"content-type": content_type})
+
+    def _named(self, request: Request, name: str) -> ServedModel:
+        """The model of that name; what is wrong with the request from here on counts as that model's."""
+        model = self._models[name]
+        visit_of(request).model = model.name
+        return model
+
+    async def fleet(self, _: Request) -> Response:
+        """The live page. There is nothing in it but its code: whoever opens it gives it the key for `/fleet/state`."""
+        return HTMLResponse(self._fleet_page.html, headers=self._fleet_page.headers)
+
+    async def fleet_state(self, request: Request) -> Response:
+        """What the page shows. Asks for a key where one is set."""
+        self._admit(request, "admin")
+        return JSONResponse(asdict(await self._fleet.state()), headers={"cache-control": "no-store"})
 
     async def openapi(self, request: Request) -> Response:
         """What the endpoints take and answer. Open to all: it tells nothing of this service but whether it has keys."""
@@ -149,11 +171,11 @@ class Endpoints:
             created=int(time.time()),
             timeout_s=self._settings.request_timeout_s,
             token_gaps=self._meter.of(job.model.name).token_gaps,
+            keep_alive_s=self._settings.keep_alive_s,
         )
 
 
 def _note(visit: Visit, job: Job) -> None:
-    visit.model = job.model.name
     visit.choices = len(job.requests)
     visit.prompt_tokens = job.prompt_tokens
 

@@ -23,13 +23,14 @@ class Fanout:
 
     Entering waits until every request was granted and taken up, or raises the first refusal. Iterating gives, in
     lists, all pieces that have arrived, as (choice number, piece); it ends after the last choice's finish and
-    raises the first failure. Leaving closes what is still running.
+    raises the first failure. Leaving closes what is still running. An empty list: none came for `silence_s`.
 
     Each choice is read by its own task at the engine's pace, so one that meets a stop string is cancelled at once,
     however slowly the client reads.
 
     Args:
         token_gaps: takes the times between tokens of a choice, in seconds.
+        silence_s: seconds; None waits for the next piece for ever.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class Fanout:
         wait_limit_s: float,
         *,
         token_gaps: Histogram,
+        silence_s: float | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._work = list(zip(requests, choices, strict=True))
         self._wait_limit_s = wait_limit_s
         self._token_gaps = token_gaps
+        self._silence_s = silence_s
         self._inbox: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
         self._failure: Exception | None = None
         self._unfinished = set(range(len(requests)))
@@ -72,7 +75,11 @@ class Fanout:
     async def __anext__(self) -> list[tuple[int, Piece]]:
         if not self._unread:
             raise StopAsyncIteration
-        arrived = [await self._inbox.get()]
+        try:
+            async with asyncio.timeout(self._silence_s):
+                arrived = [await self._inbox.get()]
+        except TimeoutError:
+            return []
         while not self._inbox.empty():
             arrived.append(self._inbox.get_nowait())
         pieces = [item for item in arrived if item is not None]

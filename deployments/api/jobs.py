@@ -63,9 +63,10 @@ async def chat_job(body: ChatBody, model: ServedModel, caller: Caller) -> Job:
     ids = await model.text.encode_chat([message.rendered() for message in body.messages])
     _check_ids(ids, model, "messages")
     wished = body.max_tokens or body.max_completion_tokens
-    max_tokens = wished or max(1, model.max_context - len(ids))
+    context = model.context_in(body.pool)
+    max_tokens = wished or max(1, context - len(ids))
     param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens" if wished else "messages"
-    _check_length(len(ids), max_tokens, model.max_context, param)
+    _check_length(len(ids), max_tokens, context, param)
     logprobs = body.top_logprobs if body.logprobs else None
     return _job(body, model, caller, [ids], max_tokens, logprobs)
 
@@ -87,7 +88,7 @@ async def completion_job(body: CompletionBody, model: ServedModel, caller: Calle
     for prompt in body.prompt:
         ids = await model.text.encode(prompt) if isinstance(prompt, str) else prompt
         _check_ids(ids, model, "prompt")
-        _check_length(len(ids), max_tokens, model.max_context, "max_tokens" if body.max_tokens else "prompt")
+        _check_length(len(ids), max_tokens, model.context_in(body.pool), "max_tokens" if body.max_tokens else "prompt")
         prompts.append(ids)
     return _job(body, model, caller, prompts, max_tokens, body.logprobs)
 
@@ -111,6 +112,7 @@ def _job(
             salt=caller.salt,
             tenant=caller.tenant or body.user or "",
             priority=body.priority,
+            pool=body.pool,
             weight=caller.weight,
         )
         for p, ids in enumerate(prompts)

@@ -40,16 +40,26 @@ class GenerationResponse:
         created: Unix seconds.
         timeout_s: from the visit's arrival to the last token.
         token_gaps: takes the times between tokens, in seconds.
+        keep_alive_s: longest silence in a stream, in seconds; None: any.
     """
 
     def __init__(
-        self, job: Job, format_: Format, visit: Visit, *, created: int, timeout_s: float, token_gaps: Histogram
+        self,
+        job: Job,
+        format_: Format,
+        visit: Visit,
+        *,
+        created: int,
+        timeout_s: float,
+        token_gaps: Histogram,
+        keep_alive_s: float | None = None,
     ) -> None:
         self._job = job
         self._format = format_
         self._visit = visit
         self._timeout_s = timeout_s
         self._token_gaps = token_gaps
+        self._silence_s = keep_alive_s if job.stream else None
         text = job.model.text
         self._choices = [ChoiceText(text.detokenizer(), job.stop, r.sampling) for r in job.requests]
         self._with_logprobs = job.requests[0].sampling.logprobs is not None
@@ -99,6 +109,9 @@ class GenerationResponse:
         for opening in filter(None, (self._format.opening(index) for index in range(len(self._choices)))):
             await send(_part(write(opening)))
         async for pieces in generation:
+            if not pieces:
+                await send(_part(formats.KEEP_ALIVE))
+                continue
             self._visit.note_first_token()
             await send(_part(b"".join(write(self._delta(index, piece)) for index, piece in pieces)))
         last = formats.DONE
@@ -118,7 +131,12 @@ class GenerationResponse:
         wait_limit_s = min(self._job.model.wait_limit_s, deadline - loop.time())
         self._visit.dispatched = loop.time()
         fanout = Fanout(
-            self._job.model.dispatcher, self._job.requests, self._choices, wait_limit_s, token_gaps=self._token_gaps
+            self._job.model.dispatcher,
+            self._job.requests,
+            self._choices,
+            wait_limit_s,
+            token_gaps=self._token_gaps,
+            silence_s=self._silence_s,
         )
         try:
             async with asyncio.timeout_at(deadline), fanout:

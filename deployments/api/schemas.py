@@ -21,6 +21,7 @@ MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_USER = 512
+MAX_POOL = 256
 _MOST = 2**31 - 1
 
 Prompt = str | tuple[int, ...]
@@ -167,6 +168,8 @@ class GenerationBody(_Strict):
     """Among the caller's own requests that wait, the lowest is served first."""
     user: Annotated[str, Field(max_length=MAX_USER)] | None = None
     """Who shares the room fairly with others while requests wait, where no API keys tell callers apart."""
+    pool: Annotated[str, Field(min_length=1, max_length=MAX_POOL)] | None = None
+    """Insists on one of the model's pools; default: any that has room."""
     # Hints, which change no answer.
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None

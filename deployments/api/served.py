@@ -31,6 +31,11 @@ class ServedModel:
         without `max_tokens` asks for all that the prompt leaves of it."""
         return min(self.model_context, self.dispatcher.max_context or self.model_context)
 
+    def context_in(self, pool: str | None) -> int:
+        """The same where a request insists on a pool."""
+        context = self.dispatcher.context_of(pool) if pool is not None else None
+        return min(self.max_context, context or self.max_context)
+
 
 class ModelTable:
     """Models by name and alias.

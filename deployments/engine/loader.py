@@ -21,7 +21,9 @@ from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodule
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, modeling_utils
 
+from deployments.checkpoint import read_config
 from deployments.engine.cut import Cut
+from deployments.engine.experts import quantise_experts
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits
 from deployments.engine.residents import resident_bytes
@@ -65,12 +67,16 @@ def load(
     Raises:
         ConfigError: the loaded bytes differ from the plan, or the model does not run on paged attention.
     """
-    quantization = quantization_config(plan)
+    already = _quantised_already(model_dir)
+    quantization = None if already else quantization_config(plan)
     if quantization is not None and device_type == "cpu" and cache_dir is not None:
         model_dir, quantization = quantized_copy(model_dir, plan, quantization, cache_dir), None
     model = _read(model_dir, plan, quantization, device_map(plan, device_type))
-    if plan.dtype == "float32":
-        _keep_float32(model)
+    if already:
+        _check_dtype(model, plan)
+    _compute_as_planned(model, plan)
+    if plan.experts:
+        quantise_experts(model, plan)
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     devices = [
         torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
@@ -205,11 +211,38 @@ def _packed_linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _keep_float32(model: nn.Module) -> None:
-    """Switch off bitsandbytes' AVX512-BF16 path, which rounds activations and scales to bfloat16 inside."""
+def _quantised_already(model_dir: Path) -> bool:
+    config = read_config(model_dir)
+    return any(part.get("quantization_config") for part in (config, config.get("text_config") or {}))
+
+
+def _check_dtype(model: PreTrainedModel, plan: Plan) -> None:
+    """transformers leaves what a quantised checkpoint did not quantise in the dtype in which it is stored.
+
+    Raises:
+        ConfigError: that is another than the plan's.
+    """
+    if model.dtype != getattr(torch, plan.dtype):
+        raise ConfigError(
+            f"{plan.model} stores what is not quantised in {str(model.dtype).removeprefix('torch.')}, but its plan "
+            f"says {plan.dtype}; correct `dtype` in its config.json"
+        )
+
+
+def _compute_as_planned(model: PreTrainedModel, plan: Plan) -> None:
+    """Give bitsandbytes' linears the plan's dtype and no outlier threshold, whatever a quantised checkpoint says.
+
+    In float32, its AVX512-BF16 path is switched off, which rounds activations and scales to bfloat16 inside.
+    """
+    dtype = getattr(torch, plan.dtype)
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # bitsandbytes' flag
+        linear: Any = module
+        if hasattr(module, "compute_type_is_set"):  # 4 bits
+            linear.compute_dtype, linear.compute_type_is_set = dtype, True
+        elif hasattr(getattr(module, "state", None), "threshold"):  # 8 bits
+            linear.state.threshold = 0.0
+        if plan.dtype == "float32" and hasattr(module, "support_avx512bf16_for_cpu"):
+            linear.support_avx512bf16_for_cpu = False
 
 
 def _own_modules(model: PreTrainedModel, plan: Plan, devices: list[torch.device]) -> dict[str, nn.Module]:

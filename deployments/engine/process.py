@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     """Serve one engine over the connection whose file descriptor is `argv[1]`."""
     logging.basicConfig(level=logging.INFO, format="engine %(levelname)s %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the replica ends this one
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     disable_progress_bar()
     # It recommends a package that fetches kernels from a hub at run time.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -137,8 +137,8 @@ def _take_commands(connection: Connection, engine: Engine) -> list[TokenChunk]:
     return refused
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone, also while it loads or hangs in a step."""
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone, also while it loads or hangs in a step. For a thread of its own."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from deployments.metrics.recent import RecentRate
 from deployments.metrics.vitals import IngressVitals, ReplicaVitals
 from deployments.protocol import IngressNotice, Refusal, RefusalKind, ReplicaState
 from deployments.routing.view import LedgerView
+from placement.outline import Outline
 
 FORGET_S = 30.0
 """Of silence: a process that said nothing for so long is not shown any more."""
@@ -25,6 +27,10 @@ class Observation:
     ingresses: tuple[IngressVitals, ...]
     refusals: tuple[tuple[RefusalKind, int], ...]
     """Since the ledger's start."""
+    outlines: dict[str, Outline] = field(default_factory=dict)
+    """Plans by replica id, of those that have told it."""
+    output_rates: dict[str, float] = field(default_factory=dict)
+    """Tokens per second by replica id, over the last seconds; without those that have been heard once only."""
 
 
 class Board:
@@ -33,12 +39,21 @@ class Board:
     def __init__(self) -> None:
         self._replicas: dict[str, tuple[ReplicaVitals, float]] = {}
         self._ingresses: dict[str, tuple[IngressVitals, float]] = {}
+        self._outlines: dict[str, tuple[Outline, float]] = {}
+        self._rates: dict[str, tuple[RecentRate, float]] = {}
         self._refusals: Counter[RefusalKind] = Counter()
 
     def hear_replica(self, state: ReplicaState, now: float) -> None:
         """A replica reported; not every report has vitals."""
-        if state.vitals is not None:
-            self._replicas[state.replica_id] = (state.vitals, now)
+        if state.vitals is None:
+            return
+        key = state.replica_id
+        self._replicas[key] = (state.vitals, now)
+        if state.vitals.outline is not None:
+            self._outlines[key] = (state.vitals.outline, now)
+        rate, _ = self._rates.get(key, (RecentRate(), now))
+        rate.add(state.vitals.output_tokens, now)
+        self._rates[key] = (rate, now)
 
     def hear_ingress(self, notice: IngressNotice, now: float) -> None:
         """An ingress gave notice; not every notice has vitals."""
@@ -61,9 +76,15 @@ class Board:
             replicas={key: vitals for key, (vitals, _) in self._replicas.items() if key in known},
             ingresses=tuple(vitals for vitals, _ in self._ingresses.values()),
             refusals=tuple(sorted(self._refusals.items())),
+            outlines={key: outline for key, (outline, _) in self._outlines.items() if key in known},
+            output_rates={
+                key: per_s
+                for key, (rate, _) in self._rates.items()
+                if key in known and (per_s := rate.per_s(now)) is not None
+            },
         )
 
     def _forget(self, now: float) -> None:
-        for said in (self._replicas, self._ingresses):
+        for said in (self._replicas, self._ingresses, self._outlines, self._rates):
             for key in [key for key, (_, heard_at) in said.items() if now - heard_at > FORGET_S]:
                 del said[key]

@@ -99,7 +99,11 @@ def _outcomes(overview: Overview) -> Iterator[Row]:
 METRICS: tuple[Metric, ...] = (
     # The ledger
     Metric("headroom_ledger_up", "gauge", ("model",), "1 while the model's ledger answers, else 0.", _ledger_up),
-    _model("headroom_replicas_expected", "Replicas by the settings.", lambda seen: seen.expected_replicas),
+    _model(
+        "headroom_replicas_expected",
+        "Replicas by the settings; the least where a pool scales.",
+        lambda seen: seen.expected_replicas,
+    ),
     _model(
         "headroom_replicas_ready",
         "Replicas that are granted requests.",

@@ -9,6 +9,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 VITALS_EVERY_S = 1.0
+OUTLINE_EVERY_S = 10.0
+"""Less than what makes the board forget (`board.FORGET_S`); a new ledger is without plans for so long."""
 
 
 def seldom(

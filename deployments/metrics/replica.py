@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from deployments.engine.tally import EngineTally
 from deployments.metrics.vitals import GrantCounts, ReplicaVitals
+from placement.outline import Outline
 from placement.plan import Plan
 
 
 def vitals_of(
-    tally: EngineTally, plan: Plan, *, cached_blocks: int, preemptions: int, grants: GrantCounts
+    tally: EngineTally,
+    plan: Plan,
+    *,
+    cached_blocks: int,
+    preemptions: int,
+    grants: GrantCounts,
+    outline: Outline | None,
 ) -> ReplicaVitals:
     """What the replica tells its ledger about once a second."""
     last = tally.last
@@ -27,4 +34,5 @@ def vitals_of(
         predicted_bytes=tuple(predicted) if last.gpu_bytes else (),
         measured_bytes=last.gpu_bytes,
         grants=grants,
+        outline=outline,
     )

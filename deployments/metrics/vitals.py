@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deployments.metrics.histogram import Buckets
+from placement.outline import Outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class ReplicaVitals:
     measured_bytes: tuple[int, ...]
     """Taken on each stage's GPU; empty on the CPU."""
     grants: GrantCounts
+    outline: Outline | None = None
+    """Of its plan; at the start and every ten seconds, as it does not change."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ class ReplicaAccount:
         self.alive = True
         self.promises: dict[str, Promise] = {}
         self.charged_blocks = 0
+        self.preempted = 0
+        """Preemptions that the last report was the first to tell of."""
         self._held: dict[str, int] = {}
         self._adopt(state, now)
 
@@ -136,6 +138,7 @@ class ReplicaAccount:
         return self._adopt(state, now, used)
 
     def _adopt(self, state: ReplicaState, now: float, used: Container[int] = ()) -> tuple[tuple[Grant, Size], ...]:
+        self.preempted = state.preemptions - self.state.preemptions
         self.state, self.heard_at, self.alive = state, now, True
         self._held = dict(state.held)
         gone = {grant_id for grant_id, _, _ in state.ended if grant_id in self.promises}

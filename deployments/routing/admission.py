@@ -39,6 +39,8 @@ class Admission:
         self.draining = False
         self.grants = GrantCounts()
         """How the grants of ended requests compared with what they came to need."""
+        self.preemptions = 0
+        """Since the start of this life; the next report tells."""
         self.changed = True
         """Whether something happened since the last report, which is then due."""
         self._sequence = 0
@@ -58,6 +60,16 @@ class Admission:
         """Blocks neither granted nor held; negative when requests grew beyond their grants."""
         charged = sum(max(granted, held) for granted, held in self._held.values())
         return self.capacity_blocks - charged + self._shared_blocks
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens of KV cache."""
+        return self.capacity_blocks * self.block_size
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens granted or held."""
+        return (self.capacity_blocks - self.free_blocks) * self.block_size
 
     def take_up(self, grant: Grant | None, now: float) -> str | None:
         """Take a grant up, or say why not.
@@ -136,6 +148,7 @@ class Admission:
             ledger_epoch=self.ledger_epoch,
             shared_blocks=self._shared_blocks,
             granules=self._granules.report(self._sequence),
+            preemptions=self.preemptions,
         )
 
     def acknowledge(self, sequence: int, ledger_epoch: int) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.errors import BadRequest, ContextLengthExceeded, EngineFailed, NoReplica, Overloaded, RequestError
+from deployments.errors import BadRequest, ContextLengthExceeded, NoReplica, Overloaded, RequestError
 from deployments.granules import prefix_of
 from deployments.metrics.board import Observation
 from deployments.metrics.vitals import IngressVitals
@@ -83,6 +83,9 @@ class ServeDispatcher:
         self._granule_tokens = granule_tokens
         self._ingress_id = ingress_id
         self._ledger = ledger
+        self._pools = pools
+        self._waking: dict[str, asyncio.Task[None]] = {}
+        """By pool, calls that wait for its first replica."""
         self._streams = {name: handle.options(stream=True) for name, handle in pools.items()}
         self._notices = NoticeSender(ingress_id, ledger, limit_s=ledger_limit_s, on_news=self._hear, vitals=vitals)
         self._local = LocalPlacement(ingress_id, rng or random.Random())
@@ -116,6 +119,10 @@ class ServeDispatcher:
         """Longest prompt + output in tokens that a known replica holds; None while none is known."""
         return self._notices.news.max_context if self._notices.news is not None else None
 
+    def context_of(self, pool: str) -> int | None:
+        """The same of one pool."""
+        return dict(self._notices.news.pool_contexts).get(pool) if self._notices.news is not None else None
+
     async def is_ready(self) -> bool:
         """Whether a replica is known that can take work: by the ledger, or without it by its last news."""
         try:
@@ -135,7 +142,8 @@ class ServeDispatcher:
         return seen
 
     async def close(self) -> None:
-        """Send what is left to tell and stop the background task."""
+        """Send what is left to tell and stop the background tasks."""
+        self._keep_waking(())
         await self._notices.close()
 
     async def _run(self, progress: Progress, wait_limit_s: float) -> AsyncGenerator[TokenChunk, None]:
@@ -187,7 +195,7 @@ class ServeDispatcher:
         while True:
             request = progress.next_attempt()
             try:
-                grant = await self._reserve(request, progress.pool, max(0.0, deadline - loop.time()))
+                grant = await self._reserve(request, progress.pool or request.pool, max(0.0, deadline - loop.time()))
                 return await self._send(replace(request, grant=grant), grant)
             except NotTakenUp as reason:
                 logger.warning("request %s was not taken up and is tried again: %s", request.request_id, reason)
@@ -287,10 +295,29 @@ class ServeDispatcher:
     def _hear(self, news: LedgerNews) -> None:
         """Take in the ledger's news; streams on replicas that fell silent are resumed elsewhere."""
         self._local.hear(news)
+        self._keep_waking(news.wake)
         silent = set(news.silent)
         for attempt in list(self._open):
             if (attempt.grant.replica_id, attempt.grant.replica_epoch) in silent:
                 attempt.abandon("its heartbeats stopped")
+
+    def _keep_waking(self, wanted: Collection[str]) -> None:
+        """Have one call wait at each pool that is to get its first replica: Serve starts one for it.
+
+        Called from the task that sends notices, whose context is empty: the calls are no client's.
+        """
+        for pool in [pool for pool, task in self._waking.items() if pool not in wanted or task.done()]:
+            self._waking.pop(pool).cancel()
+        for pool in wanted:
+            if pool not in self._waking:
+                self._waking[pool] = asyncio.get_running_loop().create_task(self._wake(pool))
+
+    async def _wake(self, pool: str) -> None:
+        logger.info("requests wait for a first replica of %s/%s", self._model, pool)
+        try:
+            await answer_of(self._pools[pool].awake.remote())
+        except CallFailed as error:
+            logger.warning("no replica of %s/%s came: %s", self._model, pool, error)
 
     def _given_up(self, reason: NotTakenUp, wait_limit_s: float) -> RequestError:
         text = f"no replica of {self._model} took the request up within {wait_limit_s:g} s; last: {reason}"
@@ -304,9 +331,7 @@ def error_of(refusal: Refusal) -> RequestError:
             return ContextLengthExceeded(refusal.message)
         case "queue_full" | "deadline":
             return Overloaded(refusal.message, retry_after_s=refusal.retry_after_s)
-        case "no_replica":
+        case "no_replica" | "version":
             return NoReplica(refusal.message, retry_after_s=refusal.retry_after_s)
         case "unknown_pool":
             return BadRequest(refusal.message, param="pool")
-        case "version":
-            return EngineFailed(refusal.message)

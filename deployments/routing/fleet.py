@@ -99,6 +99,7 @@ class PoolCounts:
 
     def __init__(self) -> None:
         self.alive = 0
+        self.sold = 0
         self.free_tokens = 0
         """Headroom of the open ones."""
         self.longest: list[int] = []
@@ -148,6 +149,7 @@ class Fleet:
             seen = self._seen.pop(replica_id)
             for counts in self._sums(account.state.pool):
                 counts.alive -= seen.alive
+                counts.sold -= seen.sold
                 del counts.longest[bisect_left(counts.longest, account.longest_tokens)]
         return account
 
@@ -166,9 +168,10 @@ class Fleet:
         if before == now:
             return False
         self._seen[replica_id] = now
-        if before.alive != now.alive:
+        if before[:2] != now[:2]:
             for counts in self._sums(account.state.pool):
-                counts.alive += 1 if now.alive else -1
+                counts.alive += now.alive - before.alive
+                counts.sold += now.sold - before.sold
         self._close(replica_id)
         if self.is_open(replica_id):
             self._open(account)
@@ -216,6 +219,10 @@ class Fleet:
         """How many known replicas are alive."""
         return self._pools[pool].alive if pool in self._pools else 0
 
+    def sold(self, pool: str | None) -> int:
+        """To how many replicas requests may be sent, those included that are kept for one."""
+        return self._pools[pool].sold if pool in self._pools else 0
+
     def longest_tokens(self, pool: str | None) -> int:
         """The longest request that a known replica could hold, alive or not."""
         return self._pools[pool].longest[-1] if pool in self._pools and self._pools[pool].longest else 0
@@ -225,6 +232,8 @@ class Fleet:
         for name, counts in self._pools.items():
             own = [a for a in self if name is None or a.state.pool == name]
             assert counts.alive == sum(a.alive for a in own), f"pool {name}: {counts.alive} alive"
+            sold = sum(self._seen[a.state.replica_id].sold for a in own)
+            assert counts.sold == sold, f"pool {name}: {counts.sold} sold, a fresh sum gives {sold}"
             assert counts.longest == sorted(a.longest_tokens for a in own), f"pool {name}: longest requests"
             free = sum(max(0, a.headroom_blocks) * a.block_size for a in own if a.state.replica_id in self._spots)
             assert counts.free_tokens == free, (

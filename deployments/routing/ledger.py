@@ -20,15 +20,7 @@ import random
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from deployments.protocol import (
-    PROTOCOL_VERSION,
-    Grant,
-    IngressNotice,
-    LedgerNews,
-    Refusal,
-    ReplicaState,
-    ReserveRequest,
-)
+from deployments.protocol import Grant, IngressNotice, LedgerNews, Refusal, ReplicaState, ReserveRequest, mismatch
 from deployments.routing import refusals
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.choice import Choice
@@ -36,6 +28,7 @@ from deployments.routing.fairness import FairShares
 from deployments.routing.fleet import Fleet
 from deployments.routing.forecast import Forecast
 from deployments.routing.grants import GrantIndex
+from deployments.routing.growth import Growth
 from deployments.routing.policy import Size, blocks_for, grant_blocks, shared_blocks
 from deployments.routing.prefixes import PrefixMap
 from deployments.routing.refusals import LedgerConfig
@@ -79,6 +72,7 @@ class Ledger:
         self._leases: dict[str, float] = {}
         self._lengths = OutputLengths()
         self._forecast = Forecast()
+        self._growth = Growth(config.scaled)
         self._granted = 0
 
     # Events
@@ -145,15 +139,13 @@ class Ledger:
             ValueError: the report's protocol version is not this ledger's.
         """
         now = self._advance(now)
-        if state.version != PROTOCOL_VERSION:
-            raise ValueError(
-                f"replica {state.replica_id} reports in protocol {state.version}, "
-                f"this ledger reads {PROTOCOL_VERSION}: deploy both from one version"
-            )
+        if (reason := mismatch(state, "this ledger")) is not None:
+            raise ValueError(f"replica {state.replica_id}: {reason}")
         account = self._fleet.get(state.replica_id)
         if account is None or state.epoch > account.state.epoch:
             self._forget(state.replica_id)
             account = ReplicaAccount(state, now)
+            self._growth.learn(state)
             self._prefixes.hear(state.replica_id, state.granules)
             self._fleet.add(account)
             self._place(account)
@@ -174,7 +166,13 @@ class Ledger:
         self._leases[ingress_id] = self._advance(now) + self.config.lease_s
 
     def notice(self, notice: IngressNotice, now: float) -> None:
-        """Everything an ingress has to say at once."""
+        """Everything an ingress has to say at once.
+
+        Raises:
+            ValueError: the notice's protocol version is not this ledger's.
+        """
+        if (reason := mismatch(notice, "this ledger")) is not None:
+            raise ValueError(f"ingress {notice.ingress_id}: {reason}")
         self.renew_lease(notice.ingress_id, now)
         for replica_id, epoch in notice.lost:
             self.replica_gone(replica_id, epoch)
@@ -199,24 +197,29 @@ class Ledger:
     def admit(self, now: float) -> list[Outcome]:
         """Answer all those who wait and can be answered. Costs nothing when nothing has changed since the last time."""
         now = self._advance(now)
-        outcomes: list[Outcome] = []
-        if not self._still_warming(now):
-            answer = self._answer_at(now)
-            while (outcome := self._turns.next(answer)) is not None:
-                outcomes.append(outcome)
-        return outcomes
+        if self._still_warming(now):
+            return []
+        answer = self._answer_at(now)
+        return list(iter(lambda: self._turns.next(answer), None))
 
     def news(self) -> LedgerNews:
         """What an ingress is told each second."""
         quiet = [a.state for a in self._fleet if self._now - a.heard_at > self.config.silence_s]
+        contexts = [*self._growth.contexts(), *((a.state.pool, a.max_context) for a in self._fleet)]
         return LedgerNews(
             epoch=self.epoch,
-            max_context=max((account.max_context for account in self._fleet), default=None),
+            max_context=max((context for _, context in contexts), default=None),
+            pool_contexts=tuple(dict(sorted(contexts)).items()),
             warming=self._still_warming(self._now),
             expected_output_tokens=self._lengths.expected(),
             spots=tuple(account.spot() for account in self._fleet if self._sells(account)),
             silent=tuple((state.replica_id, state.epoch) for state in quiet),
+            wake=self._growth.to_wake(self._queue.sums(), self._fleet, self._now),
         )
+
+    def waiting_tokens(self, pool: str) -> int:
+        """What waits for a pool that scales: grants, in tokens."""
+        return self._growth.waiting_tokens(pool, self._queue.sums(), self._fleet)
 
     def view(self, now: float) -> LedgerView:
         """A snapshot."""
@@ -227,8 +230,10 @@ class Ledger:
             waiting=len(self._queue),
             waiting_tokens=self._queue.tokens,
             expected_output_tokens=self._lengths.expected(),
-            replicas=tuple(view_of(account, sellable=self._sells(account)) for account in self._fleet),
+            replicas=tuple(view_of(account, sellable=self._sells(account), now=self._now) for account in self._fleet),
             forecast=self._forecast.error,
+            starts_on_demand=self._growth.from_none,
+            waiting_by_pool=self._queue.by_pool(),
         )
 
     def check_integrity(self) -> None:
@@ -290,14 +295,16 @@ class Ledger:
     def _hopeless(self, request: ReserveRequest, size: Size) -> Refusal | None:
         pool, total = request.pool, size.prompt_tokens + size.max_tokens
         alive = self._fleet.alive(pool) > 0
-        if alive and total <= self._fleet.longest_tokens(pool):
+        if (alive and total <= self._fleet.longest_tokens(pool)) or self._growth.may_hold(pool, total):
             return None
+        startable = self._growth.shapes(pool)
         known = [account for account in self._fleet if pool is None or account.state.pool == pool]
-        return refusals.hopeless(self.config, request, size, known, alive=alive)
+        return refusals.hopeless(self.config, request, size, [*known, *startable], alive=alive or bool(startable))
 
     def _late(self, waiter: Waiter, now: float) -> Refusal:
         tokens = self._tokens_before(waiter.request, waiter.size)
-        return refusals.late(self.config, waiter.request, waiter.size, self._forecast.retry_after_s(tokens, now))
+        again_s, there = self._forecast.retry_after_s(tokens, now), self._fleet.sold(waiter.request.pool) > 0
+        return refusals.late(self.config, waiter.request, waiter.size, again_s, there=there)
 
     def _tokens_before(self, request: ReserveRequest, size: Size) -> int:
         """Tokens that must become free before all that go before this request, and this request, have found room."""
@@ -363,15 +370,16 @@ class Ledger:
         if ended is None:
             return
         self._heard.move_to_end(state.replica_id)
-        self._learn(state, {grant.grant_id: size for grant, size in ended})
+        self._learn(account, {grant.grant_id: size for grant, size in ended})
         for grant, _ in ended:
             self._grants.remove(grant)
         self._forecast.freed((before - account.charged_blocks) * account.block_size, now)
         self._expect_growth(account)
         self._place(account)
 
-    def _learn(self, state: ReplicaState, ended: dict[str, Size]) -> None:
-        for grant_id, _, output_tokens in state.ended:
+    def _learn(self, account: ReplicaAccount, ended: dict[str, Size]) -> None:
+        self._lengths.caution.learn(preempted=account.preempted, held_back=len(ended) if self._queue else 0)
+        for grant_id, _, output_tokens in account.state.ended:
             if grant_id in ended:
                 self._lengths.add(output_tokens, ended[grant_id].max_tokens)
 

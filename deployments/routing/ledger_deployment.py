@@ -6,12 +6,21 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Mapping
 
 from ray import serve
 from ray.serve import Application
 
 from deployments.metrics.board import Board, Observation
-from deployments.protocol import Grant, IngressNotice, LedgerNews, Refusal, ReplicaState, ReserveRequest
+from deployments.protocol import (
+    Grant,
+    IngressNotice,
+    LedgerNews,
+    Refusal,
+    ReplicaState,
+    ReportAnswer,
+    ReserveRequest,
+)
 from deployments.routing.ledger import Ledger, Queued
 from deployments.routing.refusals import LedgerConfig
 from deployments.routing.router import router_config
@@ -54,13 +63,13 @@ class LedgerService:
         finally:
             del self._answers[request.request_id]
 
-    async def report(self, state: ReplicaState) -> int:
-        """Take in a replica's report; returns the ledger's epoch."""
+    async def report(self, state: ReplicaState) -> ReportAnswer:
+        """Take in a replica's report."""
         self._keep_time()
         epoch = self._ledger.report(state, time.time())
         self._board.hear_replica(state, time.time())
         self._admit()
-        return epoch
+        return ReportAnswer(epoch, self._ledger.waiting_tokens(state.pool))
 
     async def notice(self, notice: IngressNotice) -> LedgerNews:
         """Take in an ingress's notice."""
@@ -109,13 +118,18 @@ class LedgerService:
             self._answer(self._ledger.tick(time.time()))
 
 
-def ledger_application(config: LedgerConfig) -> Application:
-    """The Serve application node of one model's ledger, to be bound into ingress and replicas."""
+def ledger_application(config: LedgerConfig, resources: Mapping[str, float] | None = None) -> Application:
+    """The Serve application node of one model's ledger, to be bound into ingress and replicas.
+
+    Args:
+        config: of the ledger.
+        resources: custom Ray resources that it asks for.
+    """
     deploy = serve.deployment(
         name=deployment_name(config.model),
         num_replicas=1,
         max_ongoing_requests=MAX_CALLS,
-        ray_actor_options={"num_cpus": 0.01},
+        ray_actor_options={"num_cpus": 0.01, "resources": dict(resources or {})},
         # One replica: nothing to choose, so no probing of its queue before each call.
         request_router_config=router_config(),
         logging_config={"enable_access_log": False},

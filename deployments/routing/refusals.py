@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deployments.protocol import PROTOCOL_VERSION, Refusal, ReserveRequest
+from deployments.protocol import Refusal, ReserveRequest, mismatch
+from deployments.routing.growth import ScaledPool
 from deployments.routing.policy import Candidate, Size, fits_ever
 
 
@@ -17,6 +18,8 @@ class LedgerConfig:
     pools: tuple[str, ...] = ("default",)
     expected_replicas: int = 1
     """A new ledger waits one lease time for this many replicas before it sells or refuses."""
+    scaled: tuple[ScaledPool, ...] = ()
+    """Those of the pools whose replicas come and go; a request may wait for the first one of such a pool."""
     queue_limit: int = 1024
     tenant_weights: tuple[tuple[str, int], ...] = ()
     """(tenant, weight) of tenants that get more or less than others when requests wait; 1 for those not named."""
@@ -30,9 +33,8 @@ class LedgerConfig:
 
 def malformed(config: LedgerConfig, request: ReserveRequest) -> Refusal | None:
     """A protocol or a pool that this ledger doesn't know."""
-    if request.version != PROTOCOL_VERSION:
-        text = f"the request speaks protocol {request.version}, the ledger {PROTOCOL_VERSION}"
-        return Refusal(request.request_id, "version", f"{text}: deploy both from one version")
+    if (reason := mismatch(request, "the ledger")) is not None:
+        return Refusal(request.request_id, "version", reason, retry_after_s=max(1, int(config.lease_s)))
     if request.pool is not None and request.pool not in config.pools:
         text = f"model {config.model} has no pool {request.pool!r}; it has {', '.join(config.pools)}"
         return Refusal(request.request_id, "unknown_pool", text)
@@ -49,8 +51,8 @@ def hopeless(
         request: the request.
         size: its size.
         known: replicas of its pool, those that fell silent a moment ago included: what fits one of them is worth
-            waiting for, and must not be told that it is too long.
-        alive: whether any of them is alive.
+            waiting for, and must not be told that it is too long; and those that could be started.
+        alive: whether any of them is alive, or could be started.
     """
     if not alive:
         where = f"model {config.model}" + (f", pool {request.pool}" if request.pool else "")
@@ -81,12 +83,18 @@ def full(config: LedgerConfig, request: ReserveRequest, waiting: int, retry_afte
     return _busy(Refusal(request.request_id, "queue_full", text, retry_after_s))
 
 
-def late(config: LedgerConfig, request: ReserveRequest, size: Size, retry_after_s: int) -> Refusal:
-    """The deadline passed."""
-    text = (
-        f"no replica of {config.model} had room for {size.grant_tokens} tokens "
-        f"within {request.wait_limit_s:g} s (wait_limit_s)"
-    )
+def late(config: LedgerConfig, request: ReserveRequest, size: Size, retry_after_s: int, *, there: bool) -> Refusal:
+    """The deadline passed.
+
+    Args:
+        config: of the ledger.
+        request: the request.
+        size: its size.
+        retry_after_s: the forecast.
+        there: whether a replica takes requests.
+    """
+    did = f"had room for {size.grant_tokens} tokens" if there else "was ready"
+    text = f"no replica of {config.model} {did} within {request.wait_limit_s:g} s (wait_limit_s)"
     return _busy(Refusal(request.request_id, "deadline", text, retry_after_s))
 
 

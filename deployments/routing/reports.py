@@ -11,7 +11,9 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from deployments.metrics.vitals import ReplicaVitals
+from deployments.protocol import ReportAnswer
 from deployments.routing.admission import Admission
+from deployments.routing.autoscaling import stats
 from deployments.routing.calls import CallFailed, answer_of
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class ReportSender:
         self._ledger = ledger
         self._reached = True
         self._answered_at: float | None = None
+        self._waiting_tokens = 0
 
     async def run(self) -> None:
         """Report until cancelled. A ledger that doesn't answer is tried again each heartbeat."""
@@ -62,11 +65,20 @@ class ReportSender:
                 await self.send()
             await asyncio.sleep(LOOK_S)
 
+    def demand(self) -> dict[str, int]:
+        """What the autoscaling policy is told: this replica's tokens, and those that wait for its pool."""
+        admission = self._admission
+        return stats(
+            held_tokens=admission.held_tokens,
+            capacity_tokens=admission.capacity_tokens,
+            waiting_tokens=self._waiting_tokens,
+        )
+
     async def send(self) -> None:
         """Send one report and take in the answer."""
         state = replace(self._admission.report(), vitals=self._vitals())
         try:
-            epoch: int = await answer_of(self._ledger.report.remote(state), ANSWER_LIMIT_S)
+            answer: ReportAnswer = await answer_of(self._ledger.report.remote(state), ANSWER_LIMIT_S)
         except CallFailed as error:
             if self._reached:
                 logger.warning("replica %s can't reach its ledger: %s", state.replica_id, error)
@@ -75,7 +87,8 @@ class ReportSender:
         if not self._reached:
             logger.info("replica %s reaches its ledger again", state.replica_id)
         self._reached = True
-        self._admission.acknowledge(state.sequence, epoch)
+        self._admission.acknowledge(state.sequence, answer.epoch)
+        self._waiting_tokens = answer.waiting_tokens
         now = asyncio.get_running_loop().time()
         if self._answered_at is not None and now - self._answered_at > TOUCH_S:
             self._admission.lost_touch()

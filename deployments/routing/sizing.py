@@ -33,6 +33,39 @@ class Lengths:
         return self._sorted[start + max(1, -(-count * percent // 100)) - 1] if count else None
 
 
+class Caution:
+    """Which quantile of the output lengths to promise, learnt from preemptions, for which one in TARGET is aimed at.
+
+    Requests that share a replica don't all grow to their ends at once, and what one leaves unused another may take. How
+    much less than all of it suffices depends on the lengths and on how many requests share, so it isn't set but found:
+    a preemption raises the quantile by STEP; a request that ended while others waited for room lowers it by STEP /
+    TARGET. While nobody waits a smaller promise would let nobody in, and nothing is learnt. Away from its bounds the
+    quantile can only stand still at one preemption in TARGET such requests, however their lengths are distributed: the
+    rule of adaptive conformal inference (Gibbs and Candès, NeurIPS 2021).
+
+    Args:
+        percent: the quantile to begin with.
+    """
+
+    TARGET = 1000
+    STEP = 25_000
+    """Thousandths of a percent."""
+    LEAST, MOST = 10_000, 95_000
+
+    def __init__(self, percent: int = 50) -> None:
+        self._thousandths = 1000 * percent
+
+    @property
+    def percent(self) -> int:
+        """The quantile, rounded down."""
+        return self._thousandths // 1000
+
+    def learn(self, *, preempted: int, held_back: int) -> None:
+        """Take in what happened: preemptions, and requests that ended while others waited."""
+        moved = self._thousandths + self.STEP * preempted - self.STEP // self.TARGET * held_back
+        self._thousandths = min(self.MOST, max(self.LEAST, moved))
+
+
 class OutputLengths:
     """A running quantile of the output lengths of a model's last finished requests.
 
@@ -45,16 +78,17 @@ class OutputLengths:
         prior_tokens: the answer until `enough` lengths are known.
         enough: lengths needed before they are believed.
         window: lengths remembered, the latest ones.
-        quantile_percent: 80 means that four of five requests end within what they were promised.
+        quantile_percent: the quantile to begin with; 50 means that every other request ends within what it was
+            promised.
     """
 
     def __init__(
-        self, *, prior_tokens: int = 256, enough: int = 32, window: int = 256, quantile_percent: int = 80
+        self, *, prior_tokens: int = 256, enough: int = 32, window: int = 256, quantile_percent: int = 50
     ) -> None:
+        self.caution = Caution(quantile_percent)
         self._prior_tokens = prior_tokens
         self._enough = enough
         self._window = window
-        self._percent = quantile_percent
         self._all = Lengths(window)
         self._alike: dict[int, Lengths] = {}
         """Bit length of max_tokens -> lengths."""
@@ -67,7 +101,7 @@ class OutputLengths:
     def expected(self, max_tokens: int | None = None) -> int:
         """Tokens: the quantile by nearest rank, at least 1; of all requests, or of those with such a limit."""
         known = self._known(max_tokens)
-        quantile = known.quantile(self._percent) if known is not None else None
+        quantile = known.quantile(self.caution.percent) if known is not None else None
         return max(1, quantile) if quantile is not None else self._prior_tokens
 
     def expected_beyond(self, produced: int, max_tokens: int) -> int:
@@ -76,7 +110,7 @@ class OutputLengths:
         Where none did, it is expected to produce what a request does once more.
         """
         known = self._known(max_tokens)
-        further = known.quantile(self._percent, above=produced) if known is not None else None
+        further = known.quantile(self.caution.percent, above=produced) if known is not None else None
         return min(max_tokens, further if further is not None else produced + self.expected(max_tokens))
 
     def size(self, prompt_tokens: int, max_tokens: int) -> Size:

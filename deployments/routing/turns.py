@@ -1,11 +1,13 @@
 """Serves those who wait: in the fair order, past those for whom there is no room, and never for long past the same one.
 
 A request that waits for room may be passed by requests behind it that find room now: the gaps are of no use to it. What
-passes a request while it stands first in its line is counted, and once that is as many tokens as its own grant, one
-replica is kept for it: the one with the most headroom among those that could hold it. What becomes free there is for
-nobody else, so it is served at the latest when the requests running there have ended, or before that on any other
-replica with room. Being passed therefore costs a request about as much work as it brings itself, or one replica's
-running requests; the rule has no constant to tune, and one replica at most stands partly idle for each kind of request.
+passes a request while it stands first in its line is counted, and once that is as many tokens as the longest request
+that a replica could hold, one replica is kept for it: the one with the most headroom among those that could hold it.
+What becomes free there is for nobody else, so it is served at the latest when the requests running there have ended, or
+before that on any other replica with room. Being passed therefore costs a request at most as much work as one request
+of the longest sort, and then one replica's running requests; the rule has no constant to tune, and one replica at most
+stands partly idle for each kind of request. That idleness is why a replica isn't kept sooner: it costs all others up to
+a replica's room while it lasts, so as much is let pass first.
 """
 
 from __future__ import annotations
@@ -120,7 +122,7 @@ class Turns:
 
     def _keep(self, passed: list[Waiter]) -> None:
         for waiter in passed:
-            if waiter.passed_tokens >= waiter.size.grant_tokens:
+            if waiter.passed_tokens >= self._fleet.longest_tokens(waiter.request.pool):
                 candidates = self._fleet.best(waiter.size, waiter.request.pool, self._rng)
                 if candidates:
                     roomiest = max(candidates, key=lambda account: score(account, waiter.size))

@@ -21,6 +21,11 @@ class ReplicaView:
     held_blocks: int
     promises: int
     sellable: bool
+    alive: bool = True
+    """Its heartbeats come, and no call found it gone."""
+    draining: bool = False
+    silent_s: float = 0.0
+    """Since its last report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +41,18 @@ class LedgerView:
     replicas: tuple[ReplicaView, ...]
     forecast: ForecastError
     """Of the waits forecast to those who queued, and then were granted."""
+    starts_on_demand: bool = False
+    """A pool may have no replica, and gets one when a request comes."""
+    waiting_by_pool: tuple[tuple[str | None, int], ...] = ()
+    """(pool that they insist on, requests); None: any pool."""
 
     @property
     def ready(self) -> bool:
-        """Whether a replica can take work."""
-        return any(replica.sellable for replica in self.replicas)
+        """Whether a request would be served: a replica can take work, or one is started for it."""
+        return self.starts_on_demand or any(replica.sellable for replica in self.replicas)
 
 
-def view_of(account: ReplicaAccount, *, sellable: bool) -> ReplicaView:
+def view_of(account: ReplicaAccount, *, sellable: bool, now: float) -> ReplicaView:
     """One replica's view."""
     state = account.state
     return ReplicaView(
@@ -56,4 +65,7 @@ def view_of(account: ReplicaAccount, *, sellable: bool) -> ReplicaView:
         held_blocks=account.held_blocks,
         promises=len(account.promises),
         sellable=sellable,
+        alive=account.alive,
+        draining=state.draining,
+        silent_s=now - account.heard_at,
     )

@@ -8,11 +8,13 @@ for the rest of it, so only the first of each line is looked at: some tens of th
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from deployments.protocol import ReserveRequest
 from deployments.routing.fairness import FairShares
+from deployments.routing.growth import Waiting
 from deployments.routing.policy import Size
 
 Place = tuple[int, int, int]
@@ -27,6 +29,17 @@ class Kind(NamedTuple):
     """Bit length of the grant in tokens."""
     longest_bits: int
     """Bit length of prompt + max_tokens."""
+
+
+@dataclass(slots=True)
+class Sum:
+    """Over the waiters of one kind."""
+
+    requests: int = 0
+    tokens: int = 0
+    """Of their grants."""
+    longest: int = 0
+    """The longest of all that joined since there was none."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,13 +57,13 @@ class Waiter:
     """Its number among all that ever joined; set by the queue."""
     passed_tokens: int = 0
     """Tokens granted to requests behind it while it stood first in its line."""
+    kind: Kind = field(init=False)
+    """Its line."""
 
-    @property
-    def kind(self) -> Kind:
-        """Its line."""
+    def __post_init__(self) -> None:
         size = self.size
         longest = size.prompt_tokens + size.max_tokens
-        return Kind(self.request.pool, size.grant_tokens.bit_length(), longest.bit_length())
+        self.kind = Kind(self.request.pool, size.grant_tokens.bit_length(), longest.bit_length())
 
 
 class Line:
@@ -120,6 +133,7 @@ class WaitingQueue:
         """A heap; entries of waiters that left are skipped, and swept when they are the majority."""
         self._joined = 0
         self._tokens = 0
+        self._sums: dict[Kind, Sum] = {}
 
     def __len__(self) -> int:
         return len(self._waiters)
@@ -131,6 +145,14 @@ class WaitingQueue:
     def tokens(self) -> int:
         """Sum of the waiters' grant sizes."""
         return self._tokens
+
+    def sums(self) -> list[Waiting]:
+        """What waits, by kind: some tens, however many wait."""
+        return [Waiting(kind.pool, each.longest, each.tokens) for kind, each in self._sums.items()]
+
+    def by_pool(self) -> tuple[tuple[str | None, int], ...]:
+        """(pool that they insist on, waiters), None for any pool. Looks at every waiter: for snapshots."""
+        return tuple(Counter(waiter.request.pool for waiter in self._waiters.values()).items())
 
     def tokens_before(self, tenant: str) -> int:
         """Tokens likely to be granted before one more request of this tenant."""
@@ -145,6 +167,7 @@ class WaitingQueue:
         self._joined += 1
         waiter.arrival = self._joined
         self._tokens += waiter.size.grant_tokens
+        self._add(waiter)
         self._shares.join(request.tenant, waiter.size.grant_tokens, request.weight)
         self._line_up(waiter)
         heapq.heappush(self._deadlines, (waiter.deadline, waiter.arrival, waiter))
@@ -181,6 +204,7 @@ class WaitingQueue:
             self._shares.charge(tenant, granted_tokens)
         del self._waiters[request_id]
         self._tokens -= tokens
+        self._subtract(waiter)
         self._shares.leave(tenant, tokens)
         self._sweep()
         return waiter
@@ -202,9 +226,24 @@ class WaitingQueue:
         self._shares.check_integrity()
         total = sum(waiter.size.grant_tokens for waiter in self._waiters.values())
         assert total == self._tokens, f"waiting tokens: counted {self._tokens}, summed {total}"
+        by_kind = sum(each.tokens for each in self._sums.values()), sum(each.requests for each in self._sums.values())
+        assert by_kind == (total, len(self)), f"waiting (tokens, requests) by kind: {by_kind}, all: {total, len(self)}"
         with_deadline = {id(entry[2]) for entry in self._deadlines}
         lost = [key for key, waiter in self._waiters.items() if id(waiter) not in with_deadline]
         assert not lost, f"waiters without a deadline: {lost}"
+
+    def _add(self, waiter: Waiter) -> None:
+        size, each = waiter.size, self._sums.setdefault(waiter.kind, Sum())
+        each.requests += 1
+        each.tokens += size.grant_tokens
+        each.longest = max(each.longest, size.prompt_tokens + size.max_tokens)
+
+    def _subtract(self, waiter: Waiter) -> None:
+        each = self._sums[waiter.kind]
+        each.requests -= 1
+        each.tokens -= waiter.size.grant_tokens
+        if not each.requests:
+            del self._sums[waiter.kind]
 
     def _waits(self, waiter: Waiter) -> bool:
         return self._waiters.get(waiter.request.request_id) is waiter

@@ -34,6 +34,7 @@ class FakeDispatcher:
     ready: bool = True
     observation: Observation | None = None
     max_context: int | None = None
+    pool_contexts: dict[str, int] = field(default_factory=dict)
     requests: list[GenerationRequest] = field(default_factory=list)
     wait_limits: list[float] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
@@ -55,6 +56,9 @@ class FakeDispatcher:
 
     async def observe(self) -> Observation | None:
         return self.observation
+
+    def context_of(self, pool: str) -> int | None:
+        return self.pool_contexts.get(pool)
 
     async def is_ready(self) -> bool:
         return self.ready

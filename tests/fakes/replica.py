@@ -35,8 +35,8 @@ class FakeReplica:
             capacity_blocks=capacity_blocks,
             max_context=capacity_blocks * BLOCK_SIZE,
         )
-        sender = ReportSender(self._admission, ledger, stopping=stop_flag())
-        self._reporting = asyncio.get_running_loop().create_task(sender.run())
+        self._sender = ReportSender(self._admission, ledger, stopping=stop_flag())
+        self._reporting = asyncio.get_running_loop().create_task(self._sender.run())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         reason = self._admission.take_up(request.grant, time.time())
@@ -59,6 +59,12 @@ class FakeReplica:
         finally:
             del self._in_use[grant.grant_id]
             self._admission.end(grant.grant_id, prompt_tokens=request.prompt_tokens, output_tokens=produced)
+
+    async def awake(self) -> None:
+        pass
+
+    async def record_autoscaling_stats(self) -> dict[str, int]:
+        return self._sender.demand()
 
     async def observe(self) -> tuple[str, int, int, int, int]:
         """(replica id, pid, blocks in use, most blocks ever in use, requests served)."""

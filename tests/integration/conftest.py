@@ -21,6 +21,7 @@ from deployments.app import pool_deployment_name
 from deployments.config_file import read_config
 from deployments.home import state_folder
 from deployments.local_ray import LocalRay
+from deployments.metrics.board import Observation
 from deployments.processes import MARK, marked
 from deployments.replica import ReplicaStatus
 from deployments.routing.ledger_deployment import deployment_name
@@ -45,6 +46,11 @@ class Service:
 
     def ledger(self) -> LedgerView:
         return self._call(deployment_name(MODEL), "snapshot")
+
+    def told(self) -> int:
+        """How often the ingress has told the ledger how it stands: it does so about once a second."""
+        observation: Observation = self._call(deployment_name(MODEL), "observe")
+        return max((vitals.sequence for vitals in observation.ingresses), default=0)
 
     def replicas(self) -> dict[str, ReplicaStatus]:
         """Status of each of the two replicas, by id. Calls without a grant go to any replica, so ask until both did."""

@@ -1,12 +1,15 @@
 """What breaks while it serves, and what its clients see of it: nothing, or an error that says so.
 
 One service with two replicas and two ingresses, in float32 so that a token that is computed again is the same token.
+HEADROOM_OVERLOAD=10000 sends that many requests beyond capacity instead of 400.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -19,12 +22,17 @@ import pytest
 import yaml
 
 from deployments.app import pool_deployment_name
+from deployments.local_ray import INGRESS_DRAINING
 from deployments.routing.ledger_deployment import deployment_name
 from tests.integration.conftest import MODEL, Service, redeploy, start_service, wait_for
 
-TIMEOUT = httpx.Timeout(120.0)
+OVERLOAD = int(os.environ.get("HEADROOM_OVERLOAD", "400"))
+TIMEOUT = httpx.Timeout(120.0, pool=None)  # requests beyond LIMITS wait their turn
 LIMITS = httpx.Limits(max_connections=1000)
 QUEUE_LIMIT = 60
+INGRESS_DRAINING_S = 12
+"""Longer than a stream of the rolling update: a HAProxy that Serve replaces knows the old ingress replicas only, and
+sends them the next request of each connection that a stream of theirs keeps open."""
 LEDGER, POOL, INGRESS = deployment_name(MODEL), pool_deployment_name(MODEL, "default"), "ingress"
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
@@ -38,8 +46,10 @@ KINDS: list[dict[str, Any]] = [
 def faulty(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Iterator[Service]:
     pool = {"replicas": 2, "quantization": "fp32", "dtype": "float32", "cpu_device_memory": "800MB"}
     model = {"name": MODEL, "queue_limit": QUEUE_LIMIT, "pools": [pool]}
-    with start_service(tmp_path_factory.mktemp("faults"), demo_folder, model, {"replicas": 2}) as service:
-        yield service
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(INGRESS_DRAINING, str(INGRESS_DRAINING_S))
+        with start_service(tmp_path_factory.mktemp("faults"), demo_folder, model, {"replicas": 2}) as service:
+            yield service
 
 
 @dataclass(frozen=True)
@@ -217,7 +227,7 @@ async def test_a_killed_ingress_costs_its_own_streams_and_no_block(faulty: Servi
 
 async def test_hundreds_of_clients_that_leave_at_once_leave_nothing(faulty: Service) -> None:
     async with clients(faulty) as client:
-        work = [asyncio.create_task(stream(client, body(i, 400))) for i in range(250)]
+        work = [asyncio.create_task(stream(client, body(i, 400))) for i in range(500)]
         await asyncio.to_thread(wait_for, lambda: faulty.ledger().waiting > 0, 30.0)
         for task in work:
             task.cancel()
@@ -228,13 +238,49 @@ async def test_hundreds_of_clients_that_leave_at_once_leave_nothing(faulty: Serv
 
 async def test_beyond_capacity_each_request_is_served_or_refused_with_a_time_to_come_back(faulty: Service) -> None:
     async with clients(faulty) as client:
-        answers = await asyncio.gather(*(stream(client, body(i, 12)) for i in range(400)))
+        answers = await asyncio.gather(*(stream(client, body(i, 12)) for i in range(OVERLOAD)))
     refused = [answer for answer in answers if answer.status == 429]
     assert [answer for answer in answers if answer not in refused and not answer.whole] == []
     assert refused
     assert all(int(answer.retry_after or 0) >= 1 for answer in refused)
     assert all("queue_limit" in (answer.error or "") for answer in refused)
     assert len(answers) - len(refused) >= QUEUE_LIMIT
+    await healthy(faulty)
+
+
+def slow_reader(service: Service, index: int) -> socket.socket:
+    """A client that has asked for a long answer with log-probabilities, and reads none of it."""
+    fields = body(index, 60) | {"logprobs": 5}
+    data = json.dumps(fields).encode()
+    url = httpx.URL(service.url)
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.settimeout(60.0)
+    reader.connect((url.host, url.port))
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(data)}\r\n\r\n"
+    reader.sendall(head.encode() + data)
+    return reader
+
+
+def read_to_end(reader: socket.socket) -> bytes:
+    with reader:
+        return b"".join(iter(lambda: reader.recv(65536), b""))
+
+
+async def test_slow_readers_hold_nobody_up_and_get_all_in_the_end(faulty: Service) -> None:
+    before = sum(process.memory_info().rss for process in faulty.actors(INGRESS))
+    readers = [await asyncio.to_thread(slow_reader, faulty, index) for index in range(4)]
+    await asyncio.to_thread(wait_for, lambda: not faulty.idle(), 30.0)
+    async with clients(faulty) as client:
+        answers = await asyncio.gather(*(stream(client, body(i, 8)) for i in range(8)))
+    assert all(answer.whole for answer in answers)
+    await asyncio.to_thread(wait_for, faulty.idle, 180.0)  # though none of them has read a byte
+    after = sum(process.memory_info().rss for process in faulty.actors(INGRESS))
+    assert after - before < 64 * 2**20
+    for answer in await asyncio.gather(*(asyncio.to_thread(read_to_end, reader) for reader in readers)):
+        assert b" 200 " in answer[:20]
+        assert answer.count(b"data: [DONE]") == 1
+        assert answer.count(b'"finish_reason":"length"') + answer.count(b'"finish_reason": "length"') == 1
     await healthy(faulty)
 
 
@@ -248,7 +294,7 @@ async def test_a_rolling_update_loses_no_request(faulty: Service) -> None:
 
     async def ask(client: httpx.AsyncClient, number: int) -> None:
         while not updated.is_set():
-            answers.append(await stream(client, body(number, 16)))
+            answers.append(await stream(client, body(number, 8)))
 
     async def update() -> None:
         await asyncio.to_thread(redeploy, faulty.config)

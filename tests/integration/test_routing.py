@@ -19,7 +19,9 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import ContextLengthExceeded, Overloaded
 from deployments.protocol import GenerationRequest, Sampling, TokenChunk
+from deployments.routing.autoscaling import autoscaling_config
 from deployments.routing.dispatch import ServeDispatcher
+from deployments.routing.growth import ScaledPool
 from deployments.routing.ledger_deployment import ledger_application
 from deployments.routing.refusals import LedgerConfig
 from deployments.routing.router import router_config
@@ -198,9 +200,58 @@ def test_killed_ledger_is_rebuilt_from_reports(ingress: DeploymentHandle) -> Non
     ray.kill(ray.get_actor(**name), no_restart=True)
     _, results = ingress.many.remote([make_request(f"anew-{k}") for k in range(12)], 30.0).result(timeout_s=60)
     assert all(finished(chunks, 16) for chunks in results)
-    view = ingress.view.remote().result()
-    assert view.epoch > before
-    assert sum(r.charged_blocks for r in view.replicas) >= 5  # the survivor holds 50 prompt tokens and more
+    assert ingress.view.remote().result().epoch > before
+
+    def survivor_is_charged() -> bool:  # 50 prompt tokens and more; its replica may not have reported yet
+        return sum(r.charged_blocks for r in ingress.view.remote().result().replicas) >= 5
+
+    until(survivor_is_charged, 20)
     ingress.close.remote("survivor").result()
     until(lambda: free(ingress), 3)
     assert all(most <= CAPACITY for _, _, _, most, _ in ingress.observe.remote().result().values())
+
+
+@pytest.fixture
+def scaled(ingress: DeploymentHandle) -> Iterator[DeploymentHandle]:  # noqa: ARG001  it has started Serve
+    """The ingress of another application on the same Serve: its pool has no replica, and gets two at most."""
+    default = ScaledPool("default", min_replicas=0, max_replicas=2, upscale_delay_s=0.0)
+    ledger = ledger_application(LedgerConfig("s", expected_replicas=0, scaled=(default,)))
+    pool = serve.deployment(
+        name="pool",
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0.01},
+        request_router_config=router_config(),
+        graceful_shutdown_timeout_s=1,
+        autoscaling_config=autoscaling_config(
+            min_replicas=0,
+            max_replicas=2,
+            target_percent=80,
+            slack_percent=20,
+            upscale_delay_s=0.0,
+            downscale_delay_s=1.0,
+            downscale_to_zero_delay_s=1.0,
+        ),
+    )(FakeReplica).bind(ledger, CAPACITY)
+    front = serve.deployment(name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.01})
+    yield serve.run(front(FakeIngress).bind(ledger, pool), name="scaled", route_prefix=None)
+    serve.delete("scaled")
+
+
+def test_a_pool_grows_from_none_and_goes_back(scaled: DeploymentHandle) -> None:
+    def running() -> int:
+        states = serve.status().applications["scaled"].deployments["pool"].replica_states
+        return next((number for state, number in states.items() if state == "RUNNING"), 0)
+
+    assert running() == 0
+    _, (first,) = scaled.many.remote([make_request("first")], 60.0).result(timeout_s=60)
+    assert finished(first, 16), "it waited for a replica, and was served"
+    whole = [make_request(key, prompt=156, output=100, step_ms=1000) for key in ("a", "b")]
+    for request in whole:  # each fills a replica: the second waits for another one
+        assert scaled.start.remote(request, 60.0).result(timeout_s=60).token_ids == (1,)
+    assert running() == 2
+    for request in whole:
+        scaled.close.remote(request.request_id).result()
+    until(lambda: running() == 0, 60)
+    assert scaled.ready.remote().result(), "a request would be served"
+    _, (again,) = scaled.many.remote([make_request("again")], 60.0).result(timeout_s=60)
+    assert finished(again, 16)

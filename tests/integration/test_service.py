@@ -13,7 +13,9 @@ import httpx
 import openai
 import psutil
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from deployments.metrics.catalog import METRICS
 from tests.integration.conftest import MODEL, Service, wait_for
 
 TIMEOUT = httpx.Timeout(240.0)
@@ -76,6 +78,19 @@ async def test_seed_repeats_and_choices_differ(running: Service) -> None:
     assert len(set(texts)) == 3
     assert [choice["index"] for choice in first["choices"]] == [0, 1, 2]
     assert first["usage"]["completion_tokens"] == second["usage"]["completion_tokens"] == 36
+
+
+def test_the_metrics_page_has_every_metric_that_a_machine_without_a_gpu_has(running: Service) -> None:
+    """With Prometheus reading it: test_prometheus.py."""
+    httpx.post(f"{running.url}/v1/completions", json=body(), timeout=TIMEOUT).raise_for_status()
+    expected = {metric.name.removesuffix("_total") for metric in METRICS if not metric.name.startswith("headroom_gpu_")}
+
+    def shown() -> set[str]:
+        page = httpx.get(f"{running.url}/metrics", headers={"accept": "application/openmetrics-text"}, timeout=TIMEOUT)
+        assert page.headers["content-type"].startswith("application/openmetrics-text")
+        return {family.name for family in text_string_to_metric_families(page.text) if family.samples}
+
+    wait_for(lambda: shown() == expected, 30.0)  # what processes tell is a second old
 
 
 async def test_concurrent_streams(running: Service) -> None:
@@ -156,6 +171,30 @@ async def test_bad_input_is_refused_and_nothing_leaks(
         assert (await client.get("/health")).status_code == 200
         assert (await client.get("/ready")).status_code == 200
     assert running.idle()
+
+
+async def test_the_fleet_page_shows_replicas_at_work(running: Service) -> None:
+    async with httpx.AsyncClient(base_url=running.url, timeout=TIMEOUT) as client:
+        assert (await client.get("/fleet")).headers["content-type"].startswith("text/html")
+        streams = [asyncio.create_task(stream(client, body(f"Saga {i}", max_tokens=2000))) for i in range(8)]
+        while True:  # until what replicas tell each second, and their plans each ten, has come
+            (model,) = (await client.get("/fleet/state")).json()["models"]
+            at_work = [r for r in model["replicas"] if r["plan"] and r["running"] and r["kv"]["held_blocks"]]
+            if len(at_work) == 2 and all(r["tokens_per_s"] for r in at_work):
+                break
+            assert not any(task.done() for task in streams), f"never seen at work: {model}"
+            await asyncio.sleep(0.2)
+        assert (model["name"], model["ledger"], model["missing_replicas"]) == (MODEL, "up", 0)
+        plans = {status.replica_id: status.plan for status in (await asyncio.to_thread(running.replicas)).values()}
+        for replica in model["replicas"]:
+            assert replica["status"] == "serving"
+            (device,) = replica["plan"]["devices"]
+            assert device["budget_bytes"] == plans[replica["id"]].stages[0].budget_bytes
+            assert sum(part["bytes"] for part in device["parts"]) == device["memory_bytes"]
+        for task in streams:
+            task.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+    await asyncio.to_thread(wait_for, running.idle, 30.0)
 
 
 async def test_a_killed_replica_process_ends_its_requests_and_the_service_recovers(running: Service) -> None:

@@ -27,6 +27,7 @@ def complaints(manifests: list[Manifest]) -> list[str]:
         *found,
         *_cluster(service, settings),
         *_pools(service, settings),
+        *_fronts(service, settings),
         *_selectors(manifests),
         *_budget(manifests),
     ]
@@ -147,12 +148,22 @@ def _pools(service: Manifest, settings: Settings) -> Iterator[str]:
             able = [g for g in groups(service) if pool.resources.keys() <= _resources(g).keys() and pool.resources]
             if not able:
                 yield f"{where}: no worker group has {sorted(pool.resources)}"
-            elif sum(g["maxReplicas"] for g in able) < pool.replicas:
-                yield f"{where}: {pool.replicas} replicas, and fewer workers"
+            elif sum(g["maxReplicas"] for g in able) < pool.most_replicas:
+                yield f"{where}: {pool.most_replicas} replicas, and fewer workers"
             for group in able:
                 limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
                 if int(limits.get("nvidia.com/gpu", 0)) != pool.stage_count:
                     yield f"{where}: {pool.stage_count} stages, and a worker has {limits.get('nvidia.com/gpu')} GPUs"
+
+
+def _fronts(service: Manifest, settings: Settings) -> Iterator[str]:
+    """Where GPU workers may all go, ingress and ledgers have another one that stays."""
+    asked = settings.api.resources
+    staying = [g for g in groups(service) if asked.keys() <= _resources(g).keys() and g["minReplicas"] > 0]
+    if asked and not staying:
+        yield f"ingress and ledgers ask for {sorted(asked)}, and no worker that stays has it"
+    if not asked and any(p.device == "cuda" and p.fewest_replicas == 0 for m in settings.models for p in m.pools):
+        yield "ingress and ledgers keep a GPU worker that no replica needs: api.resources must name another one"
 
 
 def _resources(group: Manifest) -> dict[str, Any]:

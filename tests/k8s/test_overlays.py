@@ -239,6 +239,20 @@ def test_the_house_rules_find(name: str) -> None:
     assert any(said in c for c in found), found
 
 
+SCALING_MISTAKES: dict[str, tuple[Callable[[list[Manifest]], Any], str]] = {
+    "front anywhere": (lambda m: replaced(m, "resources:\n        headroom-front: 0.001", "replicas: 1"), "keep a GPU"),
+    "front goes": (lambda m: worker(m).update(minReplicas=0), "no worker that stays"),
+    "most": (lambda m: replaced(m, "max_replicas: 2", "max_replicas: 3"), "fewer workers"),
+}
+
+
+@pytest.mark.parametrize("name", SCALING_MISTAKES)
+def test_the_house_rules_find_of_pools_that_scale(name: str) -> None:
+    mistake, said = SCALING_MISTAKES[name]
+    found = house_rules.complaints(planted(build(K8S / "overlays/autoscaling"), mistake))
+    assert any(said in c for c in found), found
+
+
 def test_a_kustomization_that_does_not_build_is_said(tmp_path: Any) -> None:
     (tmp_path / "kustomization.yaml").write_text("resources: [nothing.yaml]\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"nothing\.yaml"):

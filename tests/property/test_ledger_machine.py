@@ -104,12 +104,13 @@ class LedgerMachine(RuleBasedStateMachine):
         self.nobody_is_passed_for_long()
 
     def nobody_is_passed_for_long(self) -> None:
-        """Nothing was served past a request after as much as its own size was, unless no replica could be kept."""
+        """Nothing was served past a request after as much as the longest request, unless no replica could be kept."""
         if self.ledger._warming:
             return
         kept = self.ledger._turns._kept_for
         for waiter in self.ledger._queue.firsts():
-            if waiter.passed_tokens >= waiter.size.grant_tokens and waiter.request.request_id not in kept:
+            longest = self.ledger._fleet.longest_tokens(waiter.request.pool)
+            if waiter.passed_tokens >= longest and waiter.request.request_id not in kept:
                 open_to_it = self.ledger._fleet.best(waiter.size, waiter.request.pool, self.rng)
                 assert not open_to_it, f"{waiter} is passed, and {open_to_it} could be kept for it"
 

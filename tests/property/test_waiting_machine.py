@@ -96,6 +96,17 @@ class WaitingMachine(RuleBasedStateMachine):
         self.queue.check_integrity()
 
     @invariant()
+    def the_sums_are_those_of_all_who_wait(self) -> None:
+        if not hasattr(self, "queue"):
+            return
+        for pool in (None, "small"):
+            mine = [w.size for w in self.waiting.values() if w.request.pool == pool]
+            sums = [each for each in self.queue.sums() if each.pool == pool]
+            assert sum(each.tokens for each in sums) == sum(size.grant_tokens for size in mine)
+            longest = max((size.prompt_tokens + size.max_tokens for size in mine), default=0)
+            assert longest <= max((each.longest_tokens for each in sums), default=0) < 2 * max(longest, 1)
+
+    @invariant()
     def tenants_that_wait_get_their_shares(self) -> None:
         """Goyal, Vin and Cheng's bound, one request of each tenant more for where in its request each of them began."""
         if not hasattr(self, "since"):

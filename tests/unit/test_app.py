@@ -10,6 +10,7 @@ from ray.serve import Application
 from deployments import app
 from deployments.errors import ConfigError
 from deployments.ingress import Ingress
+from deployments.routing.growth import ScaledPool
 from deployments.settings import PoolSettings, Settings
 
 
@@ -84,6 +85,17 @@ def test_names_with_slashes_become_names_that_serve_allows() -> None:
         ({"models": [model("m", {"resources": {"x": 0}})]}, r"resources\.x"),
         ({"models": [model("m", {"goal": "speed"})]}, r"pools\.0\.goal"),
         ({"models": []}, "models"),
+        ({"models": [model("m", {"replicas": 1, "autoscaling": {"max_replicas": 2}})]}, "both given"),
+        (
+            {"models": [model("m", {"autoscaling": {"min_replicas": 1}})]},
+            r"pools\.0\.autoscaling\.max_replicas is missing",
+        ),
+        ({"models": [model("m", {"autoscaling": {"min_replicas": 3, "max_replicas": 2}})]}, "2, under min_replicas, 3"),
+        ({"models": [model("m", {"autoscaling": {"max_replica": 2}})]}, "did you mean max_replicas"),
+        (
+            {"models": [model("m", {"autoscaling": {"max_replicas": 2, "target_percent": 20, "slack_percent": 20}})]},
+            "it must be under target_percent",
+        ),
         ({"models": [model("same"), model("same")]}, r"names and aliases must differ: \['same'\]"),
     ],
 )
@@ -116,6 +128,24 @@ def test_a_pool_asks_for_its_kind_of_gpu_and_its_resources(monkeypatch: pytest.M
     assert "resources" not in a or not a["resources"]
     assert b["resources"] == {"x": 1}
     assert "accelerator_type" not in b
+
+
+def test_a_pool_that_follows_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    scaling = {"min_replicas": 0, "max_replicas": 3, "target_percent": 70, "upscale_delay_s": 5}
+    pools = ({"name": "small", "autoscaling": scaling}, {"name": "large", "replicas": 2})
+    ingress = build(model("m", *pools), resources={"front": 0.5})
+    _, ledgers, deployments = parts(ingress)
+    (config,) = ledgers["m"].init_args
+    assert config.expected_replicas == 2
+    assert config.scaled == (ScaledPool("small", 0, 3, 5.0),)
+    made = deployments["m"]["small"]._deployment_config.autoscaling_config
+    assert (made.min_replicas, made.max_replicas, made.upscale_delay_s, made.downscale_delay_s) == (0, 3, 5, 300)
+    assert made.policy.policy_kwargs == {"target_percent": 70, "slack_percent": 20}
+    assert deployments["m"]["small"].init_args[2] == 5, "threads are shared by as many as there may be"
+    assert deployments["m"]["large"]._deployment_config.autoscaling_config is None
+    for each in (ingress, ledgers["m"]):
+        assert each.ray_actor_options["resources"] == {"front": 0.5}
 
 
 def test_the_ingress_class_is_the_one_served() -> None:

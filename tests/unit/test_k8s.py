@@ -38,6 +38,26 @@ def test_an_overlay_of_a_gpu_that_nobody_knows(tmp_path: Path, capsys: pytest.Ca
     assert kustomization["images"] == [{"name": "headroom", "newName": "r.example.com:5000/h", "newTag": "1"}]
 
 
+def test_pools_that_follow_demand(tmp_path: Path) -> None:
+    given = ["--gpus", "L4+L4", *LLAMA, "--quantization", "nf4", "--out", str(tmp_path), "--min-replicas"]
+    assert cli.main(["k8s", *given, "1"]) == 0
+    ((patch,), kustomization, config) = (
+        yaml.safe_load((tmp_path / name).read_text(encoding="utf-8"))
+        for name in ("workers.yaml", "kustomization.yaml", "serve_config.yaml")
+    )
+    front, group = patch["value"]
+    assert (front["replicas"], front["minReplicas"], front["maxReplicas"]) == (1, 1, 1)
+    assert front["rayStartParams"]["resources"] == '"{\\"headroom-front\\": 1}"'
+    assert "nvidia.com/gpu" not in front["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (1, 0, 2)
+    assert [c.rpartition("/")[2] for c in kustomization["components"]] == ["serve-config", "autoscaling"]
+    args = config["applications"][0]["args"]
+    assert args["api"]["resources"] == {"headroom-front": 0.001}
+    (pool,) = args["models"][0]["pools"]
+    assert (pool["autoscaling"], "replicas" in pool) == ({"min_replicas": 1, "max_replicas": 2}, False)
+    assert "wait_limit_s" not in args["models"][0], "there always is a replica"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -46,8 +66,12 @@ def test_an_overlay_of_a_gpu_that_nobody_knows(tmp_path: Path, capsys: pytest.Ca
         (["--gpus", "L4", *LLAMA, "--out", "x", "--pod-memory", "lots"], "--pod-memory lots"),
         (["--gpus", "L4", *LLAMA, "--out", "x", "--pod-cpus", "0"], "--pod-cpus 0"),
         (["--gpus", "L4", *LLAMA, "--out", "x", "--node-label", "L4"], "GPU:KEY=VALUE"),
+        (["--gpus", "L4", *LLAMA, "--out", "x", "--node-label", "T4:a=b"], "--node-label T4: --gpus has no such GPU"),
         (["--gpus", "L4", *LLAMA, "--out", "x", "--base", "/nowhere"], "k8s/base"),
+        (["--gpus", "L4", *LLAMA, "--out", "x", "--min-replicas", "-1"], "--min-replicas -1"),
+        (["--gpus", "L4", *LLAMA, "--out", "x", "--min-replicas", "2"], "is planned with 1"),
         (["--gpus", "L4+", *LLAMA, "--out", "x"], "write count x size or name"),
+        (["--gpus", "", *LLAMA, "--out", "x"], "write count x size or name"),
         (["--config", "/nowhere.yaml"], "can't be read"),
     ],
 )

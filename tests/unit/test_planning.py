@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Lfm2Config
+import transformers
 
 from deployments.engine import flashinfer_fit
 from deployments.errors import ConfigError
@@ -130,11 +130,44 @@ def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
         plan_pool("tiny", tmp_path, pool())
 
 
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+_SMALL_ATTENTION = {**_SMALL, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+_MAMBA_2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+RECURRENT = {
+    "short convolutions": transformers.Lfm2Config(**_SMALL_ATTENTION, full_attn_idxs=[1]),
+    "Jamba": transformers.JambaConfig(**_SMALL_ATTENTION, attn_layer_period=2, attn_layer_offset=1, num_experts=2),
+    "Bamba": transformers.BambaConfig(**_SMALL_ATTENTION, **_MAMBA_2, attn_layer_indices=[1]),
+    "Falcon H1": transformers.FalconH1Config(**_SMALL_ATTENTION, **_MAMBA_2, mamba_d_ssm=64),
+    "Qwen3-Next": transformers.Qwen3NextConfig(
+        **_SMALL_ATTENTION, **_LINEAR, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16
+    ),
+}
+NO_ATTENTION = {
+    "Mamba": transformers.MambaConfig(**_SMALL),
+    "Mamba 2": transformers.Mamba2Config(**_SMALL, num_heads=4, head_dim=16, expand=2, n_groups=1),
+    "RWKV": transformers.RwkvConfig(**_SMALL),
+}
+
+
 @pytest.mark.usefixtures("no_gpu")
-def test_a_cache_that_the_engine_does_not_serve_is_one_line(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    Lfm2Config(**sizes, num_key_value_heads=2, vocab_size=64, full_attn_idxs=[1]).save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_are_refused_before_anything_loads(name: str, tmp_path: Path) -> None:
+    RECURRENT[name].save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"pool default: tiny caches recurrent state .* does not serve yet") as caught:
+        plan_pool("tiny", tmp_path, pool())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("name", NO_ATTENTION)
+def test_models_without_attention_are_refused_before_anything_loads(name: str, tmp_path: Path) -> None:
+    NO_ATTENTION[name].save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"pool default: .*no attention layers.*; serve a model with") as caught:
         plan_pool("tiny", tmp_path, pool())
     assert "\n" not in str(caught.value)
 
@@ -142,9 +175,9 @@ def test_a_cache_that_the_engine_does_not_serve_is_one_line(tmp_path: Path) -> N
 @pytest.mark.usefixtures("no_gpu")
 def test_checkpoints_that_the_engine_cannot_load_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"tiny is quantised already \(nf4\).*give the unquantised model"):
+    with pytest.raises(ConfigError, match=r"tiny is quantised already \(gptq-4bit\).*give the unquantised model"):
         plan_pool("tiny", tmp_path, pool())
     MULTIMODAL["gemma3_vision"].save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"other parts than text \(model.vision_tower, .*serve a text model"):

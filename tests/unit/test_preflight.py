@@ -9,7 +9,7 @@ import pytest
 
 from deployments import preflight
 from deployments.errors import ConfigError
-from deployments.settings import PoolSettings
+from deployments.settings import AutoscalingSettings, PoolSettings
 from deployments.survey import PlannedPool, Survey
 from placement.hardware import Gpu
 from placement.plan import Plan, Stage
@@ -92,6 +92,14 @@ def test_memory_counts_every_replica() -> None:
     preflight.check_resources(planned(2), cpus=1, memory=need)
     with pytest.raises(ConfigError, match=r"2 replicas need 6\..* GB of memory .*cpu_device_memory"):
         preflight.check_resources(planned(2), cpus=1, memory=need - 1)
+
+
+def test_a_pool_that_follows_demand_counts_with_all_it_may_have() -> None:
+    (fixed,) = planned(1, "cuda").pools
+    pool = PoolSettings(autoscaling=AutoscalingSettings(min_replicas=0, max_replicas=3))
+    survey = Survey((PlannedPool("m", pool, fixed.plan),), visible_gpus=2, folders={})
+    with pytest.raises(ConfigError, match=r"need 3 GPUs in all, 2 are visible; .*max_replicas"):
+        preflight.check_resources(survey, cpus=1, memory=100 * GB)
 
 
 def test_gpus_count_every_replica_and_no_main_memory() -> None:

@@ -16,11 +16,22 @@ from deployments import replica as replica_module
 from deployments.engine.messages import EngineSpec, Started
 from deployments.engine.tally import EngineTally
 from deployments.errors import EngineFailed
-from deployments.protocol import NO_CHANGE, REFUSED, CachedGranules, GenerationRequest, Grant, Sampling, TokenChunk
+from deployments.metrics.vitals import ReplicaVitals
+from deployments.protocol import (
+    NO_CHANGE,
+    PROTOCOL_VERSION,
+    REFUSED,
+    CachedGranules,
+    GenerationRequest,
+    Grant,
+    Sampling,
+    TokenChunk,
+)
 from deployments.replica import Replica
 from deployments.routing.admission import Admission
 from deployments.settings import ModelSettings, PoolSettings
 from placement.hardware import Gpu
+from placement.outline import outline
 from placement.plan import Plan, Stage
 
 GPU = Gpu("Toy", 10**6, speed=1)
@@ -68,12 +79,13 @@ class FakeSender:
     """Reports to nobody until it breaks."""
 
     broken: asyncio.Event
+    first: ReplicaVitals
 
     def __init__(
         self, admission: Admission, ledger: Any, *, vitals: Callable[[], Any], stopping: Callable[[], bool]
     ) -> None:
         assert not stopping()
-        assert vitals().steps.total == 0  # at most one a second: the first is due at once
+        FakeSender.first = vitals()  # at most one a second: the first is due at once
         assert (admission.replica_id, ledger) == ("r1", "the ledger")
         FakeSender.broken = asyncio.Event()
 
@@ -113,6 +125,12 @@ async def test_starts_its_engine_with_the_pools_settings(world: Any, tmp_path: P
     assert (state.replica_id, state.block_size, state.capacity_blocks, state.max_context) == ("r1", 4, 100, 256)
 
 
+async def test_tells_its_plan_in_outline_with_its_first_vitals_and_then_seldom(world: Any) -> None:
+    assert FakeSender.first.steps.total == 0
+    assert FakeSender.first.outline == outline(PLAN)
+    assert world.replica._vitals().outline is None
+
+
 async def test_says_first_that_it_took_the_grant_up_and_counts_at_the_end(world: Any) -> None:
     script = [TokenChunk("a", (7, 8)), TokenChunk("a", (9,), finish_reason="length")]
     world.engine.script = script
@@ -128,7 +146,7 @@ async def test_refusals_say_so_in_the_first_and_only_chunk(world: Any) -> None:
         (granted(world, replica_epoch=0), "epoch"),
         (granted(world, expires_at=time.time() - 1), "expired"),
         (replace(granted(world), grant=None), "no grant"),
-        (replace(granted(world), version=0), "speaks protocol 0, this replica 1"),
+        (replace(granted(world), version=0), f"is of protocol 0, this replica reads {PROTOCOL_VERSION}"),
     ]
     for request, reason in wrong:
         (chunk,) = await stream(world, request)
@@ -237,3 +255,9 @@ async def test_stop_ends_engine_and_reports(world: Any) -> None:
     await asyncio.sleep(0.01)
     assert world.engine.stopped
     assert world.replica._reporting.cancelled()
+
+
+async def test_reports_tell_of_preemptions(world: Any) -> None:
+    assert world.admission.report().preemptions == 0
+    world.engine.on_report()
+    assert world.admission.report().preemptions == 6

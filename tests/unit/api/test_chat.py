@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from deployments.errors import NoReplica, Overloaded
-from deployments.protocol import GenerationRequest, TokenChunk
+from deployments.protocol import GenerationRequest, Refusal, TokenChunk
+from deployments.routing.dispatch import error_of
 from tests.fakes.dispatcher import Script, chunks_of
 from tests.unit.api.conftest import Api
 
@@ -77,6 +78,23 @@ async def test_defaults(api: Api) -> None:
 async def test_user_and_priority_go_along(api: Api) -> None:
     await api.post(CHAT, json=asking(user="ann", priority=-3, n=2))
     assert [(request.tenant, request.priority) for request in api.dispatcher.requests] == [("ann", -3)] * 2
+
+
+async def test_a_pool_is_insisted_on_and_bounds_the_context(api: Api) -> None:
+    api.dispatcher.pool_contexts = {"small": 100}
+    for pool in ("small", "never seen", None):
+        assert (await api.post(CHAT, json=asking(pool=pool))).status_code == 200
+    asked = [(r.pool, len(r.prompt_ids) + r.sampling.max_tokens) for r in api.dispatcher.requests]
+    assert asked == [("small", 100), ("never seen", 256), (None, 256)]
+    error = (await api.post(CHAT, json=asking(pool="small", max_tokens=101))).json()["error"]
+    assert (error["code"], "100 tokens" in error["message"]) == ("context_length_exceeded", True)
+
+
+async def test_an_unknown_pool_is_a_bad_request(make_api: Callable[..., Api]) -> None:
+    refusal = Refusal("q", "unknown_pool", "model tiny has no pool 'x'; it has a, b")
+    answer = await make_api(Script(refusal=error_of(refusal))).post(CHAT, json=asking(pool="x"))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["message"]) == (400, "pool", refusal.message)
 
 
 async def test_a_seed_is_drawn_where_none_is_given(make_api: Callable[..., Api], speak: Callable[..., Script]) -> None:

@@ -48,6 +48,17 @@ async def test_requests_are_counted_by_how_they_ended(
     assert list(values(page, "headroom_inter_token_seconds_count").values()) == [2 * (tokens - 1)]
 
 
+async def test_what_is_wrong_with_a_request_counts_as_the_models_that_it_named(api: Api) -> None:
+    page = await page_after(
+        api,
+        ("/v1/completions", {"model": "gpt-tiny", "prompt": "hi", "max_tokens": 10_000}),
+        ("/v1/completions", {"model": "huge", "prompt": "hi"}),
+    )
+    counted = [line for line in page.splitlines() if line.startswith("headroom_requests_total{")]
+    assert ['model="tiny",outcome="context_length_exceeded"' in line for line in counted].count(True) == 1
+    assert ['model="",outcome="model_not_found"' in line for line in counted].count(True) == 1
+
+
 async def test_probes_and_the_page_itself_are_not_counted(api: Api) -> None:
     async with api.client() as client:
         for path in ("/health", "/ready", "/metrics"):

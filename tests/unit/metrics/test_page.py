@@ -115,6 +115,15 @@ def test_a_silent_process_is_forgotten_and_a_replica_that_the_ledger_forgot_is_n
     assert late.refusals == (("queue_full", 1),)
 
 
+def test_an_idle_process_outlives_the_forgetting_for_as_long_as_it_tells() -> None:
+    board = full_board()
+    for second in range(1, int(4 * FORGET_S)):
+        board.hear_replica(report(), float(second))
+        board.hear_ingress(IngressNotice("i1", vitals=ingress_vitals("i1")), float(second))
+    late = observe(board, 4 * FORGET_S)
+    assert (set(late.replicas), [seen.ingress_id for seen in late.ingresses]) == ({"r1"}, ["i1"])
+
+
 def test_reports_without_vitals_keep_the_last_ones() -> None:
     board = full_board()
     board.hear_replica(report(vitals=None), 1.0)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from itertools import pairwise
 from xml.etree import ElementTree
 
-from placement import svg as module
 from placement.hardware import Gpu
+from placement.outline import KV, RESERVES, WEIGHTS
 from placement.plan import Plan, Stage
 from placement.reserve import Term
 from placement.svg import svg
@@ -102,7 +102,7 @@ def test_the_same_plan_gives_the_same_picture() -> None:
 def test_colours_stand_out_on_light_and_on_dark() -> None:
     backgrounds = re.findall(r"\.background \{ fill: (#\w+) \}", svg(PLAN))
     assert len(backgrounds) == 2
-    for colour in (*module._WEIGHTS.values(), *module._KV.values(), *module._RESERVES):
+    for colour in (*WEIGHTS.values(), *KV.values(), *RESERVES):
         for other in (*backgrounds, "#ffffff"):  # white is the labels'
             assert contrast(colour, other) >= 3, (colour, other)
 

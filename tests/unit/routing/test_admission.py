@@ -147,6 +147,13 @@ def test_a_draining_replica_takes_no_local_grants() -> None:
     assert "draining" in (own.take_up(LOCAL, 0.0) or "")
 
 
+def test_preemptions_are_reported() -> None:
+    own = admission()
+    assert own.report().preemptions == 0
+    own.preemptions = 3
+    assert own.report().preemptions == 3
+
+
 def test_draining_twice_is_reported_once() -> None:
     own = admission()
     own.drain()

@@ -13,7 +13,6 @@ from ray.exceptions import ActorDiedError, RayError
 from deployments.errors import (
     BadRequest,
     ContextLengthExceeded,
-    EngineFailed,
     NoReplica,
     Overloaded,
     RequestError,
@@ -93,6 +92,8 @@ class World:
         self.reserve = Method(self._reserve)
         self.generate = Method(self._generate)
         self.notice = Method(self._notice)
+        self.awake = Method(lambda: self.woken.wait)
+        self.woken = asyncio.Event()
         self.snapshot = Method(lambda: RayError("no ledger"))
         self.news = LedgerNews(7, 4096)
         self.dispatcher = ServeDispatcher("m", "in", self, {"default": self}, ledger_limit_s=0.05)  # type: ignore[arg-type, dict-item]  # plays both handles
@@ -268,6 +269,50 @@ async def test_a_replica_that_says_nothing_until_the_grant_expired_is_given_up(m
     await world.dispatcher.close()
 
 
+# Without a replica
+
+
+async def test_one_call_waits_at_a_pool_for_as_long_as_its_first_replica_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deployments.routing.notices.RENEW_S", 0.01)
+    world = World([], [])
+    world.news = LedgerNews(7, None, wake=("default",))
+    world.dispatcher.start()
+    while len(world.notices) < 5:
+        await asyncio.sleep(0.001)
+    assert len(world.awake.calls) == 1
+    world.news = LedgerNews(7, None)  # nobody waits any more
+    while not world.awake.calls[0].cancelled:
+        await asyncio.sleep(0.001)
+    world.news = LedgerNews(7, None, wake=("default",))
+    while len(world.awake.calls) < 2:
+        await asyncio.sleep(0.001)
+    world.woken.set()  # the replica is there, and gone again before it served anybody
+    while len(world.awake.calls) < 3:
+        await asyncio.sleep(0.001)
+    await world.dispatcher.close()
+
+
+async def test_a_call_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.routing.notices.RENEW_S", 0.01)
+    world = World([], [])
+    world.awake = Method(lambda: RayError("it could not start"))
+    world.news = LedgerNews(7, None, wake=("default",))
+    world.dispatcher.start()
+    while len(world.awake.calls) < 3:
+        await asyncio.sleep(0.001)
+    await world.dispatcher.close()
+
+
+async def test_the_pool_that_a_request_insists_on_is_asked_for() -> None:
+    world = World([grant()], [[TAKEN, text(5, finish="stop")]])
+    chunks = await world.dispatcher.dispatch(replace(REQUEST, pool="int8"), wait_limit_s=5.0)
+    assert [chunk async for chunk in chunks] == [text(5, finish="stop")]
+    assert [wish.pool for wish in world.wishes] == ["int8"]
+    await world.dispatcher.close()
+
+
 # Without a ledger
 
 SPOT = ReplicaSpot("r5", "default", 1, 16, 10, 8, 160)
@@ -396,7 +441,7 @@ async def test_a_reserve_cancelled_over_there_is_tried_again() -> None:
         ("deadline", Overloaded),
         ("no_replica", NoReplica),
         ("unknown_pool", BadRequest),
-        ("version", EngineFailed),
+        ("version", NoReplica),
     ],
 )
 async def test_a_refusal_is_raised_and_not_tried_again(kind: RefusalKind, error: type[RequestError]) -> None:
@@ -405,7 +450,7 @@ async def test_a_refusal_is_raised_and_not_tried_again(kind: RefusalKind, error:
     with pytest.raises(error, match="because"):
         await run(world)
     assert type(error_of(refusal)) is error
-    assert error_of(refusal).retry_after_s == (3 if kind in ("queue_full", "deadline", "no_replica") else None)
+    assert error_of(refusal).retry_after_s == (None if kind in ("too_long", "unknown_pool") else 3)
     await world.dispatcher.close()
 
 
@@ -417,8 +462,9 @@ async def test_the_lease_is_renewed_without_any_request(monkeypatch: pytest.Monk
     monkeypatch.setattr("deployments.routing.notices.RENEW_S", 0.01)
     world = World([grant()], [[TAKEN, text(5, finish="stop")]])
     await run(world)
-    await asyncio.sleep(0.1)
-    assert len(world.notices) >= 3
+    async with asyncio.timeout(10):
+        while len(world.notices) < 3:
+            await asyncio.sleep(0.01)
     assert world.dispatcher.max_context == 4096
     await world.dispatcher.close()
 

@@ -15,8 +15,8 @@ from tests.unit.routing.worlds import granted, state, wish
 async def service() -> LedgerService:
     """With one replica of 10 blocks that knows it."""
     built = LedgerService(LedgerConfig("m"))
-    epoch = await built.report(state(ledger_epoch=0))
-    assert await built.report(state(sequence=2, ledger_epoch=epoch)) == epoch
+    epoch = (await built.report(state(ledger_epoch=0))).epoch
+    assert (await built.report(state(sequence=2, ledger_epoch=epoch))).epoch == epoch
     return built
 
 

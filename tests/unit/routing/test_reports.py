@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 from ray.exceptions import RayError
 
-from deployments.protocol import CachedGranules, Grant, ReplicaState
+from deployments.metrics.pacing import seldom
+from deployments.protocol import CachedGranules, Grant, ReplicaState, ReportAnswer
 from deployments.routing import reports
 from deployments.routing.admission import Admission
+from deployments.routing.autoscaling import WAITING
 from deployments.routing.reports import ReportSender
+from tests.unit.metrics.samples import replica_vitals
 
 
 class LedgerHandle:
@@ -21,11 +24,11 @@ class LedgerHandle:
         self.report = self
 
     def remote(self, state: ReplicaState) -> Any:
-        async def answer() -> int:
+        async def answer() -> ReportAnswer:
             if self.failing:
                 raise RayError("down")
             self.heard.append(state)
-            return 7
+            return ReportAnswer(7, 48)
 
         return answer()
 
@@ -106,3 +109,24 @@ async def test_a_replica_that_is_stopped_drains_and_says_so_at_once() -> None:
         await asyncio.sleep(0.001)
     task.cancel()
     assert not any(state.draining for state in ledger.heard[:-1])
+
+
+async def test_an_idle_replica_tells_how_it_stands_again_and_again() -> None:
+    own, ledger, _ = sender()
+    vitals = seldom(replica_vitals, every_s=0.1)
+    reporting = ReportSender(own, ledger, vitals=vitals)  # type: ignore[arg-type]  # a fake ledger
+    task = asyncio.create_task(reporting.run())
+    async with asyncio.timeout(10):
+        while sum(state.vitals is not None for state in ledger.heard) < 4:
+            await asyncio.sleep(0.01)
+    task.cancel()
+
+
+async def test_what_waits_for_the_pool_comes_with_the_answer() -> None:
+    _, ledger, reporting = sender()
+    assert reporting.demand()[WAITING] == 0
+    await reporting.send()
+    assert reporting.demand()[WAITING] == 48
+    ledger.failing = True
+    await reporting.send()
+    assert reporting.demand()[WAITING] == 48, "the last word holds"

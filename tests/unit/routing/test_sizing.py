@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.routing.sizing import OutputLengths, ReleaseRate
+from deployments.routing.sizing import Caution, OutputLengths, ReleaseRate
 
 
 def test_the_prior_holds_until_enough_is_known() -> None:
@@ -41,7 +41,7 @@ def test_at_least_one_token_is_expected() -> None:
 
 
 def test_requests_with_similar_limits_are_learnt_from_together_once_enough_are_known() -> None:
-    lengths = OutputLengths(enough=3)
+    lengths = OutputLengths(enough=3, quantile_percent=80)
     for _ in range(30):
         lengths.add(16, 16)  # cut off
     lengths.add(700, 1000)
@@ -74,6 +74,43 @@ def test_what_goes_on_is_expected_to_do_as_those_that_got_as_far(produced: int, 
 
 def test_without_anything_learnt_what_goes_on_is_expected_to_produce_the_prior_once_more() -> None:
     assert OutputLengths().expected_beyond(300, 1000) == 556
+
+
+def test_a_preemption_is_worth_a_thousand_requests_that_were_held_back() -> None:
+    caution = Caution(50)
+    caution.learn(preempted=1, held_back=0)
+    assert caution.percent == 75
+    for _ in range(10):
+        caution.learn(preempted=0, held_back=100)
+    assert caution.percent == 50
+
+
+def test_nothing_is_learnt_while_nobody_is_held_back() -> None:
+    caution = Caution(50)
+    caution.learn(preempted=0, held_back=0)
+    assert caution.percent == 50
+
+
+def test_caution_has_bounds_and_returns_from_them_at_once() -> None:
+    caution = Caution(50)
+    caution.learn(preempted=100, held_back=0)
+    assert caution.percent == 95
+    caution.learn(preempted=0, held_back=1)
+    assert caution.percent == 94
+    caution.learn(preempted=0, held_back=100_000)
+    assert caution.percent == 10
+    caution.learn(preempted=1, held_back=0)
+    assert caution.percent == 35
+
+
+def test_what_is_promised_follows_caution() -> None:
+    lengths = OutputLengths(enough=5, quantile_percent=50)
+    for value in (10, 20, 30, 40, 50):
+        lengths.add(value, 1000)
+    assert lengths.size(100, 1000).grant_tokens == 130
+    lengths.caution.learn(preempted=1, held_back=0)
+    assert lengths.size(100, 1000).grant_tokens == 140
+    assert lengths.expected_beyond(10, 1000) == 40
 
 
 @pytest.mark.parametrize(

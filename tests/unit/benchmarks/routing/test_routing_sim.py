@@ -34,6 +34,17 @@ def test_the_command_compares_all_policies(tmp_path: Path, capsys: pytest.Captur
     assert "<svg" in (tmp_path / "routing-unequal-poisson.svg").read_text(encoding="utf-8")
 
 
+def test_the_ledger_alone_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--quick", "--no-sustained", "--fleets", "equal", "--workloads", "poisson", "--others"]
+    main([*arguments, "--ledgers", "4", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "4 ledgers" in printed
+    assert "random" not in printed
+    assert "goal" not in printed
+    found = json.loads((tmp_path / "routing-equal-poisson.json").read_text(encoding="utf-8"))
+    assert {o["policy"] for o in found["outcomes"]} == {"ledger"}
+
+
 def test_curves_of_nothing_finite_are_empty(tmp_path: Path) -> None:
     limits = Limits(queue_per_replica=0)
     setting = Setting("equal", "poisson", None, 100, limits)

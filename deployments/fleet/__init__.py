@@ -1,0 +1,1 @@
+"""The live fleet page: `/fleet` shows what `/fleet/state` says each second."""

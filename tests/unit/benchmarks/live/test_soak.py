@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from collections import Counter
+
+from benchmarks.soak import QUEUE_LIMIT, Sample, Soak
+
+
+def soaked(*, waiting: float = 3.0, held_at_end: float = 0.0, growth: int = 0, **outcomes: int) -> Soak:
+    samples = [Sample(float(t), {"ingress": 100_000 + growth * t}, waiting, 7.0, 9.0) for t in range(100)]
+    samples.append(Sample(100.0, {"ingress": 100_000 + growth * 100}, 0.0, held_at_end, 0.0))
+    return Soak(Counter({"served": 10, "refused": 2, "left": 3, **outcomes}), samples)
+
+
+def test_a_clean_run_has_no_fault() -> None:
+    assert soaked().faults(0.05) == []
+    assert soaked(waiting=QUEUE_LIMIT).faults(0.05) == []
+
+
+def test_each_fault_is_told_with_its_numbers() -> None:
+    assert soaked(waiting=QUEUE_LIMIT + 1).faults(0.05) == [f"{QUEUE_LIMIT + 1} requests waited, and queue_limit is 32"]
+    assert soaked(held_at_end=2.0).faults(0.05) == ["after all ended: 0 wait, 2 blocks held, 0 granted"]
+    assert soaked(ReadTimeout=1).faults(0.05) == ["requests ended otherwise: {'ReadTimeout': 1}"]
+    (grew,) = soaked(growth=200).faults(0.05)
+    assert grew.startswith("ingress grew by 8.7% in the second half")
+
+
+def test_the_table_has_a_line_for_each_role() -> None:
+    assert "ingress" in soaked(growth=200).table()
