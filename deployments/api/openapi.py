@@ -49,6 +49,8 @@ def document(version: str, *, keyed: bool, admin_keyed: bool) -> Json:
                 )
             },
             "/metrics": {"get": _get("metrics", "For Prometheus.", _texts(*answers.METRICS_TYPES), admin_keyed)},
+            "/fleet": {"get": _get("fleet", "The live page; it asks for `/fleet/state`.", _texts("text/html"))},
+            "/fleet/state": {"get": _get("fleetState", "What the page shows.", {"application/json": {}}, admin_keyed)},
             "/openapi.json": {"get": _get("openapi", "This document.", {"application/json": {}})},
         },
         "components": {

@@ -147,6 +147,19 @@ async def test_the_access_log_has_numbers_and_no_text(
     assert (lines[2]["status"], lines[2]["error"], lines[2]["output_tokens"]) == (400, "invalid_value", 0)
 
 
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"temperature": "SECRET"}, {"SECRET": 1}, {"stop": "SECRET"}])
+async def test_no_log_has_a_prompt_an_answer_or_a_key(
+    make_api: Callable[..., Api], speak: Callable[..., Script], caplog: pytest.LogCaptureFixture, fields: dict[str, Any]
+) -> None:
+    api = make_api(speak("SECRET answer"), ApiSettings(api_keys_env="K"), environment={"K": "SECRET-key"})
+    caplog.set_level(logging.DEBUG)
+    for key in ("SECRET-key", "SECRET-other"):
+        body = {"model": "tiny", "prompt": ["SECRET"], "user": "SECRET", "metadata": {"SECRET": "SECRET"}, **fields}
+        await api.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+    assert "SECRET" not in caplog.text
+    assert len([r for r in caplog.records if r.name == "headroom.access"]) == 2
+
+
 async def test_probes_are_logged_at_debug(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     await api.get("/health")

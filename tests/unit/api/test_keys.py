@@ -81,7 +81,7 @@ def test_tenants() -> None:
         ("- {name: a, hash: x}", "hash is not known; there are name, sha256"),
         ("- {hr-SECRET: a}", "a field is not known"),
         ("- 2026-13-45", "not YAML"),
-        ("[" * 100_000, "not YAML"),
+        ("[" * 5_000, "not YAML"),
         ("- {name: a}", "sha256: field required"),
         ("- name: x\n  : hr-SECRET: [", "not YAML at line 2"),
         (line("a b"), "name: "),

@@ -100,7 +100,8 @@ async def test_the_document_and_its_routes(make_api: Callable[..., Api]) -> None
     for path, methods in made["paths"].items():
         if "get" in methods:
             assert ((await api.get(path)).status_code == 401) == (path in keyed)
-    assert keyed == {"/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/v1/completions", "/metrics"}
+    api_paths = {"/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/v1/completions"}
+    assert keyed == api_paths | {"/metrics", "/fleet/state"}
     assert not [m for methods in DOCUMENT["paths"].values() for m in methods.values() if m["security"]]
 
 
