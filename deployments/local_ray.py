@@ -103,8 +103,9 @@ class LocalRay:
             serve_wait_s: how long replicas may take to finish what runs.
         """
         if "ray" in sys.modules:
-            _within(serve_wait_s, _delete_applications)
-            _within(3.0, sys.modules["ray"].shutdown)
+            until = time.monotonic() + serve_wait_s
+            if _within(serve_wait_s + 2.0, lambda: _delete_applications(until)):
+                _within(3.0, sys.modules["ray"].shutdown)
         self.kill()
 
     def kill(self) -> None:
@@ -169,19 +170,26 @@ def set_environment(home: Path) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
 
 
-def _delete_applications() -> None:
-    """Let replicas finish. Serve's controller ends with Ray: asked to end by itself, it is reported as dead."""
+def _delete_applications(until: float) -> None:
+    """Let replicas finish until then. The controller ends with Ray: one that ends by itself is reported as dead."""
     from ray import serve
 
     for name in serve.status().applications:
-        serve.delete(name)
+        serve.delete(name, _blocking=False)
+    while serve.status().applications and time.monotonic() < until:
+        time.sleep(0.1)
 
 
-def _within(limit_s: float, action: Callable[[], object]) -> None:
-    """Run `action` for at most `limit_s` seconds; what it leaves undone, killing the processes does."""
+def _within(limit_s: float, action: Callable[[], object]) -> bool:
+    """Run `action` for at most `limit_s` seconds; what it leaves undone, killing the processes does.
+
+    Returns:
+        Whether it ended. One that did not must not find Ray shut down: a call of Ray's ends the process then.
+    """
     thread = threading.Thread(target=_quietly, args=(action,), daemon=True)
     thread.start()
     thread.join(limit_s)
+    return not thread.is_alive()
 
 
 def _quietly(action: Callable[[], object]) -> None:
