@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,15 @@ def test_variables_that_name_files_of_the_folder_go_with_it(tmp_path: Path, monk
     assert os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] != "/opt/haproxy"
     started.kill()
     assert dict(os.environ) == before
+
+
+def test_ray_is_not_shut_down_under_a_call_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    shut: list[bool] = []
+    monkeypatch.setattr(local_ray, "_delete_applications", lambda _until: answered.wait(60))
+    monkeypatch.setattr("ray.shutdown", lambda: shut.append(True))
+    local_ray.LocalRay(tmp_path, cpus=1).stop(serve_wait_s=-1.9)
+    assert not shut
+    answered.set()
+    local_ray.LocalRay(tmp_path, cpus=1).stop()
+    assert shut == [True]
