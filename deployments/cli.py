@@ -113,15 +113,16 @@ def prefetch(file: ConfigFile) -> int:
 
 
 def check_own_resources(settings: Settings) -> None:
-    """No pool asks for custom resources, which a Ray of our own doesn't have.
+    """Nothing asks for custom resources, which a Ray of our own doesn't have.
 
     Raises:
-        ConfigError: one does; it would wait for ever.
+        ConfigError: something does; it would wait for ever.
     """
-    for pool in (pool for model in settings.models for pool in model.pools):
-        if pool.resources:
+    asked = [(f"pool {pool.name}", pool.resources) for model in settings.models for pool in model.pools]
+    for name, resources in [("api", settings.api.resources), *asked]:
+        if resources:
             raise ConfigError(
-                f"pool {pool.name} asks for {', '.join(pool.resources)}, which only a Ray cluster can have that was "
+                f"{name} asks for {', '.join(resources)}, which only a Ray cluster can have that was "
                 "started with it; remove `resources`, or deploy to that cluster with `serve run`"
             )
 

@@ -140,7 +140,7 @@ def overlay(
     ]
     if min_replicas is not None:
         args = _following_demand(args, min_replicas)
-        groups = [_front(template), *(group | {"replicas": min_replicas} for group in groups)]
+        groups = [_front(template, worker), *(group | {"replicas": min_replicas} for group in groups)]
     patch = [{"op": "replace", "path": "/spec/rayClusterConfig/workerGroupSpecs", "value": groups}]
     return Overlay(
         serve_config=comment + dump(_config(args)),
@@ -153,21 +153,35 @@ def cluster_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A `serve_config.yaml` of one machine as the base's CPU workers run it.
 
     Serve listens on the pod's address. A pool's `device` is said outright: `auto` asks Ray what the cluster has while
-    the application is built, and the workers may come later.
+    the application is built, and the workers may come later. API keys are read from where the Secret is mounted.
 
     Raises:
-        ConfigError: a pool is for GPUs, which the base's workers don't have.
+        ConfigError: it asks for what the base's workers don't have.
     """
     found = copy.deepcopy(dict(config))
-    for model in found["applications"][0]["args"]["models"]:
+    (application,) = found["applications"]
+    args = application["args"]
+    api = args.get("api", {})
+    if "api_keys_file" in api:
+        api["api_keys_file"] = KEYS_FILE
+    _refuse(api, "api", "api_keys_env", "no such variable: keys come from the Secret; use `api_keys_file`")
+    _refuse(api, "api", "resources", "no custom resources")
+    for model in args["models"]:
         for pool in model.setdefault("pools", [{}]):
+            where = f"model {model['name']}: pool {pool.get('name', 'default')}"
+            _refuse(pool, where, "resources", "no custom resources")
             if pool.get("device", "auto") == "cuda" or pool.get("accelerator_type"):
                 raise ConfigError(
-                    f"model {model['name']}: pool {pool.get('name', 'default')} is for GPUs, and the base's workers "
-                    "have none; write an overlay with --gpus"
+                    f"{where} is for GPUs, and the base's workers have none; write an overlay with --gpus"
                 )
             pool["device"] = "cpu"
-    return _config(found["applications"][0]["args"])
+    http = {**found.get("http_options", {}), "host": "0.0.0.0", "port": PORT}
+    return {**found, "http_options": http, "applications": [{**application, **_config(args)["applications"][0]}]}
+
+
+def _refuse(given: Mapping[str, Any], where: str, key: str, there: str) -> None:
+    if given.get(key):
+        raise ConfigError(f"{where} has {key}, and the base's workers have {there}; remove it")
 
 
 def dump(value: object) -> str:
@@ -217,9 +231,9 @@ def _following_demand(args: Mapping[str, Any], min_replicas: int) -> dict[str, A
     return {**args, "models": models, "api": {**args["api"], "resources": {FRONT: FRONT_SHARE}}}
 
 
-def _front(template: GroupSpec) -> GroupSpec:
+def _front(template: GroupSpec, worker: Worker) -> GroupSpec:
     """One worker without GPUs that is always there."""
-    group = copy.deepcopy(template)
+    group = _copied(template, worker)
     group |= {"groupName": "front", "replicas": 1, "minReplicas": 1, "maxReplicas": 1}
     group["rayStartParams"] = {**group["rayStartParams"], "resources": _start_param({FRONT: 1})}
     return group
@@ -232,7 +246,7 @@ def _resource(args: Mapping[str, Any], pool: Pool, name: str) -> str:
 
 
 def _group(template: GroupSpec, pool: Pool, name: str, resource: str, worker: Worker) -> GroupSpec:
-    group = copy.deepcopy(template)
+    group = _copied(template, worker)
     group["groupName"] = re.sub(r"[^a-z0-9]+", "-", f"{pool.wish.name}-{name}".lower()).strip("-")
     group["replicas"] = group["maxReplicas"] = pool.replicas
     group["minReplicas"] = 0
@@ -240,13 +254,20 @@ def _group(template: GroupSpec, pool: Pool, name: str, resource: str, worker: Wo
     pod = group["template"]["spec"]
     pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     pod |= _placed(pool, worker.node_labels)
-    if worker.own_cache:
-        pod["volumes"] = [_own(volume, worker.own_cache) for volume in pod["volumes"]]
     gpus = {"nvidia.com/gpu": str(len(pool.gpus))}
     pod["containers"][0]["resources"] = {
         "requests": {"cpu": str(worker.cpus), "memory": worker.memory} | gpus,
         "limits": {"memory": worker.memory} | gpus,
     }
+    return group
+
+
+def _copied(template: GroupSpec, worker: Worker) -> GroupSpec:
+    """A group like the base's, with a cache of its own where that is asked for: the shared one is gone then."""
+    group = copy.deepcopy(template)
+    if worker.own_cache:
+        pod = group["template"]["spec"]
+        pod["volumes"] = [_own(volume, worker.own_cache) for volume in pod["volumes"]]
     return group
 
 

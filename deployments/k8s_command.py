@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.config is not None:
+            _check_alone(options)
             _write_base(options)
         else:
             _write_overlay(options, arguments)
@@ -74,6 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_wishes(parser)
     return parser
+
+
+def _check_alone(options: argparse.Namespace) -> None:
+    """`--config` goes with `--base` and nothing else.
+
+    Raises:
+        ConfigError: another option was given; it would change nothing.
+    """
+    unset = vars(_parser().parse_args(["--config", "any"]))
+    given = [key for key, value in vars(options).items() if key not in ("config", "base") and value != unset[key]]
+    if given:
+        raise ConfigError(f"--{min(given).replace('_', '-')} goes with --gpus; --config writes the base as it is")
 
 
 def _write_base(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from deployments.compare.throughput import burst
 from deployments.compare.values import Failed, Job, Level, Measured, Memory, Quality, Quantised
-from deployments.engine.loader import LoadedModel, load, quantization_config, quantized_copy
+from deployments.engine.loader import LoadedModel, load, quantised_already, quantization_config, quantized_copy
 from deployments.engine.loop import Engine
 from deployments.engine.memory_watch import MemoryWatch
 from deployments.engine.messages import EngineLimits
@@ -146,7 +146,7 @@ def status_bytes(field: str) -> int:
 
 def _quantise(job: Job, plan: Plan) -> Quantised | None:
     """Have the quantised copy made where it is not kept yet; None: it is, or none is needed."""
-    if (config := quantization_config(plan)) is None:
+    if (config := quantization_config(plan)) is None or quantised_already(job.folder):
         return None
     kept = set(job.cache.iterdir()) if job.cache.is_dir() else set()
     began = time.monotonic()

@@ -235,7 +235,7 @@ def _option(text: str) -> str:
 
 
 def _workload(options: argparse.Namespace, max_context: int) -> Workload:
-    window = options.window or min(_WINDOW, max_context)
+    window = min(_WINDOW, max_context) if options.window is None else options.window
     stride = max(1, window // 2) if options.stride is None else options.stride
     if window > max_context:
         raise ConfigError(f"--window {window}: the model was made for {max_context:,} tokens at most")

@@ -83,8 +83,10 @@ class EightBitExperts(nn.Module):
 
 
 def quantise_experts(model: PreTrainedModel, plan: Plan) -> None:
-    """Quantise all fused experts of `model` as `plan` says, one weight after the other."""
-    for name, weight in fused_experts(model, BLOCK).items():
+    """Quantise all fused experts of `model` as `plan` says, one after the other; each is freed before the next."""
+    found = fused_experts(model, BLOCK)
+    for name in list(found):
+        weight = found.pop(name)
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
         delattr(owner, attribute)
@@ -93,4 +95,5 @@ def quantise_experts(model: PreTrainedModel, plan: Plan) -> None:
         else:
             experts = FourBitExperts(weight, plan.quantization, double_quant=plan.double_quant)
         setattr(owner, attribute, experts)
+        del weight
     model.set_experts_implementation("eager")  # the others take all experts' weights as one tensor

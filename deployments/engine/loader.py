@@ -67,7 +67,7 @@ def load(
     Raises:
         ConfigError: the loaded bytes differ from the plan, or the model does not run on paged attention.
     """
-    already = _quantised_already(model_dir)
+    already = quantised_already(model_dir)
     quantization = None if already else quantization_config(plan)
     if quantization is not None and device_type == "cpu" and cache_dir is not None:
         model_dir, quantization = quantized_copy(model_dir, plan, quantization, cache_dir), None
@@ -211,7 +211,8 @@ def _packed_linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _quantised_already(model_dir: Path) -> bool:
+def quantised_already(model_dir: Path) -> bool:
+    """Whether the checkpoint's weights are quantised as they are stored."""
     config = read_config(model_dir)
     return any(part.get("quantization_config") for part in (config, config.get("text_config") or {}))
 
