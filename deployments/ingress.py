@@ -69,7 +69,7 @@ class Ingress:
             aliases=model.aliases,
             text=await asyncio.to_thread(TextCodec.load, local.path, model.chat_template),
             dispatcher=dispatcher,
-            model_context=min([local.max_context, *(p.max_context for p in model.pools if p.max_context)]),
+            model_context=model.longest_context(local.max_context),
             created=int(time.time()),
             wait_limit_s=model.wait_limit_s,
         )

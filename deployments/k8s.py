@@ -176,7 +176,7 @@ def cluster_config(config: Mapping[str, Any]) -> dict[str, Any]:
                 )
             pool["device"] = "cpu"
     http = {**found.get("http_options", {}), "host": "0.0.0.0", "port": PORT}
-    return {**found, "http_options": http, "applications": [{**application, **_config(args)["applications"][0]}]}
+    return {**found, "http_options": http, "applications": [{**_config(args)["applications"][0], **application}]}
 
 
 def _refuse(given: Mapping[str, Any], where: str, key: str, there: str) -> None:

@@ -6,7 +6,7 @@ import re
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deployments.errors import ConfigError
 from deployments.granules import granule_tokens
@@ -47,6 +47,15 @@ class AutoscalingSettings(_Strict):
         return self
 
 
+def _custom(resources: dict[str, float]) -> dict[str, float]:
+    if taken := {"CPU", "GPU", "memory", "object_store_memory"} & resources.keys():
+        raise ValueError(f"resources are Ray's custom ones, not {', '.join(sorted(taken))}; use stages or cpus")
+    return resources
+
+
+Resources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_custom)]
+
+
 class PoolSettings(_Strict):
     """Replicas of one model with one shape: one Serve deployment, one plan."""
 
@@ -74,7 +83,7 @@ class PoolSettings(_Strict):
     """What the plan is the best at: throughput, capacity or latency."""
     accelerator_type: Annotated[str, Field(min_length=1)] | None = None
     """The kind of GPU that a replica's node must have, by Ray's name: H100, L4, ..."""
-    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    resources: Resources = {}
     """Custom Ray resources that a replica asks for, to land on nodes that were started with them."""
     cpu_device_memory: str | int = "1GB"
     block_size: Annotated[int, Field(ge=1, le=256)] = 16
@@ -124,8 +133,6 @@ class PoolSettings(_Strict):
     def _accelerators_are_gpus(self) -> PoolSettings:
         if self.accelerator_type and self.device == "cpu":
             raise ValueError(f"accelerator_type is {self.accelerator_type}, but device is cpu; drop one of the two")
-        if taken := {"CPU", "GPU", "memory", "object_store_memory"} & self.resources.keys():
-            raise ValueError(f"resources are Ray's custom ones, not {', '.join(sorted(taken))}; use stages or cpus")
         return self
 
     @model_validator(mode="before")
@@ -175,6 +182,10 @@ class ModelSettings(_Strict):
     weight 1, which is the default. Tenants are those of the key file, which may give weights too, and each key of the
     environment is one; without keys, requests' `user` names them."""
 
+    def longest_context(self, native: int) -> int:
+        """Prompt and output in tokens that the roomiest pool takes; `native`: what the model was made for."""
+        return min(native, max(pool.max_context or native for pool in self.pools))
+
     @property
     def granule_tokens(self) -> int | None:
         """The unit in which prefixes are compared, whole blocks in every pool; None where no pool caches any."""
@@ -218,7 +229,7 @@ class ApiSettings(_Strict):
     """A stream that was silent for so long gets a comment, so that no proxy takes it for dead; None: never."""
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 10_000
     """Serve's limit per ingress replica; must exceed running plus waiting requests."""
-    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    resources: Resources = {}
     """Custom Ray resources that ingress replicas and ledgers ask for, so that they keep no node of replicas busy."""
     ledger_limit_s: Annotated[float, Field(gt=0)] = 2.0
     """A ledger that gives no sign for this long is done without: an ingress then places requests by what it last knew

@@ -45,9 +45,9 @@ class AccessMiddleware:
             if message["type"] == "http.response.start":
                 visit.status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID] = visit.request_id
-            elif message["type"] == "http.response.body":
-                visit.complete = not message.get("more_body", False)
             await send(message)
+            if message["type"] == "http.response.body":
+                visit.complete = not message.get("more_body", False)
 
         try:
             await self._app(scope, receive, send_with_id)
@@ -63,8 +63,14 @@ class AccessMiddleware:
             if visit.admission is not None:
                 visit.admission.leave(visit.used_tokens)
             _write_line(visit, scope)
-            if scope["path"] not in _PROBES:
+            if not _is_probe(visit, scope):
                 _count(visit, self._meter.of(visit.model))
+
+
+def _is_probe(visit: Visit, scope: Scope) -> bool:
+    """Whether a machine asked what machines ask all the time, and was not refused."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path in _PROBES and visit.error is None
 
 
 def _open(scope: Scope) -> Visit:
@@ -100,7 +106,7 @@ def _write_line(visit: Visit, scope: Scope) -> None:
         "first_token_s": _since(visit, visit.first_token),
         "total_s": _since(visit, now),
     }
-    _log.log(logging.DEBUG if scope["path"] in _PROBES else logging.INFO, "%s", json.dumps(line))
+    _log.log(logging.DEBUG if _is_probe(visit, scope) else logging.INFO, "%s", json.dumps(line))
 
 
 def _count(visit: Visit, meter: ModelMeter) -> None:

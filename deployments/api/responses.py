@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
@@ -25,6 +26,8 @@ from deployments.errors import RequestError, RequestTimeout
 from deployments.metrics.histogram import Histogram
 
 CLIENT_GONE = "client_gone"
+LAST_WORD_S = 1.0
+"""How long a client that doesn't read may keep the end of a broken stream waiting."""
 """The access log's `error` when the client left before its answer was complete."""
 _SSE_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -100,9 +103,21 @@ class GenerationResponse:
                 raise
             if isinstance(error, RequestError):
                 self._visit.error = error.code
-            await send(_part(formats.event(describe(error)), more=False))
+            await self._last_word(_part(formats.event(describe(error)), more=False), send)
             if not isinstance(error, RequestError):
                 raise
+
+    async def _last_word(self, message: Message, send: Send) -> None:
+        """Send the end of a broken stream; a client that reads nothing does not keep its place for that.
+
+        Raises:
+            ClientDisconnect: it didn't read.
+        """
+        try:
+            async with asyncio.timeout(LAST_WORD_S):
+                await send(message)
+        except TimeoutError:
+            raise ClientDisconnect from None
 
     async def _stream(self, generation: Fanout, send: Send) -> None:
         write = formats.ChunkWriter(self._head, null_usage=self._job.include_usage).write

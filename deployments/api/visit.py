@@ -58,8 +58,8 @@ class Visit:
 
     @property
     def used_tokens(self) -> int:
-        """Prompt and output, if replicas took it up."""
-        return 0 if self.granted is None else self.prompt_tokens + self.output_tokens
+        """Prompt and output; nothing where no replica took it up and no choice has a token."""
+        return 0 if self.granted is None and not self.output_tokens else self.prompt_tokens + self.output_tokens
 
     def note_first_token(self) -> None:
         """Remember when the first token came."""

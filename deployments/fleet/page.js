@@ -302,8 +302,10 @@ async function poll() {
 
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(KEY, $("key").value.trim());
+  const key = $("key").value.trim();
   $("key").value = "";
+  if (!/^[\x21-\x7e]+$/.test(key)) return;  // no header could carry it
+  sessionStorage.setItem(KEY, key);
   $("key-form").hidden = true;
   poll();
 });

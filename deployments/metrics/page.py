@@ -18,7 +18,10 @@ def render(overview: Overview, accept: str) -> tuple[bytes, str]:
     """The page, and its content type: OpenMetrics where the `Accept` header asks for it, else Prometheus's text."""
     registry = CollectorRegistry()
     registry.register(_Collector(overview))
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # It names a version that is no number.
+        encode, content_type = choose_encoder("")
     return encode(registry), content_type
 
 

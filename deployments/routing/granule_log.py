@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from deployments.protocol import NO_CHANGE, CachedGranules
 
+MOST_OWED = 1000
+"""Changes that may be owed beyond twice what is cached."""
+
 
 class GranuleLog:
     """The granules of one replica, and the changes that are owed."""
@@ -29,11 +32,16 @@ class GranuleLog:
         self._used.update(dict.fromkeys(news.idle, False))
         changed = (*news.used, *news.idle, *news.gone)
         self._owed.update(dict.fromkeys(changed, 0))
+        if (
+            len(self._owed) > 2 * len(self._used) + MOST_OWED
+        ):  # The ledger has been away for long: the whole is shorter.
+            self.owe_all()
         return bool(changed)
 
     def owe_all(self) -> None:
         """The ledger may know nothing."""
         self._whole_owed = 0
+        self._owed.clear()
 
     def report(self, sequence: int) -> CachedGranules:
         """What the report of this sequence says."""

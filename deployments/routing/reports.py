@@ -83,6 +83,7 @@ class ReportSender:
             if self._reached:
                 logger.warning("replica %s can't reach its ledger: %s", state.replica_id, error)
             self._reached = False
+            self._waiting_tokens = 0  # A pool must not grow by what waited once.
             return
         if not self._reached:
             logger.info("replica %s reaches its ledger again", state.replica_id)

@@ -148,6 +148,9 @@ def test_custom_resources_are_a_clusters(config: Path, capsys: pytest.CaptureFix
     config.write_text(CONFIG.replace("source: demo", "source: demo, pools: [{resources: {fast: 1}}]"), encoding="utf-8")
     assert cli.main(["serve", str(config)]) == 2
     assert "pool default asks for fast, which only a Ray cluster can have" in capsys.readouterr().err
+    config.write_text(CONFIG.replace("demo}]", "demo}], api: {resources: {front: 1}}"), encoding="utf-8")
+    assert cli.main(["serve", str(config)]) == 2
+    assert "api asks for front, which only a Ray cluster can have" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

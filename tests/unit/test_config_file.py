@@ -8,6 +8,7 @@ import pytest
 
 from deployments.config_file import read_config
 from deployments.errors import ConfigError
+from deployments.settings import ModelSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,3 +100,13 @@ def test_empty_file_says_what_is_needed(tmp_path: Path) -> None:
 def test_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config .*nowhere.yaml can't be read: No such file"):
         read_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_model_takes_what_its_roomiest_pool_takes() -> None:
+    def longest(*limits: int | None) -> int:
+        pools = [{"name": f"p{i}", "max_context": limit} for i, limit in enumerate(limits)]
+        return ModelSettings.model_validate({"name": "m", "source": "demo", "pools": pools}).longest_context(32_768)
+
+    assert longest(4096) == 4096
+    assert longest(4096, None) == longest(None) == 32_768
+    assert longest(4096, 8192) == 8192

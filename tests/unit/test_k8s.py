@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from deployments import cli
+from deployments.errors import ConfigError
 from deployments.k8s import cluster_config, parse_node_labels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +75,7 @@ def test_pools_that_follow_demand(tmp_path: Path) -> None:
         (["--gpus", "L4+", *LLAMA, "--out", "x"], "write count x size or name"),
         (["--gpus", "", *LLAMA, "--out", "x"], "write count x size or name"),
         (["--config", "/nowhere.yaml"], "can't be read"),
+        (["--config", "any.yaml", "--image", "r/h:1"], "--image goes with --gpus"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -106,3 +109,27 @@ def test_prefetch_fetches_every_model(tmp_path: Path, capsys: pytest.CaptureFixt
     config.write_text(f"applications:\n- import_path: deployments.app:build\n  args: {models}\n", encoding="utf-8")
     assert cli.main(["prefetch", str(config)]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_workers_with_a_cache_of_their_own_leave_no_claim_behind(tmp_path: Path) -> None:
+    given = ["--gpus", "L4+L4", *LLAMA, "--quantization", "nf4", "--out", str(tmp_path), "--min-replicas", "0"]
+    assert cli.main(["k8s", *given, "--own-cache", "50Gi"]) == 0
+    assert "claimName" not in (tmp_path / "workers.yaml").read_text(encoding="utf-8")
+
+
+def test_what_the_bases_workers_do_not_have_is_refused() -> None:
+    def config(api: dict[str, Any], pool: dict[str, Any]) -> dict[str, Any]:
+        args = {"models": [{"name": "m", "source": "demo", "pools": [pool]}], "api": api}
+        return {"applications": [{"route_prefix": "/llm", "args": args}], "http_options": {"request_timeout_s": 9}}
+
+    made = cluster_config(config({"api_keys_file": "keys.yaml"}, {}))
+    assert made["applications"][0]["args"]["api"] == {"api_keys_file": "/etc/headroom/keys.yaml"}
+    assert made["applications"][0]["route_prefix"] == "/llm"
+    assert made["http_options"] == {"request_timeout_s": 9, "host": "0.0.0.0", "port": 8000}
+    for api, pool, said in (
+        ({"api_keys_env": "KEYS"}, {}, "api has api_keys_env"),
+        ({"resources": {"x": 1}}, {}, "api has resources"),
+        ({}, {"resources": {"x": 1}}, "pool default has resources"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            cluster_config(config(api, pool))

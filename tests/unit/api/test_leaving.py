@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from deployments.api import responses
 from deployments.protocol import TokenChunk
 from deployments.settings import ApiSettings
 from tests.fakes.dispatcher import Script
@@ -177,3 +178,13 @@ async def test_a_deadline_during_a_release_is_no_failure(
     api = make_api(speak("ab STOP", finish="length", release_s=0.3), ApiSettings(request_timeout_s=0.2))
     streamed = events(await api.post(CHAT, json=asking(stream=True, stop="STOP")))
     assert streamed[-1] == "data: [DONE]"
+
+
+async def test_a_client_that_reads_nothing_loses_its_place_at_the_deadline(
+    make_api: Callable[..., Api], speak: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responses, "LAST_WORD_S", 0.05)
+    api = make_api(speak("ab" * 50, step_s=0.01), ApiSettings(request_timeout_s=0.2))
+    connection = Connection(api, asking(stream=True, max_tokens=100), reads=asyncio.Event())
+    await asyncio.wait_for(connection.task, 10)
+    await until(lambda: not api.dispatcher.running)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import httpx
+import pytest
+
 from deployments.errors import Overloaded
 from deployments.settings import ApiSettings
 from tests.fakes.dispatcher import Script
@@ -72,4 +75,18 @@ async def test_the_page_asks_for_a_key_where_one_is_set(make_api: Callable[..., 
     assert (await api.get("/v1/models")).status_code == 401
     answer = await api.get("/metrics", headers={"authorization": "Bearer sesame"})
     assert answer.status_code == 200
-    assert values(answer.text, "headroom_requests_total") == {"invalid_api_key": 1}
+    assert values(answer.text, "headroom_requests_total") == {"invalid_api_key": 2}
+
+
+@pytest.mark.parametrize("accept", ["text/plain;version=abc", "application/openmetrics-text;version=1..0", "*/*", ""])
+async def test_the_page_is_there_whatever_is_accepted(api: Api, accept: str) -> None:
+    answer = await api.get("/metrics", headers={"accept": accept})
+    assert answer.status_code == 200
+    assert "# TYPE headroom_requests" in answer.text
+
+
+async def test_probes_under_a_prefix_are_probes(api: Api) -> None:
+    transport = httpx.ASGITransport(app=api.app, root_path="/llm")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert [(await client.get(f"/llm/{name}")).status_code for name in ("health", "ready", "metrics")] == [200] * 3
+        assert values((await client.get("/llm/metrics")).text, "headroom_requests_total") == {}

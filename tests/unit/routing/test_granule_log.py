@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from deployments.protocol import NO_CHANGE, CachedGranules
-from deployments.routing.granule_log import GranuleLog
+from deployments.routing.granule_log import MOST_OWED, GranuleLog
 
 
 def told() -> GranuleLog:
@@ -51,3 +51,11 @@ def test_the_whole_is_owed_again_until_that_is_acknowledged() -> None:
         assert log.report(sequence) == CachedGranules(whole=True, used=(1,), idle=(2,))
     log.acknowledge(3)
     assert log.report(5) == NO_CHANGE
+
+
+def test_over_a_long_outage_the_whole_takes_the_place_of_all_changes() -> None:
+    log = told()
+    for granule in range(10, 3 * MOST_OWED):
+        log.note(CachedGranules(used=(granule,)))
+        log.note(CachedGranules(gone=(granule,)))
+    assert log.report(2) == CachedGranules(whole=True, used=(1,), idle=(2,))

@@ -129,4 +129,4 @@ async def test_what_waits_for_the_pool_comes_with_the_answer() -> None:
     assert reporting.demand()[WAITING] == 48
     ledger.failing = True
     await reporting.send()
-    assert reporting.demand()[WAITING] == 48, "the last word holds"
+    assert reporting.demand()[WAITING] == 0, "what waited once, before the ledger was gone"
