@@ -90,7 +90,7 @@ def read_config(path: Path) -> ConfigFile:
         raise ConfigError(
             f"{path}: a mapping with `applications` is needed, such as serve_config.yaml of the repository"
         )
-    for key, line in _repeated_keys(tree):
+    for key, line in repeated_keys(tree):
         raise ConfigError(f"{path}:{line}: {key} is given twice")
     try:
         config = ServeConfig.model_validate(data)
@@ -115,15 +115,15 @@ def _line(node: yaml.Node, loc: Loc) -> int:
     return line + 1
 
 
-def _repeated_keys(node: yaml.Node) -> Iterator[tuple[str, int]]:
+def repeated_keys(node: yaml.Node) -> Iterator[tuple[str, int]]:
     """Keys that a mapping has twice, of which YAML would silently take the last."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _repeated_keys(item)
+            yield from repeated_keys(item)
     elif isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 yield key.value, key.start_mark.line + 1
             seen.add(key.value)
-            yield from _repeated_keys(value)
+            yield from repeated_keys(value)

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from deployments.config_file import repeated_keys
 from deployments.errors import ConfigError
 from deployments.settings import mistakes
 
@@ -99,7 +100,8 @@ def parse_keys(content: bytes, where: str) -> tuple[ApiKey, ...]:
         ConfigError: not a list of keys, or two of them have the same name or hash.
     """
     try:
-        items = yaml.safe_load(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        items = yaml.safe_load(text)
         keys = _KEYS.validate_python(tuple(items) if isinstance(items, list) else items)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} is not UTF-8 at byte {error.start}") from None
@@ -109,6 +111,8 @@ def parse_keys(content: bytes, where: str) -> tuple[ApiKey, ...]:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{where} is not YAML{place}; `headroom key new NAME` prints a line for it") from None
+    for _, line in repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader)):
+        raise ConfigError(f"{where}:{line}: a field is given twice")
     _check_differ(keys, where)
     return keys
 

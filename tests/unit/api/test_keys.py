@@ -83,6 +83,7 @@ def test_tenants() -> None:
         ("- 2026-13-45", "not YAML"),
         ("[" * 5_000, "not YAML"),
         ("- {name: a}", "sha256: field required"),
+        (f"- {{name: a, sha256: {HASHES[0]}, sha256: {HASHES[1]}}}", ":1: a field is given twice"),
         ("- name: x\n  : hr-SECRET: [", "not YAML at line 2"),
         (line("a b"), "name: "),
         (line("a", HASHES[0].upper()), "sha256: "),
