@@ -20,6 +20,9 @@ from deployments.settings import ModelSettings, PoolSettings, Settings, parse_se
 ACTOR_CPUS = 0.01
 """What each actor asks of Ray: Serve's default of one CPU per actor would wait for ever on a small machine."""
 
+STATUS_CALLS = 16
+"""Calls of a replica at once besides requests: status, a wait for the first replica, requests that just ended."""
+
 
 def build(args: dict[str, Any]) -> Application:
     """The application of `args`, as validated by `Settings`.
@@ -81,8 +84,8 @@ def _number(pool: PoolSettings) -> dict[str, Any]:
 def _pool(settings: Settings, model: ModelSettings, pool: PoolSettings, ledger: Application) -> Application:
     deployment = serve.deployment(
         name=pool_deployment_name(model.name, pool.name),
-        # The ledger decides who waits; Serve must never queue before it.
-        max_ongoing_requests=2 * pool.max_sequences + 16,
+        # The ledger decides who waits, and knows of `max_requests`; Serve must never reject what it has granted.
+        max_ongoing_requests=pool.max_requests + STATUS_CALLS,
         ray_actor_options=_actor_options(pool),
         request_router_config=router_config(),
         logging_config={"enable_access_log": False},

@@ -272,6 +272,8 @@ class ReplicaState:
     """Since the start of its epoch: from these the ledger learns how much to promise."""
     vitals: ReplicaVitals | None = None
     """For the metrics page; about once a second."""
+    max_requests: int | None = None
+    """Most requests that it takes at once, however few blocks they need; None: as many as there is room for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,7 @@ class Replica:
             block_size=plan.block_size,
             capacity_blocks=plan.num_blocks,
             max_context=plan.max_context,
+            max_requests=self._pool.max_requests,
         )
         log.info(
             "%s/%s loaded in %.1f s, %d KV tokens",

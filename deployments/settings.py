@@ -91,7 +91,7 @@ class PoolSettings(_Strict):
     max_context: Annotated[int, Field(ge=1)] | None = None
     """Tokens; default: what the model's config allows."""
     max_sequences: Annotated[int, Field(ge=1)] = 256
-    """Most requests a replica runs or holds at once."""
+    """Most requests a replica runs at once."""
     max_batch_tokens: Annotated[int, Field(ge=1)] | None = None
     """Token budget of one step of one slot: decodes plus prefill chunks; default: 2,048 on GPUs, 512 on the CPU."""
     prefill_chunk_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -151,6 +151,11 @@ class PoolSettings(_Strict):
     def most_replicas(self) -> int:
         """Replicas that there may be."""
         return self.autoscaling.max_replicas if self.autoscaling else self.replicas
+
+    @property
+    def max_requests(self) -> int:
+        """Requests that a replica takes at once: as many as run, and as many that are ready to follow them."""
+        return 2 * self.max_sequences
 
     def batch_tokens(self, device_type: str) -> int:
         """`max_batch_tokens`, or its default on a kind of device."""

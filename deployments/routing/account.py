@@ -4,6 +4,7 @@ A replica is charged, for each grant, the more of what was promised and what it 
 reports under grant ids that the ledger doesn't know: an earlier ledger's, or requests just released but not ended yet.
 Blocks that requests share are in what each of them holds; the report says how many that is too much, once for all.
 A grant that counts on sharing is charged in full as soon as a report shows that nobody uses what it was to share.
+Who takes no more requests at once has no room, whatever is left of its blocks.
 A grant leaves the account when the replica's own word, or time, proves that it holds nothing under it.
 """
 
@@ -39,6 +40,8 @@ class ReplicaAccount:
         self.alive = True
         self.promises: dict[str, Promise] = {}
         self.charged_blocks = 0
+        self.charged_requests = 0
+        """Promises, and what is reported under grant ids that are not promised."""
         self.preempted = 0
         """Preemptions that the last report was the first to tell of."""
         self._held: dict[str, int] = {}
@@ -66,8 +69,15 @@ class ReplicaAccount:
 
     @property
     def headroom_blocks(self) -> int:
-        """Blocks neither held nor promised; negative when requests grew beyond their grants."""
-        return self.state.capacity_blocks - self.charged_blocks
+        """Blocks neither held nor promised; negative when requests grew beyond their grants. None where as many
+        requests are as the replica takes: it would refuse one more."""
+        free = self.state.capacity_blocks - self.charged_blocks
+        return min(0, free) if self.is_full else free
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many requests are held or promised as the replica takes at once."""
+        return self.state.max_requests is not None and self.charged_requests >= self.state.max_requests
 
     @property
     def held_blocks(self) -> int:
@@ -91,6 +101,7 @@ class ReplicaAccount:
         """Charge a new grant, which shares blocks for as long as the granule `shares` is in use."""
         self.promises[grant.grant_id] = Promise(grant, size, grant.blocks, shares)
         self.charged_blocks += grant.blocks
+        self.charged_requests += 1
 
     def outgrown(self) -> list[tuple[Promise, int]]:
         """Promises whose requests hold more than was set aside for them, and how many blocks they hold."""
@@ -109,6 +120,7 @@ class ReplicaAccount:
             Blocks that this freed.
         """
         promise = self.promises.pop(grant_id)
+        self.charged_requests -= grant_id not in self._held
         held = self._held.get(grant_id, 0)
         freed = max(promise.blocks, held) - held
         self.charged_blocks -= freed
@@ -152,7 +164,7 @@ class ReplicaAccount:
                 alone = 0 if promise.shares in used else promise.grant.shared_blocks
                 promise.blocks = promise.grant.blocks + alone
         ended = [self.promises.pop(grant_id) for grant_id in sorted(gone)]
-        self.charged_blocks = self._charge()
+        self.charged_blocks, self.charged_requests = self._charge(), self._count()
         return tuple((promise.grant, promise.size) for promise in ended)
 
     def _charge(self) -> int:
@@ -161,8 +173,14 @@ class ReplicaAccount:
         unpromised = sum(blocks for key, blocks in held.items() if key not in self.promises)
         return promised + unpromised - self.state.shared_blocks
 
+    def _count(self) -> int:
+        return len(self.promises) + sum(key not in self.promises for key in self._held)
+
     def check_integrity(self) -> None:
-        """Raise AssertionError when the running sum differs from a fresh one."""
+        """Raise AssertionError when a running sum differs from a fresh one."""
+        assert self.charged_requests == self._count(), (
+            f"replica {self.state.replica_id}: {self.charged_requests} requests, a fresh count gives {self._count()}"
+        )
         fresh = self._charge()
         assert fresh == self.charged_blocks, (
             f"replica {self.state.replica_id}: charged {self.charged_blocks} blocks, a fresh sum gives {fresh} "

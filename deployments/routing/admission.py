@@ -24,10 +24,19 @@ class Admission:
         block_size: tokens per block.
         capacity_blocks: blocks that it has.
         max_context: longest prompt + output, in tokens.
+        max_requests: most requests at once; None: as many as the blocks are enough for.
     """
 
     def __init__(
-        self, *, replica_id: str, pool: str, epoch: int, block_size: int, capacity_blocks: int, max_context: int
+        self,
+        *,
+        replica_id: str,
+        pool: str,
+        epoch: int,
+        block_size: int,
+        capacity_blocks: int,
+        max_context: int,
+        max_requests: int | None = None,
     ) -> None:
         self.replica_id = replica_id
         self.pool = pool
@@ -35,6 +44,7 @@ class Admission:
         self.block_size = block_size
         self.capacity_blocks = capacity_blocks
         self.max_context = max_context
+        self.max_requests = max_requests
         self.ledger_epoch = 0
         self.draining = False
         self.grants = GrantCounts()
@@ -149,6 +159,7 @@ class Admission:
             shared_blocks=self._shared_blocks,
             granules=self._granules.report(self._sequence),
             preemptions=self.preemptions,
+            max_requests=self.max_requests,
         )
 
     def acknowledge(self, sequence: int, ledger_epoch: int) -> None:
@@ -176,6 +187,8 @@ class Admission:
             return "the replica is draining"
         if grant.grant_id in self._spent:
             return f"grant {grant.grant_id} was taken up before"
+        if self.max_requests is not None and len(self._held) >= self.max_requests:
+            return f"{len(self._held)} requests are here, and it takes {self.max_requests} at once"
         if (local or self._local) and grant.blocks > self.free_blocks:
             return f"the request needs {grant.blocks} blocks, and {max(0, self.free_blocks)} are free"
         return None

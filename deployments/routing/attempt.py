@@ -10,6 +10,7 @@ from typing import Any
 
 from deployments.protocol import LOST, REFUSED, GenerationRequest, Grant, TokenChunk
 from deployments.routing.calls import cancel, cancelled_here, one_line
+from deployments.routing.router import Rejected
 
 TAKE_UP_SLACK_S = 2.0
 """How long the word of a take-up may be on its way after the grant's expiry, from which on there can be none."""
@@ -63,11 +64,16 @@ class Attempt:
         """Wait until the replica has taken the request up.
 
         Raises:
-            Refused: it won't.
+            Refused: it won't, or Serve did not let the call in there.
             Lost: it did not say in time, or can't any more.
         """
         limit_s = max(0.0, self.grant.expires_at - time.time()) + TAKE_UP_SLACK_S
-        chunk = await self._next(limit_s)
+        try:
+            chunk = await self._next(limit_s)
+        except Lost as loss:
+            if isinstance(loss.cause, Rejected):
+                raise Refused(str(loss), busy=True) from None
+            raise
         if chunk.finish_reason == "error" and (chunk.error or "").startswith(REFUSED):
             self._ended = True
             raise Refused(chunk.error or REFUSED)

@@ -267,7 +267,7 @@ class ServeDispatcher:
             local = grant.ledger_epoch == LOCAL_EPOCH
             if not local:
                 self._notices.unused(grant.grant_id)
-            raise NotTakenUp(str(reason), busy=local) from None
+            raise NotTakenUp(str(reason), busy=local or reason.busy) from None
         except Lost as loss:
             self._note_loss(grant, loss.cause)
             raise NotTakenUp(f"replica {grant.replica_id} was lost: {loss}") from loss

@@ -43,7 +43,8 @@ class Candidate(Protocol):
 
     @property
     def headroom_blocks(self) -> int:
-        """Blocks neither held nor promised; negative when requests grew beyond their grants."""
+        """Blocks that may be promised: neither held nor promised; negative when requests grew beyond their grants, and
+        none at its most requests. Every grant needs one at least."""
 
     @property
     def max_context(self) -> int:

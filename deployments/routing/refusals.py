@@ -93,7 +93,7 @@ def late(config: LedgerConfig, request: ReserveRequest, size: Size, retry_after_
         retry_after_s: the forecast.
         there: whether a replica takes requests.
     """
-    did = f"had room for {size.grant_tokens} tokens" if there else "was ready"
+    did = f"had room for one more request of {size.grant_tokens} tokens" if there else "was ready"
     text = f"no replica of {config.model} {did} within {request.wait_limit_s:g} s (wait_limit_s)"
     return _busy(Refusal(request.request_id, "deadline", text, retry_after_s))
 

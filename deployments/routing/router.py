@@ -16,7 +16,7 @@ from ray.serve._private.common import ReplicaID
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.request_router import RequestRouter
 
 from deployments.protocol import GenerationRequest, Grant
@@ -30,6 +30,10 @@ class NotSent(ReplicaUnavailableError):
     """The named replica is gone, or has not appeared in time, and the call was never sent."""
 
 
+class Rejected(RayServeException):
+    """The named replica lives, and Serve did not let the call in there: it has too many, or is about to stop."""
+
+
 class GrantRouter(RequestRouter):
     """Sends by grant; calls without one (health, snapshots) go to any replica."""
 
@@ -37,11 +41,24 @@ class GrantRouter(RequestRouter):
         super().__init__(*args, **kwargs)
         self._seen: set[str] = set()
         """Unique ids of all replicas that ever ran: one that is missing now is gone, one never seen may still come."""
+        self._unreachable: set[ReplicaID] = set()
+        """Replicas that a call broke on its way to, and that have not answered since."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve's news of the running replicas."""
         self._seen.update(replica.replica_id.unique_id for replica in replicas)
+        self._unreachable.intersection_update(replica.replica_id for replica in replicas)
         super().update_replicas(replicas)
+
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        """Serve's news of a call that broke on its way; the call is chosen for again before any other news comes."""
+        self._unreachable.add(replica_id)
+        super().on_replica_actor_unavailable(replica_id)
+
+    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
+        """Serve's news of a replica's answer, whether it let the call in or not."""
+        self._unreachable.discard(replica_id)
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -60,8 +77,8 @@ class GrantRouter(RequestRouter):
         grant = grant_of(pending_request)
         if grant is None:
             return await self._any_replica(is_retry)
-        if is_retry:  # the replica died or rejected the call; whether to try again is the ledger's to say
-            raise ReplicaUnavailableError(grant.replica_id)
+        if is_retry:  # whether to try again is the ledger's to say
+            raise self._why_again(grant.replica_id)
         return await self._named_replica(grant.replica_id)
 
     async def _named_replica(self, unique_id: str) -> RunningReplica:
@@ -73,6 +90,13 @@ class GrantRouter(RequestRouter):
                 raise NotSent(unique_id)
             await self._news(left)
         return replica
+
+    def _why_again(self, unique_id: str) -> RayServeException:
+        """What became of a call that Serve wants to send again: rejected, or lost, perhaps after it had arrived."""
+        key = ReplicaID(unique_id, self._deployment_id)
+        if key in self._replicas and key not in self._unreachable:
+            return Rejected(f"replica {unique_id} has too many calls, or is about to stop")
+        return ReplicaUnavailableError(unique_id)
 
     async def _any_replica(self, is_retry: bool) -> RunningReplica:
         if is_retry:

@@ -15,6 +15,7 @@ from tests.unit.routing.worlds import state
 
 SHAPES = [("a", 16, 10), ("a", 16, 9), ("a", 16, 40), ("a", 32, 10), ("b", 16, 40), ("b", 8, 100)]
 """(pool, block size, blocks)."""
+MOST_REQUESTS = 4
 NAMES = [f"r{k}" for k in range(7)]
 
 
@@ -32,7 +33,8 @@ class FleetMachine(RuleBasedStateMachine):
         pool, block, blocks = shape
         context = block * blocks // (2 if short else 1)
         self.goes(name)
-        report = state(name, pool=pool, block_size=block, capacity_blocks=blocks, max_context=context)
+        shape_of = {"pool": pool, "block_size": block, "capacity_blocks": blocks, "max_context": context}
+        report = state(name, max_requests=MOST_REQUESTS, **shape_of)
         self.known[name] = ReplicaAccount(report, 0.0)
         self.fleet.add(self.known[name])
         self.fleet.place(self.known[name], sold=False)
@@ -43,10 +45,16 @@ class FleetMachine(RuleBasedStateMachine):
         self.sold.discard(name)
         self.kept.discard(name)
 
-    @rule(name=st.sampled_from(NAMES), charged=st.integers(0, 45), sold=st.booleans(), alive=st.booleans())
-    def changes(self, name: str, charged: int, sold: bool, alive: bool) -> None:
+    @rule(
+        name=st.sampled_from(NAMES),
+        charged=st.integers(0, 45),
+        requests=st.sampled_from([0, 0, MOST_REQUESTS]),
+        sold=st.booleans(),
+        alive=st.booleans(),
+    )
+    def changes(self, name: str, charged: int, requests: int, sold: bool, alive: bool) -> None:
         if (account := self.known.get(name)) is not None:
-            account.charged_blocks, account.alive = charged, alive
+            account.charged_blocks, account.charged_requests, account.alive = charged, requests, alive
             self.fleet.place(account, sold=sold)
             self.sold = self.sold | {name} if sold else self.sold - {name}
 
@@ -73,6 +81,7 @@ class FleetMachine(RuleBasedStateMachine):
         assert all(each in ours and fits_ever(each, size) for each in found)
         indexed, scanned = pick(found, size, self.rng), pick(ours, size, self.rng)
         assert (indexed is None) == (scanned is None)
+        assert indexed is None or indexed.charged_requests < MOST_REQUESTS
         if indexed is not None and scanned is not None:
             assert score(indexed, size) == score(scanned, size)
 

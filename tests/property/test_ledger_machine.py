@@ -24,6 +24,7 @@ from deployments.routing.turns import Outcome
 
 BLOCK = 16
 CAPACITIES = (8, 20)  # blocks of replica 0 and 1
+MOST_REQUESTS = (None, 3)  # at once
 TICK_S = 0.05
 HEARTBEAT_S = 1.0
 LATEST_S = 1.5  # of a report on its way; the ledger promises to be safe up to silence_s - heartbeat = 2 s
@@ -86,6 +87,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 block_size=BLOCK,
                 capacity_blocks=capacity,
                 max_context=capacity * BLOCK,
+                max_requests=MOST_REQUESTS[index],
             )
         )
 
@@ -336,6 +338,8 @@ class LedgerMachine(RuleBasedStateMachine):
             ]
             promised = sum(g.blocks for g in coming) + sum(g.blocks for g in replica.running.values())
             assert promised <= own.capacity_blocks, f"{own.replica_id}: {promised} of {own.capacity_blocks} blocks"
+            requests = len(coming) + len(replica.running)
+            assert own.max_requests is None or requests <= own.max_requests, f"{own.replica_id}: {requests} requests"
 
     @invariant()
     def everyone_is_somewhere_once(self) -> None:

@@ -53,7 +53,9 @@ def test_ingress_ledger_and_pools() -> None:
     assert (small.name, small.num_replicas, large.name, large.num_replicas) == ("m-small", 3, "m-large", 1)
     assert small.ray_actor_options["num_cpus"] == 0.5
     assert large.ray_actor_options["num_cpus"] == app.ACTOR_CPUS
-    assert small.max_ongoing_requests > 8, "Serve never queues before the ledger"
+    pool = small.init_args[1]
+    assert pool.max_requests == 16
+    assert small.max_ongoing_requests == 16 + app.STATUS_CALLS, "Serve never rejects what the ledger has granted"
     router = small._deployment_config.request_router_config.request_router_class
     assert router == "deployments.routing.router.GrantRouter"
 

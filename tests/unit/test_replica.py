@@ -123,6 +123,7 @@ async def test_starts_its_engine_with_the_pools_settings(world: Any, tmp_path: P
     assert (spec.name, spec.model_dir, spec.replicas_here, spec.pool) == ("m", tmp_path, 3, PoolSettings())
     state = world.admission.report()
     assert (state.replica_id, state.block_size, state.capacity_blocks, state.max_context) == ("r1", 4, 100, 256)
+    assert state.max_requests == PoolSettings().max_requests == 512
 
 
 async def test_tells_its_plan_in_outline_with_its_first_vitals_and_then_seldom(world: Any) -> None:

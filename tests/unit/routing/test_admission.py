@@ -42,6 +42,19 @@ def test_a_grant_is_taken_up_once() -> None:
     assert "before" in (own.take_up(GRANT, 9.9) or "")
 
 
+@pytest.mark.parametrize("ledger_epoch", [7, LOCAL_EPOCH])
+def test_it_takes_so_many_requests_at_once_and_says_so(ledger_epoch: int) -> None:
+    own = admission()
+    own.max_requests = 2
+    for key in ("a", "b"):
+        assert own.take_up(replace(GRANT, grant_id=key, ledger_epoch=ledger_epoch), 0.0) is None
+    late = replace(GRANT, grant_id="late", ledger_epoch=ledger_epoch)
+    assert "2 requests are here, and it takes 2 at once" in (own.take_up(late, 0.0) or "")
+    assert own.report().max_requests == 2
+    own.end("a", prompt_tokens=1, output_tokens=1)
+    assert own.take_up(late, 0.0) is None
+
+
 def test_spent_grants_are_forgotten_after_their_expiry() -> None:
     own = admission()
     for k in range(100):

@@ -33,7 +33,7 @@ from deployments.protocol import (
     TokenChunk,
 )
 from deployments.routing.dispatch import MAX_LOSSES, ServeDispatcher, error_of
-from deployments.routing.router import NotSent
+from deployments.routing.router import NotSent, Rejected
 
 REQUEST = GenerationRequest("q", (1, 2, 3), Sampling(max_tokens=4, seed=0), tenant="me", priority=-2)
 TAKEN = TokenChunk("q")
@@ -168,12 +168,13 @@ async def test_a_first_chunk_with_tokens_is_not_lost() -> None:
     [
         ([TokenChunk("q", finish_reason="error", error=REFUSED + "expired")], ["g1"], []),
         ([NotSent("r1")], ["g1"], [("r1", 1)]),
+        ([Rejected("too many calls")], ["g1"], []),
         ([ActorDiedError()], [], [("r1", 1)]),
         ([RayError("the replica raised")], [], []),
         ([], [], []),
         ([asyncio.CancelledError()], [], []),
     ],
-    ids=["refused", "not sent", "died", "raised", "ended early", "cancelled over there"],
+    ids=["refused", "not sent", "rejected", "died", "raised", "ended early", "cancelled over there"],
 )
 async def test_lost_before_the_take_up_is_tried_again(
     failure: list[Any], unused: list[str], lost: list[tuple[str, int]]
@@ -183,6 +184,13 @@ async def test_lost_before_the_take_up_is_tried_again(
     assert [request.grant for request in world.sent] == [grant(1), grant(2)]
     assert world.wishes[1].wait_limit_s < world.wishes[0].wait_limit_s
     assert await world.told() == (unused, [], lost)
+
+
+async def test_rejected_until_the_wait_ends_is_too_much_load() -> None:
+    world = World([grant()], [[Rejected("too many calls")]])
+    with pytest.raises(Overloaded, match="too many calls"):
+        await run(world, wait=0.01)
+    assert await world.told() == (["g1"], [], [])
 
 
 LOSSES: dict[str, list[Any]] = {

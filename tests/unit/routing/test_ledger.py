@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.protocol import PROTOCOL_VERSION, Grant, IngressNotice, Refusal
+from deployments.protocol import PROTOCOL_VERSION, CachedGranules, Grant, IngressNotice, Prefix, Refusal
 from deployments.routing.forecast import ForecastError
 from deployments.routing.growth import ScaledPool
 from deployments.routing.ledger import Ledger, Queued
@@ -63,6 +63,61 @@ def test_growth_and_unknown_grants_are_charged() -> None:
     book.report(state(sequence=2, held=((grant.grant_id, 5), ("of another ledger", 3))), 0.1)
     assert charged(book) == 8
     assert isinstance(book.reserve(wish("large", prompt=40, output=8), 0.2), Queued)
+
+
+MANY = {"capacity_blocks": 1000, "max_context": 16_000, "max_requests": 4}
+"""A replica with room for 500 requests that takes 4 at once."""
+
+
+def test_a_replica_is_granted_no_more_requests_than_it_takes() -> None:
+    book = ledger(state(**MANY))
+    grants = [granted(book.reserve(wish(f"q{k}"), 0.0)) for k in range(4)]
+    assert isinstance(book.reserve(wish("fifth"), 0.0), Queued)
+    assert book.admit(0.1) == []
+    assert [spot.headroom_blocks for spot in book.news().spots] == [0]
+    book.check_integrity()
+    held = tuple((grant.grant_id, 2) for grant in grants)
+    book.report(state(sequence=2, held=held, **MANY), 0.2)
+    assert book.admit(0.2) == []
+    book.report(state(sequence=3, held=held[1:], ended=((grants[0].grant_id, 16, 9),), **MANY), 0.3)
+    (fifth,) = book.admit(0.3)
+    assert granted(fifth).request_id == "fifth"
+    assert isinstance(book.reserve(wish("sixth"), 0.3), Queued)
+    book.check_integrity()
+
+
+def test_a_grant_that_is_given_back_makes_room_for_another_request() -> None:
+    book = ledger(state(**MANY))
+    grants = [granted(book.reserve(wish(f"q{k}"), 0.0)) for k in range(4)]
+    assert isinstance(book.reserve(wish("fifth"), 0.0), Queued)
+    book.notice(IngressNotice("in", unused=(grants[0].grant_id,)), 0.1)
+    (fifth,) = book.admit(0.1)
+    assert granted(fifth).request_id == "fifth"
+    book.check_integrity()
+
+
+def test_what_exceeds_a_replicas_requests_goes_to_another() -> None:
+    book = ledger(state(**MANY), state("r1"))
+    placed = [granted(book.reserve(wish(f"q{k}"), 0.0)).replica_id for k in range(9)]
+    assert placed == ["r0"] * 4 + ["r1"] * 5
+    assert isinstance(book.reserve(wish("tenth"), 0.0), Queued)
+    book.check_integrity()
+
+
+def test_requests_of_an_earlier_ledger_count() -> None:
+    book = ledger(state(held=(("a", 1), ("b", 1), ("c", 1)), **MANY))
+    first = granted(book.reserve(wish("q0"), 0.0))
+    assert isinstance(book.reserve(wish("q1"), 0.0), Queued)
+    book.report(state(sequence=2, held=((first.grant_id, 2),), **MANY), 0.1)
+    assert [granted(outcome).request_id for outcome in book.admit(0.1)] == ["q1"]
+    book.check_integrity()
+
+
+def test_a_prefix_does_not_draw_requests_to_a_replica_that_takes_no_more() -> None:
+    used = CachedGranules(whole=True, used=(1, 2))
+    book = ledger(state(granules=used, held=tuple((f"h{k}", 2) for k in range(4)), **MANY), state("r1"))
+    grant = granted(book.reserve(wish("q", prompt=40, prefix=Prefix(16, (1, 2))), 0.0))
+    assert (grant.replica_id, grant.shared_blocks) == ("r1", 0)
 
 
 def test_late_and_duplicate_reports_change_nothing() -> None:

@@ -14,7 +14,7 @@ from ray.serve.exceptions import ReplicaUnavailableError
 
 from deployments.protocol import GenerationRequest, Grant, Sampling
 from deployments.routing import router as router_module
-from deployments.routing.router import GrantRouter, NotSent, router_config
+from deployments.routing.router import GrantRouter, NotSent, Rejected, router_config
 
 POOL = DeploymentID("pool", "app")
 
@@ -85,9 +85,32 @@ async def test_the_wait_for_a_new_replica_ends(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_a_second_attempt_of_serve_is_not_sent_elsewhere() -> None:
+    built = router("a", "b")
+    built.on_replica_actor_died(ReplicaID("a", POOL))
     with pytest.raises(ReplicaUnavailableError) as caught:
-        await chosen(router("a"), pending("a"), is_retry=True)
+        await chosen(built, pending("a"), is_retry=True)
     assert not isinstance(caught.value, NotSent)  # the first attempt may have arrived
+
+
+async def test_a_call_that_a_living_replica_rejects_is_told_from_its_death() -> None:
+    built = router("a", "b")
+    built.on_new_queue_len_info(ReplicaID("a", POOL), 24)  # what Serve does with the answer that rejects
+    with pytest.raises(Rejected, match="replica a has too many calls") as caught:
+        await chosen(built, pending("a"), is_retry=True)
+    assert not isinstance(caught.value, ReplicaUnavailableError)
+
+
+async def test_a_call_that_broke_on_its_way_may_have_arrived() -> None:
+    built = router("a", "b")
+    built.on_replica_actor_unavailable(ReplicaID("a", POOL))
+    with pytest.raises(ReplicaUnavailableError):
+        await chosen(built, pending("a"), is_retry=True)
+    built.on_new_queue_len_info(ReplicaID("a", POOL), 24)
+    with pytest.raises(Rejected):
+        await chosen(built, pending("a"), is_retry=True)
+    built.on_replica_actor_unavailable(ReplicaID("a", POOL))
+    tell(built, "b")
+    assert not built._unreachable
 
 
 async def test_without_any_replica_calls_wait_for_one() -> None:
