@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from deployments.engine.loader import LoadedModel, load, quantization_config
@@ -22,6 +24,8 @@ from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
 from tests.contract.families import FAMILIES, MARKERS, PAGED, Family, table
 from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
+
+OLD = Version(transformers.__version__) < Version("5.23")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +83,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def loaded(case: Case, plan: Plan) -> LoadedModel:
     model = load(case.folder, plan, device_type="cpu")
-    assert model.attention.startswith("torch" if case.family.attention == PAGED else "gather cache")
+    expected = ["torch" if case.family.attention == PAGED else "gather cache"]
+    if OLD and case.quantization == "int8":  # The probe found Gemma 2's logits 0.4 % apart with transformers 5.17.
+        expected.append("gather cache")
+    assert model.attention.startswith(tuple(expected))
     return model
 
 
