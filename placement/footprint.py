@@ -200,8 +200,7 @@ def footprint(
     """
     if quantization is not None or double_quant or quant_block_size != BLOCK:
         # Refused before anything is read.
-        asked = make_recipe(quantization or "nf4", double_quant=double_quant, block_size=quant_block_size)
-        compute_dtype(asked, dtype)
+        compute_dtype(make_recipe(quantization or "nf4", double_quant=double_quant, block_size=quant_block_size), dtype)
     source = find_source(model)
     if name is not None:
         source = replace(source, name=name)
@@ -210,22 +209,18 @@ def footprint(
     from placement.reconcile import check_gguf, reconcile
     from placement.skeleton import read_skeleton
 
-    if experts and (recipe.prequantized or isinstance(recipe, Plain)):
-        raise PlacementError(
-            f"quantize_experts needs nf4, fp4 or int8 and a checkpoint that is not quantised yet, but {source.name} is "
-            f"to be loaded in {recipe.name}; leave it out"
-        )
+    if experts:
+        _check_experts(source, recipe)
     skeleton = read_skeleton(source, dtype, recipe, vision=vision, experts=experts)
     modules = tuple(_weigh(module, recipe) for module in skeleton.modules)
     if source.gguf is not None:
         check_gguf(source.name, modules, source.gguf)
     else:
         modules = reconcile(source.name, modules, source.headers, recipe)
-    doubled = isinstance(recipe, FourBit) and recipe.double_quant
     return Footprint(
         model=source.name,
         quantization=recipe.name,
-        double_quant=doubled,
+        double_quant=isinstance(recipe, FourBit) and recipe.double_quant,
         dtype=dtype,
         modules=modules,
         geometry=skeleton.geometry,
@@ -233,6 +228,14 @@ def footprint(
         left_out=skeleton.left_out,
         experts=experts,
     )
+
+
+def _check_experts(source: Source, recipe: Recipe) -> None:
+    if recipe.prequantized or isinstance(recipe, Plain):
+        raise PlacementError(
+            f"quantize_experts needs nf4, fp4 or int8 and a checkpoint that is not quantised yet, but {source.name} is "
+            f"to be loaded in {recipe.name}; leave it out"
+        )
 
 
 def _recipe(

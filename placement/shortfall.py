@@ -63,7 +63,7 @@ def _caps(question: Question) -> Iterator[str]:
             return replace(question, budgets=tuple(budgets))
 
         if room and _fits(raised(room * _ROUND)):
-            raises.append((room - last(lambda n: _fits(raised((room - n) * _ROUND)), 0, room), device))  # noqa: B023
+            raises.append((room - last(lambda n: _fits(raised((room - n) * _ROUND)), 0, room), device))  # noqa: B023  called at once
     if raises:
         more, device = min(raises)
         yield f"max_memory: {more:,} MB more for device {device}"
@@ -143,7 +143,7 @@ def _smaller(question: Question) -> Iterator[str]:
     ]
     for name, value, least, changed in wishes:
         if value > least and _fits(changed(least)):
-            most = last(lambda n: _fits(changed(n)), least, value)  # noqa: B023
+            most = last(lambda n: _fits(changed(n)), least, value)  # noqa: B023  called at once
             yield f"{name}: {most} instead of {value}"
 
 

@@ -106,5 +106,5 @@ def _matching(wanted: Sequence[int], there: set[int]) -> int:
 
 def _least(fleet: Sequence[Known], rng: random.Random, key: Callable[[Known], object]) -> Known:
     keys = [key(known) for known in fleet]
-    least = min(keys)  # type: ignore[type-var]
+    least = min(keys)  # type: ignore[type-var]  # keys that can be compared
     return rng.choice([known for known, value in zip(fleet, keys, strict=True) if value == least])

@@ -49,7 +49,7 @@ class FourBitExperts(nn.Module):
         if state.nested:
             outer = torch.arange(of.start, of.stop, device=scales.device) // state.state2.blocksize
             scales = state.state2.code[scales.long()] * state.state2.absmax[outer] + state.offset
-        one = QuantState(scales, self.shape[1:], state.code, BLOCK, state.quant_type, self.dtype)  # type: ignore[no-untyped-call]  # bitsandbytes'
+        one = QuantState(scales, self.shape[1:], state.code, BLOCK, state.quant_type, self.dtype)  # type: ignore[no-untyped-call]  # untyped
         half = BLOCK // 2
         weight: Tensor = dequantize_4bit(self.weight.data.view(-1, 1)[of.start * half : of.stop * half], one)
         return weight

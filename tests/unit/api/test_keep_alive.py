@@ -163,7 +163,7 @@ async def test_nginx_keeps_a_silent_stream_that_has_comments_and_cuts_one_that_h
     make_api: Callable[..., Api], speak: Callable[..., Script], tmp_path: Path
 ) -> None:
     limit = {"request_timeout_s": 10 * SILENCE_S}
-    with_comments = ApiSettings(**limit, **({} if DEFAULTS else {"keep_alive_s": 0.1}))  # type: ignore[arg-type]
+    with_comments = ApiSettings(**limit, **({} if DEFAULTS else {"keep_alive_s": 0.1}))  # type: ignore[arg-type]  # pydantic checks them
     without = ApiSettings(**limit, keep_alive_s=None)
     kept, cut = await asyncio.gather(
         lines_through_nginx(make_api(speak("a", step_s=SILENCE_S), with_comments), tmp_path / "kept"),

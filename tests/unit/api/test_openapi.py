@@ -92,7 +92,7 @@ async def test_the_document_and_its_routes(make_api: Callable[..., Api]) -> None
     api = make_api(Script(), ApiSettings(api_keys_env="K"), environment={"K": "k"})
     made = (await api.get("/openapi.json")).json()
     assert made["servers"] == [{"url": "/"}]
-    routes = {(r.path.replace(":path", ""), m) for r in api.app.routes for m in r.methods}  # type: ignore[attr-defined]
+    routes = {(r.path.replace(":path", ""), m) for r in api.app.routes for m in r.methods}  # type: ignore[attr-defined]  # all are Routes
     described = {(path, method.upper()) for path, methods in made["paths"].items() for method in methods}
     assert described == {(path, method) for path, method in routes if method != "HEAD"}
     Draft202012Validator.check_schema(made["components"]["schemas"])
