@@ -20,10 +20,12 @@ import torch
 from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, modeling_utils
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deployments.checkpoint import read_config
 from deployments.engine.cut import Cut
 from deployments.engine.experts import quantise_experts
+from deployments.engine.grouped import grouped_config, settle_grouped
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits
 from deployments.engine.residents import resident_bytes
@@ -68,13 +70,14 @@ def load(
         ConfigError: the loaded bytes differ from the plan, or the model does not run on paged attention.
     """
     already = quantised_already(model_dir)
-    quantization = None if already else quantization_config(plan)
-    if quantization is not None and device_type == "cpu" and cache_dir is not None:
+    quantization: QuantizationConfigMixin | None = grouped_config(plan) if already else quantization_config(plan)
+    if isinstance(quantization, BitsAndBytesConfig) and device_type == "cpu" and cache_dir is not None:
         model_dir, quantization = quantized_copy(model_dir, plan, quantization, cache_dir), None
     model = _read(model_dir, plan, quantization, device_map(plan, device_type))
     if already:
         _check_dtype(model, plan)
     _compute_as_planned(model, plan)
+    settle_grouped(model)
     if plan.experts:
         quantise_experts(model, plan)
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
@@ -153,7 +156,7 @@ def quantized_copy(model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig
 
 
 def _read(
-    model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig | None, devices: dict[str, int | str]
+    model_dir: Path, plan: Plan, quantization: QuantizationConfigMixin | None, devices: dict[str, int | str]
 ) -> PreTrainedModel:
     options = {} if quantization is None else {"quantization_config": quantization}
     with _exact_allocations():
