@@ -7,24 +7,29 @@ forward, and round the scales.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AwqConfig, GPTQConfig
-from transformers.utils.quantization_config import AwqBackend
+from transformers import AutoConfig
 
-from placement.plan import Plan
-
+_BACKENDS = {"gptq": "gptq_torch", "awq": "torch_awq"}
 _TABLES = ("wf_unsqueeze_zero", "wf_unsqueeze_neg_one")
 
 
-def grouped_config(plan: Plan) -> GPTQConfig | AwqConfig | None:
-    """What `from_pretrained` is told beside what the checkpoint says; None for what is neither GPTQ nor AWQ."""
-    method = plan.quantization.partition("-")[0]
-    if method == "gptq":
-        return GPTQConfig(bits=4, backend="gptq_torch")  # transformers takes the backend alone; the bits are stored
-    return AwqConfig(backend=AwqBackend.TORCH_AWQ) if method == "awq" else None
+def grouped_options(model_dir: Path) -> dict[str, Any]:
+    """What `from_pretrained` is told to have those kernels; nothing for what is neither GPTQ nor AWQ.
+
+    In the config, as if the checkpoint asked for them: told beside it, transformers warns that it follows.
+    """
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    stored = getattr(config, "quantization_config", None) or {}
+    backend = _BACKENDS.get(str(stored.get("quant_method")))
+    if backend is None:
+        return {}
+    config.quantization_config = stored | {"backend": backend}
+    return {"config": config}
 
 
 def settle_grouped(model: nn.Module) -> None:

@@ -20,12 +20,11 @@ import torch
 from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, modeling_utils
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deployments.checkpoint import read_config
 from deployments.engine.cut import Cut
 from deployments.engine.experts import quantise_experts
-from deployments.engine.grouped import grouped_config, settle_grouped
+from deployments.engine.grouped import grouped_options, settle_grouped
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits
 from deployments.engine.residents import resident_bytes
@@ -70,8 +69,8 @@ def load(
         ConfigError: the loaded bytes differ from the plan, or the model does not run on paged attention.
     """
     already = quantised_already(model_dir)
-    quantization: QuantizationConfigMixin | None = grouped_config(plan) if already else quantization_config(plan)
-    if isinstance(quantization, BitsAndBytesConfig) and device_type == "cpu" and cache_dir is not None:
+    quantization = None if already else quantization_config(plan)
+    if quantization is not None and device_type == "cpu" and cache_dir is not None:
         model_dir, quantization = quantized_copy(model_dir, plan, quantization, cache_dir), None
     model = _read(model_dir, plan, quantization, device_map(plan, device_type))
     if already:
@@ -156,9 +155,9 @@ def quantized_copy(model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig
 
 
 def _read(
-    model_dir: Path, plan: Plan, quantization: QuantizationConfigMixin | None, devices: dict[str, int | str]
+    model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig | None, devices: dict[str, int | str]
 ) -> PreTrainedModel:
-    options = {} if quantization is None else {"quantization_config": quantization}
+    options = grouped_options(model_dir) if quantization is None else {"quantization_config": quantization}
     with _exact_allocations():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_dir,

@@ -77,24 +77,24 @@ def checkpoint(config: PreTrainedConfig, grouping: Grouping, folder: Path) -> tu
     Returns:
         The folder of the quantised checkpoint, and that of the plain one in float16.
     """
-    plain, quantised = folder / "plain", folder / "quantised"
+    plain, packed_in = folder / "plain", folder / "quantised"
     model = AutoModelForCausalLM.from_pretrained(save(config, folder / "random"), dtype=torch.float16)
     draw = torch.Generator().manual_seed(7)
     packed: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "layers." in name:
-            found = _round(module.weight.detach().float().t(), grouping, draw)
+            found = quantised(module.weight.detach().float().t(), grouping, draw)
             module.weight.data = found.weight
             packed |= {f"{name}.{key}": value for key, value in pack(found, grouping).items()}
     model.save_pretrained(plain)
     weights = {name for name in model.state_dict() if f"{name.removesuffix('.weight')}.qweight" in packed}
     tied = set(model.config.tie_word_embeddings * ["lm_head.weight"])
     rest = {name: value.clone() for name, value in model.state_dict().items() if name not in weights | tied}
-    quantised.mkdir()
-    save_file(packed | rest, quantised / "model.safetensors", metadata={"format": "pt"})
+    packed_in.mkdir()
+    save_file(packed | rest, packed_in / "model.safetensors", metadata={"format": "pt"})
     written = json.loads((plain / "config.json").read_text()) | {"quantization_config": grouping.config}
-    (quantised / "config.json").write_text(json.dumps(written))
-    return quantised, plain
+    (packed_in / "config.json").write_text(json.dumps(written))
+    return packed_in, plain
 
 
 def pack(found: Codes, grouping: Grouping) -> dict[str, Tensor]:
@@ -119,7 +119,8 @@ def _words(values: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()
 
 
-def _round(weight: Tensor, grouping: Grouping, draw: torch.Generator) -> Codes:
+def quantised(weight: Tensor, grouping: Grouping, draw: torch.Generator) -> Codes:
+    """float32 [in, out], rounded to the nearest codes; `draw` orders the inputs under act-order."""
     inputs, out = weight.shape
     size = inputs if grouping.group_size == -1 else grouping.group_size
     order = torch.randperm(inputs, generator=draw) if grouping.act_order else torch.arange(inputs)
