@@ -9,12 +9,15 @@ AWQ    qweight int32 [in, out/8], qzeros int32 [groups, out/8]: eight codes of 4
        8j + ORDER[i] in bits 4i; scales float16 [groups, out]; the inputs of a group are neighbours
 
 Codes are rounded to the nearest: the formats say what a checkpoint stores, not how its codes were found.
+
+`python -m tests.contract.grouped docs/models.md` renews the page's table of `CASES`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tests.contract.greedy import save
 
+MARKERS = ("<!-- gptq and awq -->", "<!-- end of gptq and awq -->")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -40,16 +44,36 @@ class Grouping:
     act_order: bool = False
     symmetric: bool = True
     version: str = "gptq"
-    """GPTQ's checkpoint format: gptq or gptq_v2."""
+    """The checkpoint's format: gptq, gptq_v2 (of GPTQ) or gemm (of AWQ, which is never symmetric here)."""
+
+    @property
+    def label(self) -> str:
+        """Such as gptq 4 bits, groups of 32, act-order."""
+        groups = "one group" if self.group_size == -1 else f"groups of {self.group_size}"
+        return ", ".join([f"{self.method} {self.bits} bits", groups, *(["act-order"] if self.act_order else [])])
 
     @property
     def config(self) -> dict[str, Any]:
         """The checkpoint's quantization_config."""
         sizes = {"bits": self.bits, "group_size": self.group_size}
         if self.method == "awq":
-            return {"quant_method": "awq", **sizes, "zero_point": True, "version": "gemm"}
+            return {"quant_method": "awq", **sizes, "zero_point": True, "version": self.version}
         named = {"desc_act": self.act_order, "sym": self.symmetric, "checkpoint_format": self.version}
         return {"quant_method": "gptq", **sizes, **named}
+
+
+CASES = (
+    ("Llama", Grouping()),
+    ("Llama", Grouping(bits=8, group_size=64, symmetric=False, version="gptq_v2")),
+    ("Qwen2", Grouping(bits=2, symmetric=False)),
+    ("OPT", Grouping(group_size=64, act_order=True)),
+    ("OPT", Grouping(symmetric=False)),
+    ("Mistral", Grouping(bits=8, group_size=-1)),
+    ("Mistral", Grouping(group_size=128, act_order=True, symmetric=False)),
+    ("Mistral", Grouping(method="awq", symmetric=False, version="gemm")),
+    ("OPT", Grouping(method="awq", group_size=64, symmetric=False, version="gemm")),
+)
+"""(family, how its linears are quantised) of the checkpoints that are served in tests."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +152,39 @@ def quantised(weight: Tensor, grouping: Grouping, draw: torch.Generator) -> Code
     g_idx[order] = torch.arange(inputs) // size
     most = (1 << grouping.bits) - 1
     # "gptq" stores a zero less one, so that a zero of 0 would borrow from the zero beside it.
-    least = 1 if grouping.version == "gptq" and grouping.method == "gptq" else 0
+    least = 1 if grouping.version == "gptq" else 0
     scales, zeros = [], []
     for group in range(math.ceil(inputs / size)):
         low, high = weight[g_idx == group].aminmax(dim=0)
-        if grouping.symmetric and grouping.method == "gptq":
+        if grouping.symmetric:
             high = torch.maximum(-low, high)
             low = -high
         scales.append(((high - low) / most).half())
-        centre = (most + 1) / 2 if grouping.symmetric and grouping.method == "gptq" else -low / scales[-1].float()
+        centre = (most + 1) / 2 if grouping.symmetric else -low / scales[-1].float()
         zeros.append(torch.as_tensor(centre).round().clamp(least, most).long().expand(out))
     scale, zero = torch.stack(scales), torch.stack(zeros)
     codes = (weight / scale[g_idx].float()).round().long() + zero[g_idx]
     return Codes(codes.clamp(0, most), zero, scale, g_idx)
+
+
+def table() -> str:
+    """What is served in tests, in Markdown."""
+    lines = ["| model | format | bits | group size | act-order | zeros |", "|---|---|---|---|---|---|"]
+    for name, case in CASES:
+        zeros = "symmetric" if case.symmetric else "asymmetric"
+        method = "AWQ gemm" if case.method == "awq" else f"GPTQ ({case.version})"
+        size = "all inputs" if case.group_size == -1 else str(case.group_size)
+        act_order = "yes" if case.act_order else "no"
+        lines.append(f"| {name} | {method} | {case.bits} | {size} | {act_order} | {zeros} |")
+    return "\n".join(lines)
+
+
+def renew(page: Path) -> None:
+    """Put the table between the page's markers."""
+    before, start, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    page.write_text(f"{before}{start}\n{table()}\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    renew(Path(sys.argv[1]))

@@ -7,7 +7,6 @@ model's own dtype, the plain model of the weights that the codes stand for.
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,24 +26,11 @@ from placement.footprint import footprint
 from placement.plan import Plan
 from tests.contract.families import FAMILIES, VOCAB
 from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
-from tests.contract.grouped import Grouping, checkpoint, pack, quantised
+from tests.contract.grouped import CASES, MARKERS, Grouping, checkpoint, pack, quantised, table
 
 PROMPTS = make_prompts()
 CONFIGS = {family.name: family.config for family in FAMILIES}
-CASES = [
-    ("Llama", Grouping()),
-    ("Llama", Grouping(bits=8, group_size=64, symmetric=False, version="gptq_v2")),
-    ("OPT", Grouping(group_size=64, act_order=True)),
-    ("OPT", Grouping(symmetric=False)),
-    ("Mistral", Grouping(bits=8, group_size=-1)),
-    ("Mistral", Grouping(group_size=128, act_order=True, symmetric=False)),
-    ("Mistral", Grouping(method="awq")),
-    ("OPT", Grouping(method="awq", group_size=64)),
-]
-NAMES = [
-    f"{name}, {case.method} {case.bits} {case.group_size} {case.act_order:d}{case.symmetric:d}" for name, case in CASES
-]
-QUANTISE = "HEADROOM_TEST_QUANTISING"
+NAMES = [f"{name}, {case.label}" for name, case in CASES]
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",  # of what GPTQModel imports
     "ignore::FutureWarning",
@@ -94,7 +80,6 @@ def test_greedy_tokens_equal_generate(name: str, grouping: Grouping, tmp_path: P
 
 
 @needs_gptqmodel
-@pytest.mark.skipif(not os.environ.get(QUANTISE), reason=f"{QUANTISE}=1 quantises with GPTQModel: minutes")
 def test_what_gptqmodel_quantises_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # fewer, as on two cores, and 7.6.0 does not start
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -117,7 +102,8 @@ def test_gptqmodel_packs_the_same(method: str) -> None:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 
-    grouping = Grouping(method=method, act_order=method == "gptq", symmetric=False, version="gptq_v2")
+    version = "gemm" if method == "awq" else "gptq_v2"
+    grouping = Grouping(method=method, act_order=method == "gptq", symmetric=False, version=version)
     draw = torch.Generator().manual_seed(3)
     linear = torch.nn.Linear(64, 96, bias=False)
     found = quantised(torch.randn(64, 96, generator=draw), grouping, draw)
@@ -138,3 +124,9 @@ def test_the_config_alone_weighs_what_the_file_does(name: str, grouping: Groupin
     stored = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     rotary = 0 if name == "OPT" else 2 * 4 * 8  # two tables of 8 frequencies in float32, which no file stores
     assert footprint(folder, dtype="float16").bytes == stored + rotary
+
+
+def test_the_page_lists_these_cases() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    printed = page.partition(MARKERS[0])[2].partition(MARKERS[1])[0].strip()
+    assert printed == table(), "renew it: python -m tests.contract.grouped docs/models.md"
