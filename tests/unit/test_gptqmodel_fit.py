@@ -45,9 +45,10 @@ def test_these_are_loaded(monkeypatch: pytest.MonkeyPatch, config: dict[str, Any
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (GPTQ | {"bits": 3}, "is quantised already (gptq-3bit), and 2, 4, 8 bits can be loaded"),
-        (GPTQ | {"checkpoint_format": "marlin"}, "in the format marlin, and of gptq gptq and gptq_v2 can be loaded"),
-        (AWQ | {"version": "gemv_fast", "format": "gemm"}, "in the format gemv_fast, and of awq gemm can be loaded"),
+        (GPTQ | {"bits": 3}, "is quantised already to 3 bits, and of gptq 2, 4, 8 bits can be read"),
+        (GPTQ | {"dynamic": {"mlp": {"bits": 5}}}, "is quantised already to 5 bits"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "in the format marlin, and of gptq gptq and gptq_v2 can be read"),
+        (AWQ | {"version": "gemv_fast", "format": "gemm"}, "in the format gemv_fast, and of awq gemm can be read"),
         (GPTQ | {"lm_head": True}, "its head, too, which transformers does not load"),
         (GPTQ | {"dynamic": {"-:.*mlp.*": {}}}, "(dynamic), which transformers does not load"),
     ],
@@ -61,7 +62,7 @@ def test_others_are_refused_by_what_they_are(
 
 def test_not_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "gptqmodel", "optimum")
-    assert "is for the CPU yet; set `device: cpu`" in str(said(AWQ, "cuda"))
+    assert "is for the CPU yet; set `device: cpu`, or make a plain checkpoint" in str(said(AWQ, "cuda"))
 
 
 @pytest.mark.parametrize(
