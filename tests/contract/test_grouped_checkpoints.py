@@ -81,6 +81,7 @@ def test_greedy_tokens_equal_generate(name: str, grouping: Grouping, tmp_path: P
 
 @needs_gptqmodel
 def test_what_gptqmodel_quantises_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # it writes logs/ where it runs
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # fewer, as on two cores, and 7.6.0 does not start
     from gptqmodel import GPTQModel, QuantizeConfig
 
