@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from deployments.checkpoint import read_config
 from deployments.engine.cut import Cut
 from deployments.engine.experts import quantise_experts
+from deployments.engine.grouped import grouped_options, settle_grouped
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits
 from deployments.engine.residents import resident_bytes
@@ -75,6 +76,7 @@ def load(
     if already:
         _check_dtype(model, plan)
     _compute_as_planned(model, plan)
+    settle_grouped(model)
     if plan.experts:
         quantise_experts(model, plan)
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
@@ -155,7 +157,7 @@ def quantized_copy(model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig
 def _read(
     model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig | None, devices: dict[str, int | str]
 ) -> PreTrainedModel:
-    options = {} if quantization is None else {"quantization_config": quantization}
+    options = grouped_options(model_dir) if quantization is None else {"quantization_config": quantization}
     with _exact_allocations():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_dir,
