@@ -82,14 +82,18 @@ def test_products(n: int, k: int, dtype: torch.dtype) -> None:
     torch.manual_seed(n + k)
     for weight in variants(n, k):
         wide = dense(weight)
+        outs, references = [], []
         for rows in ROWS:
             x = torch.randn(rows, k, device="cuda", dtype=dtype)
             bias = torch.randn(n, device="cuda", dtype=dtype) if rows % 2 else None
             expected = x.double() @ wide.t() + (0 if bias is None else bias.double())
             torch.full((rows, n), torch.nan, device="cuda", dtype=dtype)  # poison what `empty` returns next
-            out = product(x, weight, bias)
-            assert out.dtype == dtype
-            assert error(out, expected) < BOUND[dtype], (type(weight).__name__, weight.tiled, rows)
+            outs.append(product(x, weight, bias))
+            references.append(expected)
+            assert outs[-1].dtype == dtype
+            # Of few outputs the largest decides, and one rounding of it can be twice what they are on the average.
+            assert error(outs[-1], expected) < 2 * BOUND[dtype], (type(weight).__name__, weight.tiled, rows)
+        assert error(torch.cat(outs), torch.cat(references)) < BOUND[dtype], (type(weight).__name__, weight.tiled)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e20])
