@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,6 +253,18 @@ def test_the_house_rules_find_of_pools_that_scale(name: str) -> None:
     mistake, said = SCALING_MISTAKES[name]
     found = house_rules.complaints(planted(build(K8S / "overlays/autoscaling"), mistake))
     assert any(said in c for c in found), found
+
+
+@pytest.mark.parametrize("overlay", ["single-gpu", "heterogeneous"])
+def test_models_are_fetched_beforehand_where_there_is_a_shared_cache(overlay: str, tmp_path: Path) -> None:
+    k8s = os.path.relpath(K8S, tmp_path)
+    text = f"namespace: headroom\nresources: [{k8s}/overlays/{overlay}]\ncomponents: [{k8s}/components/prefetch]\n"
+    (tmp_path / "kustomization.yaml").write_text(text, encoding="utf-8")
+    if overlay == "heterogeneous":  # each worker has a cache of its own
+        with pytest.raises(ValueError, match="nothing selected by PersistentVolumeClaim"):
+            build(tmp_path)
+    else:
+        assert house_rules.complaints(build(tmp_path)) == []
 
 
 def test_a_kustomization_that_does_not_build_is_said(tmp_path: Any) -> None:
