@@ -2,15 +2,17 @@
 
 Serve takes a request's id, timeout, session and multiplexed model from the client's headers, and a wish not to be
 watched for leaving. It answers 500 by itself where one of them is not UTF-8. None but the id means anything here, and
-`api.request_timeout_s` is not the client's to raise. Serve finds `middlewares` by a variable (`MIDDLEWARES`).
+`api.request_timeout_s` is not the client's to raise. To answers it adds the id that the API has put there already.
+Serve finds `middlewares` by a variable (`MIDDLEWARES`).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Read by Serve's proxies and ingress replicas when they start."""
@@ -34,15 +36,33 @@ def middlewares() -> list[Middleware]:
 
 
 class HeaderFilter:
-    """Takes from each request what Serve is not to read."""
+    """Takes from each request what Serve is not to read, and from each answer what it says twice."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket"):
-            scope = {**scope, "headers": [(name, value) for name, value in scope["headers"] if _stays(name, value)]}
-        await self._app(scope, receive, send)
+        if scope["type"] not in ("http", "websocket"):
+            return await self._app(scope, receive, send)
+
+        async def send_id_once(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": _with_one_id(message.get("headers", ()))}
+            await send(message)
+
+        scope = {**scope, "headers": [(name, value) for name, value in scope["headers"] if _stays(name, value)]}
+        await self._app(scope, receive, send_id_once)
+
+
+def _with_one_id(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """`headers` without ids after the first, which is the API's own."""
+    found, seen = [], False
+    for name, value in headers:
+        is_id = name.lower() == REQUEST_ID.encode()
+        if not (is_id and seen):
+            found.append((name, value))
+        seen |= is_id
+    return found
 
 
 def _stays(name: bytes, value: bytes) -> bool:

@@ -148,9 +148,9 @@ async def test_headers_that_serve_reads_are_not_the_clients_to_set(running: Serv
     async with httpx.AsyncClient(base_url=running.url, timeout=TIMEOUT) as client:
         for headers in ([one] for one in wild):
             answer = await client.post("/v1/completions", json=body(), headers=headers)
-            assert (answer.status_code, len(answer.headers.get_list("x-request-id", split_commas=True)[0])) == (200, 36)
+            assert (answer.status_code, len(answer.headers["x-request-id"])) == (200, 36)
         mine = await client.get("/v1/models", headers={"x-request-id": "mine"})
-        assert set(mine.headers.get_list("x-request-id", split_commas=True)) == {"mine"}
+        assert mine.headers.get_list("x-request-id") == ["mine"]
 
 
 BAD: list[tuple[str, bytes, int, str | None]] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
 from ray.serve._private import http_util
 from ray.serve.config import HTTPOptions
@@ -59,6 +60,18 @@ async def test_what_serve_would_do_by_a_header_it_does_not(name: bytes, value: b
     assert http_util.parse_request_timeout_header(left, 600.0) == 600.0
     assert not http_util.parse_disconnect_disabled_header(left)
     assert http_util.parse_session_id_header(left) == ""
+
+
+async def test_an_answer_has_one_id_though_serve_adds_its_own() -> None:
+    async def says(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"mine"), HOST]})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    transport = httpx.ASGITransport(app=HeaderFilter(http_util.RequestIdMiddleware(says)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        answer = await client.get("/")
+    assert answer.headers.multi_items() == [("x-request-id", "mine"), ("host", "x")]
+    assert answer.content == b"x"
 
 
 def test_serve_wraps_its_servers_in_the_filter() -> None:
