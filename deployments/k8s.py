@@ -201,7 +201,7 @@ def _check_source(model: str, source: str) -> None:
     if source.lower().endswith(".gguf") or not HUB_ID.fullmatch(source):
         raise ConfigError(
             f"model {model}: source {source!r} is a folder or file of this machine, which workers don't have: name a "
-            f"Hugging Face id, or copy it into the model cache and name it there, below {MODELS}"
+            f"Hugging Face id (beside --gpus with --source), or copy it into the model cache and name it below {MODELS}"
         )
 
 
