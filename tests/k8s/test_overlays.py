@@ -201,6 +201,11 @@ def replaced(m: list[Manifest], old: str, new: str) -> None:
     spec["serveConfigV2"] = spec["serveConfigV2"].replace(old, new)
 
 
+def policy(m: list[Manifest], name: str) -> Manifest:
+    found: Manifest = next(p["spec"] for p in of_kind(m, "NetworkPolicy") if p["metadata"]["name"] == name)
+    return found
+
+
 HOUSE_MISTAKES: dict[str, tuple[Callable[[list[Manifest]], Any], str]] = {
     "root": (lambda m: worker(m)["template"]["spec"]["securityContext"].pop("runAsNonRoot"), "may run as root"),
     "writable": (lambda m: container(m)["securityContext"].update(readOnlyRootFilesystem=False), "may write"),
@@ -230,6 +235,10 @@ HOUSE_MISTAKES: dict[str, tuple[Callable[[list[Manifest]], Any], str]] = {
     "keys": (lambda m: replaced(m, "/etc/headroom/keys.yaml", "/etc/keys/keys.yaml"), "mounts no Secret at /etc/keys"),
     "writable keys": (lambda m: container(m)["volumeMounts"][3].pop("readOnly"), "keys may be written"),
     "fixed keys": (lambda m: container(m)["volumeMounts"][3].update(subPath="keys.yaml"), "never be updated"),
+    "no names": (lambda m: policy(m, "headroom")["egress"].pop(1), "egress is closed to [53]"),
+    "no operator": (lambda m: policy(m, "headroom")["ingress"].pop(1), "ingress is closed to [8265, 52365]"),
+    "open to all": (lambda m: policy(m, "headroom-clients")["ingress"][0].pop("from"), "open to everyone"),
+    "metadata": (lambda m: policy(m, "headroom")["egress"][2]["to"][0]["ipBlock"].pop("except"), "metadata"),
     "host": (lambda m: replaced(m, "0.0.0.0", "127.0.0.1"), "does not listen"),
 }
 
