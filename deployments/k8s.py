@@ -139,7 +139,7 @@ def overlay(
             don't have what a model is to be loaded from.
     """
     for pool in layout.pools:
-        _check_source(pool.wish.name, pool.wish.source)
+        _check_source(pool.wish.name, pool.wish.source, shared=worker.own_cache is None)
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     args = _args(inventory, layout)
     groups = [
@@ -175,7 +175,7 @@ def cluster_config(config: Mapping[str, Any]) -> dict[str, Any]:
     _refuse(api, "api", "api_keys_env", "no such variable: keys come from the Secret; use `api_keys_file`")
     _refuse(api, "api", "resources", "no custom resources")
     for model in args["models"]:
-        _check_source(model["name"], model["source"])
+        _check_source(model["name"], model["source"], shared=True)
         _check_template(model["name"], model.get("chat_template"))
         for pool in model.setdefault("pools", [{}]):
             where = f"model {model['name']}: pool {pool.get('name', 'default')}"
@@ -194,10 +194,15 @@ def _refuse(given: Mapping[str, Any], where: str, key: str, there: str) -> None:
         raise ConfigError(f"{where} has {key}, and the base's workers have {there}; remove it")
 
 
-def _check_source(model: str, source: str) -> None:
-    """Workers have the hub, the image's embedded model, and the cache: no folder or file of this machine."""
-    if source == DEMO or _in_cache(source):
+def _check_source(model: str, source: str, *, shared: bool) -> None:
+    """Workers have the hub, the image's embedded model, and the cache if it is shared: nothing of this machine."""
+    if source == DEMO or (_in_cache(source) and shared):
         return
+    if _in_cache(source):
+        raise ConfigError(
+            f"model {model}: source {source!r} is in the shared model cache, and with --own-cache each worker has an "
+            "empty one: name a Hugging Face id, or leave --own-cache out"
+        )
     if source.lower().endswith(".gguf") or not HUB_ID.fullmatch(source):
         raise ConfigError(
             f"model {model}: source {source!r} is a folder or file of this machine, which workers don't have: name a "

@@ -17,7 +17,7 @@ from deployments import __version__
 from deployments.config_file import read_config
 from deployments.errors import ConfigError
 from deployments.k8s import GroupSpec, Worker, cluster_config, dump, overlay, parse_node_labels
-from deployments.store import HUB_ID
+from deployments.store import DEMO, HUB_ID
 from placement.cluster import Layout
 from placement.cluster_command import add_wishes, chosen_plan, parse_cluster
 from placement.errors import PlacementError
@@ -128,7 +128,7 @@ def _check_not_here(model: str, source: str) -> None:
     Raises:
         ConfigError: it is one.
     """
-    if HUB_ID.fullmatch(source) and Path(source).is_dir():
+    if source != DEMO and HUB_ID.fullmatch(source) and Path(source).is_dir():
         raise ConfigError(
             f"model {model}: source {source!r} is a folder of this machine, which workers don't have: say what they "
             "load with --source, or in a --config name a Hugging Face id"

@@ -133,7 +133,15 @@ def test_a_model_that_only_this_machine_has_is_refused(
         text = yaml.safe_dump({"applications": [{"import_path": "deployments.app:build", "args": {"models": models}}]})
         config.write_text(text, encoding="utf-8")
         assert said in refused(["--config", str(config), "--base", str(tmp_path / "out")], capsys)
+    cached = [*WITHOUT_SOURCE, "--source", "/models/llama"]
+    assert "with --own-cache each worker has an empty one" in refused([*gpus, *cached, "--own-cache", "1Gi"], capsys)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config.write_text(text.replace("./x.gguf", "demo"), encoding="utf-8")
+    assert cli.main(["k8s", "--config", str(config), "--base", str(tmp_path / "base")]) == 0, "the embedded model"
+    monkeypatch.chdir(ROOT / "tests")
+    assert cli.main(["k8s", *gpus, *cached]) == 0
     assert cli.main(["k8s", *gpus, *here, "--source", "configs/llama-8b"]) == 0, "the hub's, if one says so"
 
 
