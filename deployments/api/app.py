@@ -11,9 +11,10 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from deployments.api.access import REQUEST_ID, AccessMiddleware
+from deployments.api.access import AccessMiddleware
 from deployments.api.auth import open_gate
 from deployments.api.endpoints import Endpoints
+from deployments.api.headers import REQUEST_ID
 from deployments.api.problems import on_http_exception, on_request_error
 from deployments.api.served import ModelTable, ServedModel
 from deployments.errors import RequestError

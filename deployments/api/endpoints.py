@@ -57,6 +57,8 @@ class Endpoints:
         self._limiter = Limiter(settings.replicas)
         self._settings = settings
         self._meter = meter
+        self._ledger_answered = False
+        """Whether any ever did."""
         self._draw_seed = draw_seed
         self._fleet = FleetWatch({model.name: model.dispatcher.observe for model in models.models})
         self._fleet_page = load_page()
@@ -117,7 +119,9 @@ class Endpoints:
         self._admit(request, "admin")
         models = self._models.models
         seen = await asyncio.gather(*(model.dispatcher.observe() for model in models))
-        overview = Overview(tuple(zip((model.name for model in models), seen, strict=True)), self._meter.vitals())
+        self._ledger_answered |= any(one is not None for one in seen)
+        own = None if self._ledger_answered else self._meter.vitals()
+        overview = Overview(tuple(zip((model.name for model in models), seen, strict=True)), own)
         page, content_type = render(overview, request.headers.get("accept", ""))
         return Response(page, headers={"content-type": content_type})
 

@@ -53,6 +53,8 @@ class Fanout:
         self._unfinished = set(range(len(requests)))
         self._unread = len(requests)
         self._tasks: list[asyncio.Task[None]] = []
+        self.taken_up: set[int] = set()
+        """Numbers of the choices that a replica has taken up so far, ended ones too."""
 
     async def __aenter__(self) -> Self:
         granted = [asyncio.get_running_loop().create_future() for _ in self._work]
@@ -94,6 +96,7 @@ class Fanout:
         request, choice = self._work[index]
         try:
             chunks = await self._dispatcher.dispatch(request, wait_limit_s=self._wait_limit_s)
+            self.taken_up.add(index)
             if not granted.done():
                 granted.set_result(None)
             async with aclosing(chunks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from deployments.api.schemas import ChatBody, CompletionBody, GenerationBody
@@ -51,7 +51,11 @@ class Job:
     @property
     def prompt_tokens(self) -> int:
         """Each prompt counted once."""
-        return sum(len(request.prompt_ids) for request in self.requests[:: self.n])
+        return self.tokens_of(range(len(self.requests)))
+
+    def tokens_of(self, choices: Iterable[int]) -> int:
+        """Of the prompts that these choices continue; each counted once."""
+        return sum(len(self.requests[prompt * self.n].prompt_ids) for prompt in {c // self.n for c in choices})
 
 
 async def chat_job(body: ChatBody, model: ServedModel, caller: Caller) -> Job:

@@ -4,7 +4,7 @@ Each rate is a bucket that a minute's worth fits in, refilled evenly: over any t
 is let through. A request pays one of the request bucket when it comes in, and its prompt's tokens when they are known;
 its output is paid at its end, when its length is known. So a request is let in while a single token is left, and what
 it used beyond that is a debt, which those after it wait for: none is ever too long for its limit, and over time no key
-gets more than it. A request that no replica took up gets its tokens back.
+gets more than it. Prompts that no replica took up are given back.
 
 An ingress replica counts alone. Of r replicas each allows the r-th part, rounded up, so that all of them together
 allow no more than the limit and r - 1, however the requests are spread.

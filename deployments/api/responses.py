@@ -163,6 +163,8 @@ class GenerationResponse:
                     f"the answer took longer than {self._timeout_s:g} s, the server's api.request_timeout_s: "
                     "ask for fewer tokens, or raise it"
                 ) from None
+        finally:
+            self._visit.taken_up_tokens = self._job.tokens_of(fanout.taken_up)
 
     def _delta(self, index: int, piece: Piece) -> Json:
         return self._format.delta(index, piece.text, self._logprobs(piece.logprobs), piece.finish_reason)

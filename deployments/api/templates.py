@@ -92,8 +92,13 @@ def find_template(tokenizer: Any, setting: str | None) -> ChatTemplate | None:
         raise ConfigError(f"chat_template: set one for this model: {error}") from None
 
 
+def is_template(setting: str) -> bool:
+    """Whether a `chat_template` is Jinja, and not the path of a file."""
+    return "{" in setting or "\n" in setting
+
+
 def _read_setting(setting: str) -> str:
-    if "{" in setting or "\n" in setting:
+    if is_template(setting):
         return setting
     try:
         return Path(setting).expanduser().read_text(encoding="utf-8")

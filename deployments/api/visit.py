@@ -35,9 +35,12 @@ class Visit:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    taken_up_tokens: int = 0
+    """Of the prompts of which a replica has taken up a choice; each prompt counts once."""
     dispatched: float | None = None
     """When its choices were first sent to the ledger."""
     granted: float | None = None
+    """When replicas had taken up all of them."""
     first_token: float | None = None
     error: str | None = None
     """Code of the error that the client was told."""
@@ -58,8 +61,8 @@ class Visit:
 
     @property
     def used_tokens(self) -> int:
-        """Prompt and output; nothing where no replica took it up and no choice has a token."""
-        return 0 if self.granted is None and not self.output_tokens else self.prompt_tokens + self.output_tokens
+        """Prompts that a replica took up, and output."""
+        return self.taken_up_tokens + self.output_tokens
 
     def note_first_token(self) -> None:
         """Remember when the first token came."""

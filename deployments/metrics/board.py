@@ -38,16 +38,19 @@ class Board:
 
     def __init__(self) -> None:
         self._replicas: dict[str, tuple[ReplicaVitals, float]] = {}
+        self._newest: dict[str, tuple[tuple[int, int], float]] = {}
+        """(epoch, sequence) of each replica's newest report with vitals."""
         self._ingresses: dict[str, tuple[IngressVitals, float]] = {}
         self._outlines: dict[str, tuple[Outline, float]] = {}
         self._rates: dict[str, tuple[RecentRate, float]] = {}
         self._refusals: Counter[RefusalKind] = Counter()
 
     def hear_replica(self, state: ReplicaState, now: float) -> None:
-        """A replica reported; not every report has vitals."""
-        if state.vitals is None:
+        """A replica reported; not every report has vitals, and one that comes late tells nothing."""
+        key, order = state.replica_id, (state.epoch, state.sequence)
+        if state.vitals is None or (key in self._newest and order < self._newest[key][0]):
             return
-        key = state.replica_id
+        self._newest[key] = (order, now)
         self._replicas[key] = (state.vitals, now)
         if state.vitals.outline is not None:
             self._outlines[key] = (state.vitals.outline, now)
@@ -56,9 +59,10 @@ class Board:
         self._rates[key] = (rate, now)
 
     def hear_ingress(self, notice: IngressNotice, now: float) -> None:
-        """An ingress gave notice; not every notice has vitals."""
-        if notice.vitals is not None:
-            self._ingresses[notice.ingress_id] = (notice.vitals, now)
+        """An ingress gave notice; not every notice has vitals, and one that comes late tells nothing."""
+        vitals, known = notice.vitals, self._ingresses.get(notice.ingress_id)
+        if vitals is not None and (known is None or known[0].sequence <= vitals.sequence):
+            self._ingresses[notice.ingress_id] = (vitals, now)
         self._forget(now)
 
     def count(self, outcome: object) -> None:
@@ -85,6 +89,6 @@ class Board:
         )
 
     def _forget(self, now: float) -> None:
-        for said in (self._replicas, self._ingresses, self._outlines, self._rates):
+        for said in (self._replicas, self._newest, self._ingresses, self._outlines, self._rates):
             for key in [key for key, (_, heard_at) in said.items() if now - heard_at > FORGET_S]:
                 del said[key]

@@ -31,8 +31,8 @@ class Overview:
 
     models: tuple[tuple[str, Observation | None], ...]
     """By name; None where the ledger does not answer."""
-    own: IngressVitals
-    """Of the ingress that puts the page together."""
+    own: IngressVitals | None = None
+    """Of the ingress that puts the page together, as long as no ledger ever answered it."""
 
     @property
     def observed(self) -> Iterator[tuple[str, Observation]]:
@@ -50,10 +50,11 @@ class Overview:
     def ingresses(self) -> Iterator[tuple[str, IngressCounts]]:
         """(ingress id, one model's counts there).
 
-        An ingress tells every ledger of all its models: the newest counts. Its own are shown only where no ledger has
-        them: whichever ingress answers, counters must not go back.
+        An ingress tells every ledger of all its models: the newest counts. What it knows of itself is newer still, and
+        not shown beside or in place of that: once the ledger is back, or another ingress answers, counters would go
+        back.
         """
-        newest = {} if any(True for _ in self.observed) else {self.own.ingress_id: self.own}
+        newest = {} if self.own is None else {self.own.ingress_id: self.own}
         for _, seen in self.observed:
             for vitals in seen.ingresses:
                 if vitals.ingress_id not in newest or newest[vitals.ingress_id].sequence < vitals.sequence:

@@ -20,6 +20,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from deployments.app import pool_deployment_name
 from deployments.local_ray import INGRESS_DRAINING
@@ -182,6 +183,25 @@ async def test_streams_of_a_frozen_replica_go_on_elsewhere_and_it_comes_back_cle
     await healthy(faulty)
 
 
+async def what_went_back(service: Service, ended: asyncio.Event) -> list[str]:
+    """Counters of processes that live on, which the metrics page showed lower than before; read until `ended`."""
+    last: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    fallen = []
+    async with clients(service) as client:
+        while not ended.is_set():
+            page = await client.get("/metrics", headers={"accept": "application/openmetrics-text"})
+            for family in text_string_to_metric_families(page.raise_for_status().text):
+                for sample in family.samples if family.type in ("counter", "histogram") else ():
+                    key = (sample.name, tuple(sorted(sample.labels.items())))
+                    if sample.labels.keys() & {"ingress", "replica"}:  # a killed ledger's own begin anew
+                        if sample.value < last.get(key, 0.0):
+                            fallen.append(f"{key}: {last[key]} -> {sample.value}")
+                        last[key] = sample.value
+            await asyncio.sleep(0.05)
+    assert any(name == "headroom_requests_total" for name, _ in last)
+    return fallen
+
+
 @pytest.mark.parametrize("way", ["killed", "frozen"])
 async def test_requests_are_served_while_there_is_no_ledger(faulty: Service, way: str) -> None:
     before = faulty.ledger().epoch
@@ -198,6 +218,8 @@ async def test_requests_are_served_while_there_is_no_ledger(faulty: Service, way
             late = await asyncio.gather(*(stream(client, body(i, 8)) for i in range(8)))
         return [*(await running), *late]
 
+    ended = asyncio.Event()
+    watch = asyncio.create_task(what_went_back(faulty, ended))
     try:
         answers = await run()
     finally:
@@ -206,6 +228,8 @@ async def test_requests_are_served_while_there_is_no_ledger(faulty: Service, way
     assert [answer.error for answer in answers] == [None] * 14
     assert all(answer.whole for answer in answers)
     await healthy(faulty)
+    ended.set()
+    assert await watch == []
     assert (faulty.ledger().epoch > before) == (way == "killed")
 
 

@@ -142,6 +142,17 @@ async def test_three_hundred_streams(running: Service) -> None:
     await asyncio.to_thread(wait_for, running.idle, 3.0)
 
 
+async def test_headers_that_serve_reads_are_not_the_clients_to_set(running: Service) -> None:
+    """Serve answers 500 to an id that is not UTF-8, and 408 at once where the client's timeout has passed."""
+    wild = [(b"x-request-id", b"\xff"), (b"x-session-id", b"\xff"), (b"x-request-timeout-seconds", b"0.001")]
+    async with httpx.AsyncClient(base_url=running.url, timeout=TIMEOUT) as client:
+        for headers in ([one] for one in wild):
+            answer = await client.post("/v1/completions", json=body(), headers=headers)
+            assert (answer.status_code, len(answer.headers["x-request-id"])) == (200, 36)
+        mine = await client.get("/v1/models", headers={"x-request-id": "mine"})
+        assert mine.headers.get_list("x-request-id") == ["mine"]
+
+
 BAD: list[tuple[str, bytes, int, str | None]] = [
     ("chat/completions", b"{", 400, None),
     ("chat/completions", b'{"model": "smol", "messages": []}', 400, "messages"),

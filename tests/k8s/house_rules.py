@@ -10,6 +10,10 @@ from typing import Any
 from deployments.settings import Settings
 from tests.k8s.manifests import Manifest, groups, of_kind, pod_templates, ray_service, serve_config
 
+PORTS = {"ingress": {8000, 8080, 8265, 52365}, "egress": {53, 443}}
+"""Requests and both pages of metrics, the operator; names and the hub."""
+METADATA = "169.254.0.0/16"
+"""Where clouds give a machine's credentials to whoever asks."""
 LOAD_BALANCER_S = 30
 """How long Serve's ingress replicas go on answering while load balancers forget them (Ray 2.60's default)."""
 
@@ -30,6 +34,7 @@ def complaints(manifests: list[Manifest]) -> list[str]:
         *_fronts(service, settings),
         *_selectors(manifests),
         *_budget(manifests),
+        *_network(manifests),
     ]
 
 
@@ -189,3 +194,17 @@ def _budget(manifests: list[Manifest]) -> Iterator[str]:
             yield "the disruption budget needs a whole minAvailable: the pods' owner has no scale"
         if spec.get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
             yield "a worker without a replica keeps its node from being drained"
+
+
+def _network(manifests: list[Manifest]) -> Iterator[str]:
+    """Open is what is needed, and no more."""
+    policies = [policy["spec"] for policy in of_kind(manifests, "NetworkPolicy")]
+    for direction, needed in PORTS.items():
+        rules = [rule for policy in policies for rule in policy.get(direction, ())]
+        if missing := needed - {port["port"] for rule in rules for port in rule.get("ports", ())}:
+            yield f"network: {direction} is closed to {sorted(missing)}"
+        if direction == "ingress" and not all(rule.get("from") for rule in rules):
+            yield "network: ingress is open to everyone"
+        blocks = [peer.get("ipBlock", {}) for rule in rules for peer in rule.get("to", ())]
+        if any(b.get("cidr") == "0.0.0.0/0" and METADATA not in b.get("except", ()) for b in blocks):
+            yield f"network: {direction} is open to the cloud's metadata, {METADATA}"

@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from deployments import __version__
+from deployments.api import headers
 from deployments.engine.flashinfer_fit import VERSION as FLASHINFER
-from tests.k8s.manifests import K8S, ROOT
+from tests.k8s.manifests import CRD, K8S, ROOT
 
 DOCKERFILE = (K8S / "Dockerfile").read_text(encoding="utf-8")
 VERSIONS: dict[str, Any] = yaml.safe_load((K8S / "versions.yaml").read_text(encoding="utf-8"))
@@ -62,7 +63,8 @@ def test_versions_are_those_of_constraints_and_dockerfile() -> None:
     assert given["PYTHON"] == "py" + VERSIONS["python"].replace(".", "")
     assert given["PLATFORM"] in VERSIONS["platforms"]
     assert given["FLASHINFER_VERSION"] == FLASHINFER
-    for platform in VERSIONS["platforms"].values():
+    for name, platform in VERSIONS["platforms"].items():
+        assert name == ("cu" + platform["cuda"].replace(".", "") if "cuda" in platform else "cpu")
         assert platform["torch"] == pins["torch"]
         assert platform.get("flashinfer", FLASHINFER) == FLASHINFER
     assert {name: VERSIONS[name] for name in ("transformers", "bitsandbytes")} == {
@@ -82,6 +84,22 @@ def test_versions_are_those_of_the_manifests() -> None:
     assert int(low.split(".")[1]) <= minor < int(high.split(".")[1])
 
 
+def test_versions_are_those_of_the_guide() -> None:
+    guide = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    assert f"KubeRay's operator {VERSIONS['kuberay']} " in guide
+    assert f".v{VERSIONS['kuberay']}." in CRD.name
+    assert f"headroom:{VERSIONS['headroom']}-cpu" in guide
+    builds = re.findall(r"docker build (.+)", guide)
+    assert len(builds) == len(VERSIONS["platforms"])
+    for words in map(str.split, builds):
+        given = dict(word.split("=") for word in words if "=" in word)
+        assert given.keys() <= arguments().keys()
+        platform = given.get("PLATFORM", arguments()["PLATFORM"])
+        tag = words[words.index("-t") + 1]
+        assert tag == f"headroom:{VERSIONS['headroom']}-{'cpu' if platform == 'cpu' else 'cuda'}"
+        assert platform in VERSIONS["platforms"]
+
+
 def test_haproxy_is_started_without_splice(tmp_path: Path) -> None:
     shutil.copy(K8S / "image/haproxy", tmp_path / "haproxy")
     binary = tmp_path / "haproxy-binary"
@@ -91,3 +109,4 @@ def test_haproxy_is_started_without_splice(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["-dS", "-f", "a b"]
     assert "RAY_SERVE_HAPROXY_BINARY_PATH=/opt/headroom/haproxy " in DOCKERFILE
     assert "RAY_SERVE_ENABLE_HA_PROXY=1 " in DOCKERFILE
+    assert f"{headers.MIDDLEWARES}={headers.IMPORT_PATH} " in DOCKERFILE

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _get_custom_resources
 from ray.serve.schema import ServeDeploySchema
 
@@ -198,6 +201,11 @@ def replaced(m: list[Manifest], old: str, new: str) -> None:
     spec["serveConfigV2"] = spec["serveConfigV2"].replace(old, new)
 
 
+def policy(m: list[Manifest], name: str) -> Manifest:
+    found: Manifest = next(p["spec"] for p in of_kind(m, "NetworkPolicy") if p["metadata"]["name"] == name)
+    return found
+
+
 HOUSE_MISTAKES: dict[str, tuple[Callable[[list[Manifest]], Any], str]] = {
     "root": (lambda m: worker(m)["template"]["spec"]["securityContext"].pop("runAsNonRoot"), "may run as root"),
     "writable": (lambda m: container(m)["securityContext"].update(readOnlyRootFilesystem=False), "may write"),
@@ -227,6 +235,10 @@ HOUSE_MISTAKES: dict[str, tuple[Callable[[list[Manifest]], Any], str]] = {
     "keys": (lambda m: replaced(m, "/etc/headroom/keys.yaml", "/etc/keys/keys.yaml"), "mounts no Secret at /etc/keys"),
     "writable keys": (lambda m: container(m)["volumeMounts"][3].pop("readOnly"), "keys may be written"),
     "fixed keys": (lambda m: container(m)["volumeMounts"][3].update(subPath="keys.yaml"), "never be updated"),
+    "no names": (lambda m: policy(m, "headroom")["egress"].pop(1), "egress is closed to [53]"),
+    "no operator": (lambda m: policy(m, "headroom")["ingress"].pop(1), "ingress is closed to [8265, 52365]"),
+    "open to all": (lambda m: policy(m, "headroom-clients")["ingress"][0].pop("from"), "open to everyone"),
+    "metadata": (lambda m: policy(m, "headroom")["egress"][2]["to"][0]["ipBlock"].pop("except"), "metadata"),
     "host": (lambda m: replaced(m, "0.0.0.0", "127.0.0.1"), "does not listen"),
 }
 
@@ -251,6 +263,58 @@ def test_the_house_rules_find_of_pools_that_scale(name: str) -> None:
     mistake, said = SCALING_MISTAKES[name]
     found = house_rules.complaints(planted(build(K8S / "overlays/autoscaling"), mistake))
     assert any(said in c for c in found), found
+
+
+def on_top(folder: Path, overlay: str, *components: str) -> list[Manifest]:
+    """An overlay with components, as docs/operations.md has it."""
+    k8s = os.path.relpath(K8S, folder)
+    added = ", ".join(f"{k8s}/components/{name}" for name in components)
+    text = f"namespace: headroom\nresources: [{k8s}/overlays/{overlay}]\ncomponents: [{added}]\n"
+    (folder / "kustomization.yaml").write_text(text, encoding="utf-8")
+    return build(folder)
+
+
+@pytest.mark.parametrize(
+    ("components", "kinds"),
+    [
+        (("nginx",), {"Ingress"}),
+        (("gateway", "prefetch"), {"Gateway", "HTTPRoute", "Job"}),
+        (("autoscaling", "ha"), {"Service", "StatefulSet"}),
+        (("private-registry",), set[str]()),
+    ],
+    ids=lambda value: "-".join(sorted(value)),
+)
+def test_components_go_on_top_of_an_overlay(components: tuple[str, ...], kinds: set[str], tmp_path: Path) -> None:
+    manifests = on_top(tmp_path, "multi-gpu/4", *components)
+    there = {m["kind"] for m in build(K8S / "overlays/multi-gpu/4")}
+    assert {m["kind"] for m in manifests} - there == kinds
+    assert {m["metadata"].get("namespace", "headroom") for m in manifests} == {"headroom"}
+    assert house_rules.complaints(manifests) == []
+    assert operator_rules.complaints(ray_service(manifests)) == []
+    for manifest in manifests:
+        if manifest["kind"] in schemas.OTHERS:
+            assert schemas.other_complaints(manifest) == []
+        elif manifest["kind"] != "RayService":
+            assert schemas.core_complaint(manifest) is None, manifest["metadata"]["name"]
+    (account,) = of_kind(manifests, "ServiceAccount")
+    assert account.get("imagePullSecrets", []) == ([{"name": "registry"}] if "private-registry" in components else [])
+
+
+def test_both_ways_in_lead_to_the_same_paths() -> None:
+    _, route = yaml.safe_load_all((K8S / "components/gateway/gateway.yaml").read_text(encoding="utf-8"))
+    ingress = yaml.safe_load((K8S / "components/nginx/ingress.yaml").read_text(encoding="utf-8"))
+    by_gateway = {match["path"]["value"] for match in route["spec"]["rules"][0]["matches"]}
+    by_nginx = {path["path"] for path in ingress["spec"]["rules"][0]["http"]["paths"]}
+    assert by_gateway == by_nginx == {"/v1", "/ready"}
+
+
+@pytest.mark.parametrize("overlay", ["single-gpu", "heterogeneous"])
+def test_models_are_fetched_beforehand_where_there_is_a_shared_cache(overlay: str, tmp_path: Path) -> None:
+    if overlay == "heterogeneous":  # each worker has a cache of its own
+        with pytest.raises(ValueError, match="nothing selected by PersistentVolumeClaim"):
+            on_top(tmp_path, overlay, "prefetch")
+    else:
+        assert house_rules.complaints(on_top(tmp_path, overlay, "prefetch")) == []
 
 
 def test_a_kustomization_that_does_not_build_is_said(tmp_path: Any) -> None:

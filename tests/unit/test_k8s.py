@@ -13,7 +13,9 @@ from deployments.errors import ConfigError
 from deployments.k8s import cluster_config, parse_node_labels
 
 ROOT = Path(__file__).resolve().parents[2]
-LLAMA = ["--model", str(ROOT / "tests/configs/llama-8b"), "--context", "8192", "--base", str(ROOT / "k8s/base")]
+CONFIG = str(ROOT / "tests/configs/llama-8b")
+WITHOUT_SOURCE = ["--model", CONFIG, "--context", "8192", "--base", str(ROOT / "k8s/base")]
+LLAMA = [*WITHOUT_SOURCE, "--source", "org/llama"]
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -87,8 +89,8 @@ def test_mistakes_are_one_line(
 
 
 def test_a_mixed_replica_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = ["--model", LLAMA[1], "--base", LLAMA[-1], "--context", "131072", "--quantization", "bf16"]
-    assert "which counts the GPUs" in refused(["--gpus", "L4,A10", "--out", str(tmp_path), *model], capsys)
+    given = [*LLAMA, "--context", "131072", "--quantization", "bf16"]
+    assert "which counts the GPUs" in refused(["--gpus", "L4,A10", "--out", str(tmp_path), *given], capsys)
 
 
 def test_a_config_for_the_base_says_its_device() -> None:
@@ -115,6 +117,55 @@ def test_workers_with_a_cache_of_their_own_leave_no_claim_behind(tmp_path: Path)
     given = ["--gpus", "L4+L4", *LLAMA, "--quantization", "nf4", "--out", str(tmp_path), "--min-replicas", "0"]
     assert cli.main(["k8s", *given, "--own-cache", "50Gi"]) == 0
     assert "claimName" not in (tmp_path / "workers.yaml").read_text(encoding="utf-8")
+
+
+def test_a_model_that_only_this_machine_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus = ["--gpus", "L4", "--out", str(tmp_path / "out"), "--quantization", "nf4"]
+    assert "below /models" in refused([*gpus, *WITHOUT_SOURCE], capsys)
+    monkeypatch.chdir(ROOT / "tests")
+    here = ["--model", "configs/llama-8b", *WITHOUT_SOURCE[2:]]
+    assert "say what they load with --source" in refused([*gpus, *here], capsys), "it could be an id of the hub"
+    config = tmp_path / "c.yaml"
+    for source, said in (("configs/llama-8b", "a folder of this machine"), ("./x.gguf", "below /models")):
+        models = [{"name": "m", "source": source}]
+        text = yaml.safe_dump({"applications": [{"import_path": "deployments.app:build", "args": {"models": models}}]})
+        config.write_text(text, encoding="utf-8")
+        assert said in refused(["--config", str(config), "--base", str(tmp_path / "out")], capsys)
+    cached = [*WITHOUT_SOURCE, "--source", "/models/llama"]
+    assert "with --own-cache each worker has an empty one" in refused([*gpus, *cached, "--own-cache", "1Gi"], capsys)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config.write_text(text.replace("./x.gguf", "demo"), encoding="utf-8")
+    assert cli.main(["k8s", "--config", str(config), "--base", str(tmp_path / "base")]) == 0, "the embedded model"
+    monkeypatch.chdir(ROOT / "tests")
+    assert cli.main(["k8s", *gpus, *cached]) == 0
+    assert cli.main(["k8s", *gpus, *here, "--source", "configs/llama-8b"]) == 0, "the hub's, if one says so"
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"source": "/data/llama"}, "below /models"),
+        ({"source": "llama.GGUF"}, "below /models"),
+        ({"source": "~/llama"}, "below /models"),
+        ({"source": "a/b/c"}, "below /models"),
+        ({"source": "demo", "chat_template": "chat.jinja"}, "chat_template 'chat.jinja' is a file"),
+        ({"source": "demo"}, None),
+        ({"source": "org/llama", "chat_template": "{{ messages }}"}, None),
+        ({"source": "/models/llama.gguf", "chat_template": "/models/chat.jinja"}, None),
+    ],
+)
+def test_what_workers_load_is_the_hubs_or_in_their_cache(model: dict[str, str], said: str | None) -> None:
+    config = {"applications": [{"args": {"models": [{"name": "m", **model}]}}]}
+    if said is None:
+        (made,) = cluster_config(config)["applications"][0]["args"]["models"]
+        assert made == {"name": "m", **model, "pools": [{"device": "cpu"}]}
+    else:
+        with pytest.raises(ConfigError, match=said):
+            cluster_config(config)
 
 
 def test_what_the_bases_workers_do_not_have_is_refused() -> None:

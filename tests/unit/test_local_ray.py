@@ -6,6 +6,8 @@ import os
 import stat
 import tempfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,28 @@ def test_environment_is_our_own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(first) == 64
     local_ray.set_environment(tmp_path)
     assert token.read_text(encoding="ascii") == first
+
+
+def test_first_starts_at_once_have_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def slowly(size: int) -> str:
+        made.append(f"{len(made):0{2 * size}x}")
+        time.sleep(0.1)
+        return made[-1]
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED", "HEADROOM_HOME", "PYTHONPATH"):
+        monkeypatch.setenv(name, "before")
+    monkeypatch.setattr("deployments.local_ray.secrets.token_hex", slowly)
+
+    def start(_: int) -> str:
+        local_ray.set_environment(tmp_path)
+        return (tmp_path / "ray_token").read_text(encoding="ascii")
+
+    with ThreadPoolExecutor(4) as threads:
+        tokens = set(threads.map(start, range(4)))
+    assert (list(tokens), len(made[0])) == (made, 64)
+    assert stat.S_IMODE((tmp_path / "ray_token").stat().st_mode) == 0o600
 
 
 def test_variables_that_name_files_of_the_folder_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ import pytest
 
 from deployments.api.auth import REREAD_S, KeyFile, open_gate
 from deployments.api.keys import ApiKey, digest, line_of
+from deployments.api.limits import Admission
 from deployments.errors import ConfigError, NoReplica
+from deployments.protocol import GenerationRequest
 from deployments.settings import ApiSettings
 from tests.fakes.dispatcher import Script
 from tests.unit.api.conftest import Api
@@ -192,6 +194,25 @@ async def test_tokens_of_a_refused_request_are_given_back(make_api: Callable[...
     api = limited(make_api, Script(refusal=NoReplica("none")), tmp_path, tokens_per_minute=1)
     for _ in range(3):
         assert (await api.post(CHAT, json=asking(), headers=bearer("a"))).status_code == 503
+
+
+async def test_what_a_request_is_charged_that_was_taken_up_in_part(
+    make_api: Callable[..., Api], speak: Callable[..., Script], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four choices of two prompts; a choice of the second is taken up, and refused is the one after it."""
+    charged: list[int] = []
+    monkeypatch.setattr(Admission, "leave", lambda _, tokens: charged.append(tokens))
+
+    def script(request: GenerationRequest) -> Script:
+        prompt, choice = request.request_id.split("-")[-2:]
+        if (prompt, choice) == ("1", "0"):
+            return speak("never said", step_s=60.0)
+        return Script(refusal=NoReplica("none"), grant_after_s=0.05 if prompt == "1" else 0.1)
+
+    api = limited(make_api, script, tmp_path, tokens_per_minute=100)
+    body = {"model": "tiny", "prompt": ["a much longer prompt", "hello"], "n": 2}
+    assert (await api.post("/v1/completions", json=body, headers=bearer("a"))).status_code == 503
+    assert charged == [len(next(r.prompt_ids for r in api.dispatcher.requests if "-1-" in r.request_id))]
 
 
 async def test_requests_at_once(make_api: Callable[..., Api], speak: Callable[..., Script], tmp_path: Path) -> None:

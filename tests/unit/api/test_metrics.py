@@ -9,9 +9,12 @@ import httpx
 import pytest
 
 from deployments.errors import Overloaded
+from deployments.metrics.board import Board
+from deployments.protocol import IngressNotice
 from deployments.settings import ApiSettings
 from tests.fakes.dispatcher import Script
 from tests.unit.api.conftest import Api
+from tests.unit.metrics.samples import VIEW, ingress_vitals
 
 
 async def page_after(api: Api, *requests: tuple[str, dict[str, Any]]) -> str:
@@ -60,6 +63,23 @@ async def test_what_is_wrong_with_a_request_counts_as_the_models_that_it_named(a
     counted = [line for line in page.splitlines() if line.startswith("headroom_requests_total{")]
     assert ['model="tiny",outcome="context_length_exceeded"' in line for line in counted].count(True) == 1
     assert ['model="",outcome="model_not_found"' in line for line in counted].count(True) == 1
+
+
+async def test_counters_of_an_ingress_never_go_back(api: Api) -> None:
+    """Its own counts are newer than the ledger's, and are not shown in their place while it does not answer."""
+    async with api.client() as client:
+
+        async def counted() -> dict[str, float]:
+            await client.post("/v1/completions", json={"model": "tiny", "prompt": "hi"})
+            return values((await client.get("/metrics")).text, "headroom_requests_total")
+
+        shown = [await counted()]
+        told = Board()
+        told.hear_ingress(IngressNotice("i1", vitals=ingress_vitals("i1")), 0.0)
+        for ledger in (told.observe(VIEW, 1, 0.0), None, told.observe(VIEW, 1, 0.0)):
+            api.dispatcher.observation = ledger
+            shown.append(await counted())
+    assert shown == [{"ok": 1}, {"ok": 3, "invalid_api_key": 1}, {}, {"ok": 3, "invalid_api_key": 1}]
 
 
 async def test_probes_and_the_page_itself_are_not_counted(api: Api) -> None:

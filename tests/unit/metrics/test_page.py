@@ -17,6 +17,8 @@ from deployments.metrics.vitals import IngressVitals
 from deployments.protocol import IngressNotice, Refusal, ReplicaState
 from tests.unit.metrics.samples import VIEW, ingress_vitals, replica_vitals
 
+OK = ("headroom_requests_total", (("ingress", "i1"), ("model", "m"), ("outcome", "ok")))
+R1 = (("model", "m"), ("pool", "default"), ("replica", "r1"))
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
@@ -46,7 +48,7 @@ def samples(overview: Overview) -> dict[tuple[str, tuple[tuple[str, str], ...]],
 
 @pytest.fixture
 def full() -> Overview:
-    return Overview((("m", observe(full_board())), ("lost", None)), ingress_vitals("i1"))
+    return Overview((("m", observe(full_board())), ("lost", None)))
 
 
 def test_every_metric_of_the_catalogue_is_there(full: Overview) -> None:
@@ -90,7 +92,7 @@ def test_what_the_cpu_does_not_have_is_absent_and_not_zero() -> None:
     board = Board()
     cpu = replica_vitals(predicted_bytes=(), measured_bytes=())
     board.hear_replica(report(vitals=cpu), 0.0)
-    names = {name for name, _ in samples(Overview((("m", observe(board)),), ingress_vitals("i1")))}
+    names = {name for name, _ in samples(Overview((("m", observe(board)),)))}
     assert "headroom_kv_blocks_held" in names
     assert not {name for name in names if name.startswith("headroom_gpu_memory")}
 
@@ -139,12 +141,31 @@ def test_an_ingress_of_two_models_is_shown_once_and_by_its_newest_counts() -> No
     old.hear_ingress(IngressNotice("i1", vitals=meter.vitals()), 0.0)
     meter.of("m").outcomes["ok"] += 1
     new.hear_ingress(IngressNotice("i1", vitals=meter.vitals()), 0.0)
-    meter.of("m").outcomes["ok"] += 1
-    key = ("headroom_requests_total", (("ingress", "i1"), ("model", "m"), ("outcome", "ok")))
     for boards in ((old, new), (new, old)):
         models = tuple((name, observe(board)) for name, board in zip("ab", boards, strict=True))
-        assert samples(Overview(models, meter.vitals()))[key] == 2, "its own counts, which are newer, are not shown"
-    assert samples(Overview((("a", None),), meter.vitals()))[key] == 3, "but where no ledger has any"
+        assert samples(Overview(models))[OK] == 2
+    meter.of("m").outcomes["ok"] += 1
+    assert samples(Overview((("a", None),), meter.vitals()))[OK] == 3, "its own, where there is no ledger"
+
+
+def test_what_comes_late_takes_nothing_back() -> None:
+    """A process that was stopped (SIGSTOP) reads what was sent to it meanwhile in any order."""
+    board, meter = Board(), IngressMeter("i1")
+    notices, reports = [], []
+    for number in range(1, 4):
+        meter.of("m").outcomes["ok"] += 1
+        notices.append(IngressNotice("i1", vitals=meter.vitals()))
+        reports.append(report(sequence=number, vitals=replica_vitals(output_tokens=number)))
+    shown = []
+    for index in (0, 2, 1):
+        board.hear_ingress(notices[index], float(index))
+        board.hear_replica(reports[index], float(index))
+        page = samples(Overview((("m", observe(board)),)))
+        shown.append((page[OK], page["headroom_output_tokens_total", R1]))
+    assert shown == [(1, 1), (3, 3), (3, 3)]
+    board.hear_replica(report(epoch=2, sequence=1, vitals=replica_vitals(output_tokens=0)), 3.0)
+    board.hear_replica(reports[2], 3.0)
+    assert samples(Overview((("m", observe(board)),)))["headroom_output_tokens_total", R1] == 0, "it started anew"
 
 
 def test_an_empty_service_has_a_page() -> None:
