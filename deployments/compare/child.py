@@ -181,7 +181,7 @@ def _quality(model: LoadedModel, ids: Sequence[int], job: Job, plan: Plan, limit
     torch.set_num_threads(limits.threads)
     workload, rows = job.workload, min(limits.max_batch_tokens, limits.max_sequences)
     found = score(
-        model.stages, ids, window=workload.window, stride=workload.stride, block_size=plan.block_size, rows=rows
+        model.decoder_only(), ids, window=workload.window, stride=workload.stride, block_size=plan.block_size, rows=rows
     )
     torch.cuda.empty_cache()  # on GPUs: what scoring took is not what serving takes
     if not math.isfinite(found.perplexity):
