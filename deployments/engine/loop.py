@@ -126,7 +126,7 @@ class Engine:
                 "the prompt of an encoder-decoder is the encoder's tokens and the decoder's first, 2 at least; it has "
                 f"{request.prompt_tokens}"
             )
-        row = Row(request.sampling, request.prompt_tokens, self._vocab_size)
+        row = Row(request.sampling, request.prompt_tokens, self._vocab_size, encoded)
         self._scheduler.add(request.request_id, request.prompt_ids, max_tokens=left, salt=request.salt)
         self._live[request.request_id] = _Live(request, row, request.resumed_tokens, encoded)
 
