@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin
@@ -24,13 +25,15 @@ class CrossLayer(CacheLayerMixin):
     Args:
         kv: its blocks; None for a layer of another stage, which is asked for lengths alone.
         batch: the forward's sequences.
+        dtype: in which they are computed.
     """
 
-    def __init__(self, kv: PagedKv | None, batch: DecoderBatch) -> None:
+    def __init__(self, kv: PagedKv | None, batch: DecoderBatch, dtype: torch.dtype) -> None:
         self.is_initialized = True
         self.uses = 0
         self._kv = kv
         self._batch = batch
+        self._dtype = dtype
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]  # transformers' is an attribute
@@ -77,7 +80,7 @@ class CrossLayer(CacheLayerMixin):
 
     def _read(self, blocks: Tensor) -> Tensor:
         flat = indexable(blocks).flatten(0, 1)
-        found = flat.index_select(0, self._batch.places.flatten()).view(blocks.dtype)
+        found = flat.index_select(0, self._batch.places.flatten()).view(blocks.dtype).to(self._dtype)
         return found.view(*self._batch.places.shape, *blocks.shape[2:]).transpose(1, 2)
 
     def _through(self, blocks: Tensor, new: Tensor) -> Tensor:
@@ -96,12 +99,13 @@ class CrossCache:
     Args:
         kv: the stage's blocks, by the layer's index in the decoder.
         batch: the forward's sequences.
+        dtype: in which they are computed.
     """
 
-    def __init__(self, kv: Mapping[int, PagedKv], batch: DecoderBatch) -> None:
+    def __init__(self, kv: Mapping[int, PagedKv], batch: DecoderBatch, dtype: torch.dtype) -> None:
         self._held = tuple(kv)
         self._own = [GatherLayer(kv.get(index), batch.own) for index in range(max(kv) + 1)]
-        self._cross = [CrossLayer(kv.get(index), batch) for index in range(max(kv) + 1)]
+        self._cross = [CrossLayer(kv.get(index), batch, dtype) for index in range(max(kv) + 1)]
         self.shown = EncoderDecoderCache(Cache(layers=[*self._own]), Cache(layers=[*self._cross]))
         """As transformers takes it."""
 

@@ -125,7 +125,7 @@ class EncoderDecoderStage:
         """`hidden` [T, hidden] with the decoder's rows run through its layers."""
         source = ids if decoder.embeds else hidden
         for batch in decoder_batches(step.spans, block_size, self.device):
-            cache = CrossCache(self._kv_by_layer, batch)
+            cache = CrossCache(self._kv_by_layer, batch, self.dtype)
             rows = batch.own.rows.view(-1, batch.own.new)
             # Where the cache has the encoder's keys, transformers wants to see its output's length alone.
             encoded = hidden.new_empty(*batch.mask.shape, 1) if batch.encoded is None else hidden[batch.encoded]

@@ -46,14 +46,15 @@ class Case:
     prompts: tuple[tuple[int, ...], ...]
     outputs: tuple[tuple[int, ...], ...]
 
-    def plan(self, stages: int) -> Plan:
+    def plan(self, stages: int, dtype: str = "float32", kv_dtype: str | None = None) -> Plan:
         return solve(
-            footprint(self.folder, quantization=self.quantization, dtype="float32"),
+            footprint(self.folder, quantization=self.quantization, dtype=dtype),
             virtual_cpu_devices(("40MB",) * stages),
             block_size=4,
             max_batch_tokens=LIMITS.max_batch_tokens,
             max_sequences=LIMITS.max_sequences,
             max_context=128,
+            kv_dtype=kv_dtype,
         )
 
     def requests(self) -> list[GenerationRequest]:
@@ -165,6 +166,23 @@ def test_steps_in_flight_and_resumed_requests_change_nothing(flan: Case) -> None
     ]
     rest, _ = run(model, plan, LIMITS, resumed)
     assert rest == {name: ids[3:] for name, ids in outputs.items()}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "kv_dtype"),
+    [("fp16", "float16", None), ("nf4", "bfloat16", None), ("fp32", "float32", "fp8")],
+)
+def test_other_dtypes_pass_the_probe_and_stages_change_nothing(
+    flan: Case, quantization: str, dtype: str, kv_dtype: str | None
+) -> None:
+    """In float16, T5 keeps `wo` and what its layers add up in float32; that goes from stage to stage as it is. One
+    request at a time, since rounding differs with the rows of a product."""
+    case, outputs = replace(flan, quantization=quantization), []
+    for stages in (1, 4):
+        plan = case.plan(stages, dtype, kv_dtype)
+        model = load(case.folder, plan, device_type="cpu")
+        outputs.append([run(model, plan, LIMITS, [request])[0] for request in case.requests()[:4]])
+    assert outputs[0] == outputs[1]
 
 
 def test_a_repetition_penalty_is_over_what_the_decoder_has_seen(flan: Case) -> None:
