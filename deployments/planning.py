@@ -19,7 +19,7 @@ from placement.source import Source, find_source
 
 _FIXED_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _BITSANDBYTES = ("nf4", "fp4", "int8")
-_ENCODER_DECODERS = ("t5", "mt5", "umt5")
+_ENCODER_DECODERS = ("t5", "mt5")
 """Model types of which the engine knows what their stacks do around their layers."""
 
 

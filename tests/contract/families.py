@@ -261,10 +261,7 @@ ENCODER_DECODERS = (
     Family("T5", "google-t5/t5-11b", "encoder-decoder", GATHER, transformers.T5Config(**_T5)),
     Family("FLAN-T5", "google/flan-t5-xxl", "encoder-decoder", GATHER, transformers.T5Config(**_T5_GATED)),
 )
-OTHER_ENCODER_DECODERS = (
-    Family("mT5", "google/mt5-xl", "encoder-decoder", GATHER, transformers.MT5Config(**_T5_GATED)),
-    Family("UMT5", "google/umt5-xl", "encoder-decoder", GATHER, transformers.UMT5Config(**_T5_GATED)),
-)
+MT5 = Family("mT5", "google/mt5-xl", "encoder-decoder", GATHER, transformers.MT5Config(**_T5_GATED))
 """Tested in NF4 alone, and so not in the table."""
 
 

@@ -20,7 +20,7 @@ from deployments.protocol import GenerationRequest, Sampling
 from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
-from tests.contract.families import ENCODER_DECODERS, OTHER_ENCODER_DECODERS, VOCAB, Family
+from tests.contract.families import ENCODER_DECODERS, MT5, VOCAB, Family
 
 START = 0
 """The decoder's first token."""
@@ -100,7 +100,7 @@ def generated(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> tup
     scope="module",
     params=[
         *((family, quantization) for family in ENCODER_DECODERS for quantization in family.quantizations),
-        *((family, "nf4") for family in OTHER_ENCODER_DECODERS),
+        (MT5, "nf4"),
     ],
     ids=lambda pair: f"{pair[0].name}, {pair[1]}",
 )

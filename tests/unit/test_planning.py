@@ -205,7 +205,7 @@ def test_a_step_of_an_encoder_decoder_has_room_for_the_longest_prompt(folder: Pa
     [
         ("t5", {"prefix_cache": True}, "a prompt's beginning depends on its end; leave prefix_cache out"),
         ("t5", {"prefill_chunk_tokens": 8}, "whose prompts are computed whole; leave prefill_chunk_tokens out"),
-        ("bart", {}, "is an encoder-decoder of type bart, and the engine serves t5, mt5, umt5 alone"),
+        ("bart", {}, "is an encoder-decoder of type bart, and the engine serves t5, mt5 alone"),
     ],
 )
 def test_what_the_engine_does_not_do_with_an_encoder_decoder(
