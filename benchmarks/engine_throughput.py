@@ -38,12 +38,12 @@ from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
 
 _CLASSES = (
+    ("fused elementwise", ("triton_",)),  # their names hold those of the operators around them
+    ("KV append", ("index_copy", "index_elementwise", "AppendPagedKV", "append_paged")),
     ("attention", ("flashinfer", "fmha", "flash_", "MergeStates", "BatchPrefill", "BatchDecode")),
-    ("GEMM", ("gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv", "wgmma", "linear_")),
+    ("GEMM", ("skinny", "gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv", "wgmma", "linear_")),
     ("dequantise", ("Dequantize", "dequant")),
-    ("KV append", ("index_copy", "index_elementwise", "append_paged")),
     ("sampling", ("argmax", "ArgMax", "reduce_kernel", "softmax", "topk", "sort")),
-    ("fused elementwise", ("triton_",)),
     ("copies", ("Memcpy", "copy_kernel", "direct_copy")),
 )
 """Kernel classes, by a part of the kernel's name; the first that matches counts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deployments import gptqmodel_fit
 from deployments.checkpoint import is_encoder_decoder, max_context, read_config
 from deployments.errors import ConfigError
 from deployments.settings import PoolSettings
@@ -18,7 +19,6 @@ from placement.reserve import Attention
 from placement.source import Source, find_source
 
 _FIXED_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_BITSANDBYTES = ("nf4", "fp4", "int8")
 _ENCODER_DECODERS = ("t5", "mt5")
 """Model types of which the engine knows what their stacks do around their layers."""
 
@@ -45,15 +45,16 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
                 f"pool {pool.name}: quantize_experts is for the CPU yet, and this pool runs on GPUs; leave it out, or "
                 "set `device: cpu`"
             )
+        source = find_source(model_dir)
         weighed = footprint(
             model_dir,
             name=name,
             quantization=_auto(pool.quantization),
             double_quant=pool.double_quant,
             experts=pool.quantize_experts,
-            dtype=_dtype(pool, device_type, find_source(model_dir)),
+            dtype=_dtype(pool, device_type, source),
         )
-        if reason := _why_not_loaded(weighed):
+        if reason := _why_not_loaded(weighed, source, device_type):
             raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
         if "encoder" in weighed.stacks:
             _check_encoder_decoder(name, model_dir, pool, on_gpu=on_gpu)
@@ -131,13 +132,12 @@ def _attention(weighed: Footprint, kv_dtype: str) -> Attention:
     return "torch" if why_not_here() or any(why_not(kind) for kind in kinds) else "flashinfer"
 
 
-def _why_not_loaded(weighed: Footprint) -> str | None:
+def _why_not_loaded(weighed: Footprint, source: Source, device_type: DeviceType) -> str | None:
     """What the loader can't do with this checkpoint yet, with the mend; None when it loads it."""
-    if weighed.prequantized and weighed.quantization not in _BITSANDBYTES:
-        return (
-            f"is quantised already ({weighed.quantization}), which the engine does not load yet; "
-            "give the unquantised model, or one that bitsandbytes quantised"
-        )
+    stored = source.quantization
+    recipe = None if stored is None else read_recipe(stored)
+    if isinstance(recipe, Grouped) and (reason := gptqmodel_fit.why_not(recipe, stored or {}, device_type)):
+        return reason
     if weighed.left_out:
         return (
             f"has other parts than text ({', '.join(weighed.left_out)}), which the engine can't load the text model "
@@ -152,13 +152,13 @@ def _virtual_devices(pool: PoolSettings) -> tuple[Gpu, ...]:
 
 
 def _dtype(pool: PoolSettings, device_type: DeviceType, source: Source) -> str | None:
-    """The compute dtype; None leaves it to an unquantised name such as bf16, or to GPTQ's and AWQ's default.
+    """The compute dtype; None leaves it to an unquantised name such as bf16.
 
     Raises:
         ConfigError: another than the one in which a quantised checkpoint stores the rest, and so loads it.
     """
-    if source.quantization is not None:
-        return _auto(pool.dtype) if isinstance(read_recipe(source.quantization), Grouped) else _stored(pool, source)
+    if source.quantization is not None and not isinstance(read_recipe(source.quantization), Grouped):
+        return _stored(pool, source)
     if pool.dtype != "auto":
         return pool.dtype
     if pool.quantization in _FIXED_DTYPE:

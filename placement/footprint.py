@@ -21,7 +21,17 @@ from typing import Literal
 
 from placement.errors import PlacementError
 from placement.kv import LayerKv
-from placement.recipe import BLOCK, FourBit, Plain, Quantization, Recipe, compute_dtype, make_recipe, read_recipe
+from placement.recipe import (
+    BLOCK,
+    FourBit,
+    Grouped,
+    Plain,
+    Quantization,
+    Recipe,
+    compute_dtype,
+    make_recipe,
+    read_recipe,
+)
 from placement.source import Source, find_source
 
 __all__ = ["Footprint", "Geometry", "Module", "Quantization", "Role", "Tensor", "footprint", "resident_bytes"]
@@ -275,7 +285,11 @@ def _recipe(
 
 
 def _weigh(module: Module, recipe: Recipe) -> Module:
-    return replace(module, tensors=tuple(_weighed(t, recipe) if t.linear else t for t in module.tensors))
+    tensors = tuple(_weighed(t, recipe) if t.linear else t for t in module.tensors)
+    if isinstance(recipe, Grouped):
+        biases = {f"{t.name.removesuffix('weight')}bias" for t in tensors if t.linear}
+        tensors = tuple(replace(t, itemsize=2, bytes=2 * t.elements) if t.name in biases else t for t in tensors)
+    return replace(module, tensors=tensors)
 
 
 def _weighed(tensor: Tensor, recipe: Recipe) -> Tensor:

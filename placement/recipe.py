@@ -321,6 +321,4 @@ def compute_dtype(recipe: Recipe, dtype: str | None) -> str:
         raise PlacementError(
             f"quantization {recipe.name} computes in {whole}, but dtype is {dtype}; drop one of the two"
         )
-    if isinstance(recipe, Grouped) and dtype == "float32":
-        raise PlacementError(f"{recipe.name} computes in float16 or bfloat16, not in {dtype}; change dtype")
     return dtype

@@ -32,6 +32,7 @@ from deployments.engine.cut import Cut
 from deployments.engine.encoder_decoder import EncoderDecoderStage
 from deployments.engine.encoder_decoder_load import ATTENTION, proven, samples, untie
 from deployments.engine.experts import quantise_experts
+from deployments.engine.grouped import grouped_options, settle_grouped
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits
 from deployments.engine.residents import resident_bytes
@@ -96,6 +97,7 @@ def load(
     if already:
         _check_dtype(model, plan)
     _compute_as_planned(model, plan)
+    settle_grouped(model)
     if plan.experts:
         quantise_experts(model, plan)
     devices = [
@@ -189,7 +191,7 @@ def quantized_copy(model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig
 def _read(
     model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig | None, devices: dict[str, int | str]
 ) -> PreTrainedModel:
-    options = {} if quantization is None else {"quantization_config": quantization}
+    options = grouped_options(model_dir) if quantization is None else {"quantization_config": quantization}
     auto = AutoModelForSeq2SeqLM if is_encoder_decoder(model_dir) else AutoModelForCausalLM
     with _exact_allocations():
         model: PreTrainedModel = auto.from_pretrained(

@@ -135,11 +135,12 @@ def run(
     return dict(outputs), engine
 
 
-def test_greedy_tokens_equal_generate(case: Case) -> None:
-    """With room for all on one stage, and with too few blocks on four, of which two share each stack's layers."""
+def test_greedy_tokens_equal_generate(case: Case, tmp_path: Path) -> None:
+    """With room for all on one stage, from weights that were quantised once and kept, as in serving; and with too few
+    blocks on four stages, of which two share each stack's layers."""
     expected = {f"{i}": ids for i, ids in enumerate(case.outputs)}
     one = case.plan(1)
-    outputs, engine = run(load(case.folder, one, device_type="cpu"), one, LIMITS, case.requests())
+    outputs, engine = run(load(case.folder, one, device_type="cpu", cache_dir=tmp_path), one, LIMITS, case.requests())
     assert outputs == expected
     assert engine.scheduler.preemptions == 0
     scarce = replace(case.plan(4), num_blocks=19, max_context=76)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
+from deployments import gptqmodel_fit
 from deployments.engine import flashinfer_fit
 from deployments.errors import ConfigError
 from deployments.planning import plan_pool, step_tokens
@@ -173,11 +174,18 @@ def test_models_without_attention_are_refused_before_anything_loads(name: str, t
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_checkpoints_that_the_engine_cannot_load_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+def test_checkpoints_that_the_engine_cannot_load_are_refused_by_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = json.loads((folder / "config.json").read_text())
+    monkeypatch.setattr(gptqmodel_fit, "find_spec", lambda _: None)
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"tiny is quantised already \(gptq-4bit\).*give the unquantised model"):
+    with pytest.raises(ConfigError, match=r"tiny is quantised already \(gptq-4bit\).* pip install 'headroom\[gptq\]'"):
+        plan_pool("tiny", tmp_path, pool())
+    config["quantization_config"]["bits"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="tiny is quantised already to 3 bits, and of gptq 2, 4, 8 bits can be read"):
         plan_pool("tiny", tmp_path, pool())
     MULTIMODAL["gemma3_vision"].save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"other parts than text \(model.vision_tower, .*serve a text model"):

@@ -2,10 +2,13 @@
 
 A table is `tables/<gpu name in lower case, blanks as _>.json`:
 
-    {"4bit": {"default": {"configs": {"16": {...}, ...}, "crossover": 128}, "28672x4096": {...}}, "8bit": {...}}
+    {"4bit": {"default": {"configs": {"16": {...}, ...}, "crossover": 128}, "28672x4096": {..., "cuts": {"8": {...}}}},
+     "8bit": {...}}
 
 The keys of `configs` are rows of x, rounded up to a bucket; `crossover` is the number of rows up to which the kernels
-are used, and above which the weight is dequantised for cuBLAS. `default` serves every shape that has no entry.
+are used, and above which the weight is dequantised for cuBLAS. The keys of `cuts` (for `skinny.cu`) are most rows, too;
+null stands where the other kernel is faster, and what is missing is `choose_cut`'s. `default` serves every shape that
+has no entry.
 A folder given to `use_folder` (tuning's own results) comes before the shipped tables.
 """
 
@@ -17,6 +20,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+
+from deployments.engine.kernels.cut import Cut
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +78,8 @@ class Entry:
     """By bucket of rows."""
     crossover: int
     """Most rows for which the kernels are used."""
+    cuts: dict[int, Cut | None] = field(default_factory=dict)
+    """By most rows; None: the other kernel is faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +161,8 @@ def parse_table(data: dict[str, Any]) -> Table:
     for kind in kinds:
         for shape, fields in data.get(kind, {}).items():
             configs = {int(rows): GemmConfig(**config) for rows, config in fields["configs"].items()}
-            entry = Entry(configs, int(fields["crossover"]))
+            cuts = {int(rows): cut and Cut(**cut) for rows, cut in fields.get("cuts", {}).items()}
+            entry = Entry(configs, int(fields["crossover"]), cuts)
             if shape == "default":
                 default[kind] = entry
             else:
@@ -173,4 +181,5 @@ def dump_table(table: Table) -> dict[str, Any]:
 
 def _dump_entry(entry: Entry) -> dict[str, Any]:
     configs = {str(bucket): asdict(config) for bucket, config in entry.configs.items()}
-    return {"configs": configs, "crossover": entry.crossover}
+    cuts = {str(rows): cut and asdict(cut) for rows, cut in entry.cuts.items()}
+    return {"configs": configs, "crossover": entry.crossover} | ({"cuts": cuts} if cuts else {})

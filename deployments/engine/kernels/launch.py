@@ -1,6 +1,7 @@
 """From tensors to kernel launches on a CUDA device. Imports Triton.
 
-Small products run on the tiled weight. Larger ones, and weights that are not tiled, are dequantised into the
+Products of a few rows run on the tiled weight: `skinny.cu` where clusters of blocks are, else and for more rows
+Triton's kernels. Larger ones, and weights that are not tiled, are dequantised into the
 workspace's buffer and multiplied by cuBLAS, in runs of rows where the buffer is smaller than the weight.
 """
 
@@ -14,9 +15,11 @@ import triton
 from torch import Tensor
 
 from deployments.engine.kernels import gemm
-from deployments.engine.kernels.config import BUCKETS, PANELS, GemmConfig, Kind, Table, bucket_of, table_for
+from deployments.engine.kernels.config import BUCKETS, PANELS, Entry, GemmConfig, Kind, Table, bucket_of, table_for
+from deployments.engine.kernels.cut import MOST_ROWS, Cut, choose_cut, groups_of
 from deployments.engine.kernels.repack import TILE_COLUMNS, TILE_ROWS
 from deployments.engine.kernels.schedule import Schedule, make_schedule
+from deployments.engine.kernels.skinny import skinny_product
 from deployments.engine.kernels.weights import Weight4, Weight8
 from deployments.engine.kernels.workspace import Workspace, prepare
 
@@ -37,10 +40,29 @@ def product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, *, batch_
     small = weight.tiled and x.dtype in (torch.bfloat16, torch.float16)
     if small and batch_invariant:
         return small_product(x, weight, bias, entry.configs[BUCKETS[0]], bucket=BUCKETS[0])
+    cut = _cut(entry, weight, rows, x.device) if small and 0 < rows <= MOST_ROWS else None
+    if cut is not None:
+        return skinny_product(x, weight, bias, cut)
     if small and rows <= entry.crossover:
         bucket = bucket_of(rows)
         return small_product(x, weight, bias, entry.configs[bucket], bucket=bucket)
     return dequantised_product(x, weight, bias)
+
+
+def _cut(entry: Entry, weight: Weight4 | Weight8, rows: int, device: torch.device) -> Cut | None:
+    if not clusters(device):
+        return None
+    groups = groups_of(rows)
+    if 8 * groups in entry.cuts:
+        return entry.cuts[8 * groups]
+    bits = 4 if isinstance(weight, Weight4) else 8
+    return choose_cut(weight.n, weight.k, bits, groups, multiprocessors(device))
+
+
+@cache
+def clusters(device: torch.device) -> bool:
+    """Whether blocks can read each other's shared memory, as `skinny.cu` wants it."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache

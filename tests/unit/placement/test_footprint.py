@@ -184,6 +184,14 @@ def test_gptq_and_awq_by_their_config(tmp_path: Path, config: dict[str, Any]) ->
     assert sizes["model.layers.0.mlp.up_proj.weight"] == expected + (4 * 64 if config is GPTQ else 0)
 
 
+@pytest.mark.parametrize("config", [GPTQ, AWQ])
+def test_biases_of_quantised_linears_stay_in_16_bits(tmp_path: Path, config: dict[str, Any]) -> None:
+    path = write_config(tmp_path, quantization_config=config, attention_bias=True)
+    sizes = by_name(footprint(path, dtype="float32"))
+    assert sizes["model.layers.0.self_attn.q_proj.bias"] == 64 * 2
+    assert sizes["model.norm.weight"] == 64 * 4
+
+
 def test_exempted_modules_keep_their_bytes(tmp_path: Path) -> None:
     kept = footprint(write_config(tmp_path, quantization_config=AWQ | {"modules_to_not_convert": ["up_proj"]}))
     assert by_name(kept)["model.layers.0.mlp.up_proj.weight"] == 64 * 96 * 2

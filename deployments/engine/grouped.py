@@ -1,0 +1,44 @@
+"""GPTQ and AWQ checkpoints, as transformers loads them through GPTQModel, on the CPU.
+
+Of GPTQModel's kernels the plain torch ones are used: they keep the tensors as a checkpoint stores them, so that what is
+resident is what the plan says, and compute the same for every batch. Its int4 kernels for the CPU repack at the first
+forward, and round the scales.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+_BACKENDS = {"gptq": "gptq_torch", "awq": "torch_awq"}
+_TABLES = ("wf_unsqueeze_zero", "wf_unsqueeze_neg_one")
+
+
+def grouped_options(model_dir: Path) -> dict[str, Any]:
+    """What `from_pretrained` is told to have those kernels; nothing for what is neither GPTQ nor AWQ.
+
+    In the config, as if the checkpoint asked for them: told beside it, transformers warns that it follows.
+    """
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    stored = getattr(config, "quantization_config", None) or {}
+    backend = _BACKENDS.get(str(stored.get("quant_method")))
+    if backend is None:
+        return {}
+    config.quantization_config = stored | {"backend": backend}
+    return {"config": config}
+
+
+def settle_grouped(model: nn.Module) -> None:
+    """Undo what GPTQModel adds to each linear once it is loaded: torch.compile, which wants a C++ compiler and seconds
+    for every shape; and tables of shifts, of which one for each width is enough."""
+    tables: dict[tuple[str, int, torch.device], torch.Tensor] = {}
+    for module in model.modules():
+        vars(module).pop("dequantize_weight", None)
+        buffers: dict[str, Any] = module._buffers
+        for name in _TABLES:
+            if (table := buffers.pop(name, None)) is not None:
+                setattr(module, name, tables.setdefault((name, table.numel(), table.device), table))
