@@ -63,6 +63,11 @@ def max_context(folder: Path) -> int:
     raise ConfigError(f"{folder / 'config.json'} does not say the longest context; set max_position_embeddings in it")
 
 
+def is_encoder_decoder(folder: Path) -> bool:
+    """Whether the model has an encoder that reads the prompt (T5)."""
+    return bool(read_config(folder).get("is_encoder_decoder"))
+
+
 def has_chat_template(folder: Path) -> bool:
     """Whether the tokenizer brings a chat template."""
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():

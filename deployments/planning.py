@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deployments import gptqmodel_fit
+from deployments.checkpoint import is_encoder_decoder, max_context, read_config
 from deployments.errors import ConfigError
 from deployments.settings import PoolSettings
 from placement import probe
@@ -18,6 +19,8 @@ from placement.reserve import Attention
 from placement.source import Source, find_source
 
 _FIXED_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_ENCODER_DECODERS = ("t5", "mt5")
+"""Model types of which the engine knows what their stacks do around their layers."""
 
 
 def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, DeviceType]:
@@ -53,6 +56,8 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
         )
         if reason := _why_not_loaded(weighed, source, device_type):
             raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
+        if "encoder" in weighed.stacks:
+            _check_encoder_decoder(name, model_dir, pool, on_gpu=on_gpu)
         if reason := why_not_served(weighed.geometry.kv):
             raise ConfigError(
                 f"pool {pool.name}: {name} caches {reason}, which the engine does not serve yet; "
@@ -62,7 +67,7 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             weighed,
             gpus[: pool.stage_count] if on_gpu else _virtual_devices(pool),
             block_size=pool.block_size,
-            max_batch_tokens=pool.batch_tokens(device_type),
+            max_batch_tokens=step_tokens(model_dir, pool, device_type),
             max_sequences=pool.max_sequences,
             max_context=pool.max_context,
             max_memory=pool.max_memory if on_gpu else None,
@@ -73,6 +78,45 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
     except PlacementError as error:
         raise ConfigError(f"pool {pool.name}: {error}") from error
     return plan, device_type
+
+
+def step_tokens(model_dir: Path, pool: PoolSettings, device_type: DeviceType) -> int:
+    """Most tokens of a step: the pool's `max_batch_tokens`, or its default on a kind of device.
+
+    An encoder takes a prompt in one step, so there it is the longest sequence beside `max_sequences` decodes at least.
+
+    Raises:
+        ConfigError: the pool's own is less than that.
+    """
+    tokens = pool.batch_tokens(device_type)
+    if not is_encoder_decoder(model_dir):
+        return tokens
+    context = pool.max_context or max_context(model_dir)
+    need = context + pool.max_sequences
+    if pool.max_batch_tokens is not None and tokens < need:
+        raise ConfigError(
+            f"pool {pool.name}: an encoder takes a prompt in one step, so max_batch_tokens must be max_context "
+            f"({context}) and max_sequences ({pool.max_sequences}) together, {need} at least, and is {tokens}; leave "
+            "it out, or lower one of the others"
+        )
+    return max(tokens, need)
+
+
+def _check_encoder_decoder(name: str, model_dir: Path, pool: PoolSettings, *, on_gpu: bool) -> None:
+    """Refuse what the engine does not do with an encoder-decoder."""
+    kind = read_config(model_dir)["model_type"]
+    asked = pool.model_fields_set & {"prefix_cache", "prefill_chunk_tokens"}
+    if kind not in _ENCODER_DECODERS:
+        reason = f"is an encoder-decoder of type {kind}, and the engine serves {', '.join(_ENCODER_DECODERS)} alone"
+    elif on_gpu:
+        reason = "is an encoder-decoder, which the engine runs on the CPU alone yet; set `device: cpu`"
+    elif "prefill_chunk_tokens" in asked and pool.prefill_chunk_tokens is not None:
+        reason = "is an encoder-decoder, whose prompts are computed whole; leave prefill_chunk_tokens out"
+    elif "prefix_cache" in asked and pool.prefix_cache:
+        reason = "is an encoder-decoder, where a prompt's beginning depends on its end; leave prefix_cache out"
+    else:
+        return
+    raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
 
 
 def _attention(weighed: Footprint, kv_dtype: str) -> Attention:

@@ -74,7 +74,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    """Over prompt and output, as in `transformers`."""
+    """Over prompt and output, as in `transformers`; an encoder's input is not counted."""
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     """Both over the output alone, as in OpenAI's API."""
@@ -161,6 +161,7 @@ class GenerationRequest:
     request_id: str
     """Unique per choice: the HTTP request's id, a dash, prompt and choice indices."""
     prompt_ids: tuple[int, ...]
+    """Of an encoder-decoder the encoder's input, and the decoder's first token behind it."""
     sampling: Sampling
     grant: Grant | None = None
     """None only in process (tests, benchmarks): a replica refuses a request without a grant."""

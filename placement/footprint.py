@@ -13,6 +13,7 @@ fused into one parameter and whatever else transformers excludes from quantisati
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -36,6 +37,7 @@ from placement.source import Source, find_source
 __all__ = ["Footprint", "Geometry", "Module", "Quantization", "Role", "Tensor", "footprint", "resident_bytes"]
 
 Role = Literal["first", "layer", "shared", "last"]
+_LENT = ".relative_attention_bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,16 @@ class Footprint:
         )
 
     @property
+    def lent(self) -> tuple[tuple[Module, ...], ...]:
+        """For each layer the modules inside the first layer of its stack that it does not run without: T5 has a table
+        of position biases in the first layer alone, which all layers read."""
+        return tuple(
+            tuple(_lent(self.layers[start], layer))
+            for start, end in self.stacks.values()
+            for layer in self.layers[start:end]
+        )
+
+    @property
     def bytes(self) -> int:
         """The whole model on one device."""
         return resident_bytes(self.modules)
@@ -166,6 +178,14 @@ class Footprint:
             double_quant=double_quant,
             modules=tuple(_weigh(module, recipe) for module in self.modules),
         )
+
+
+def _lent(first: Module, layer: Module) -> Iterator[Module]:
+    have = {tensor.name for tensor in layer.tensors}
+    for tensor in first.tensors:
+        name, _, kind = tensor.name.rpartition(".")
+        if name.endswith(_LENT) and f"{layer.name}{name.removeprefix(first.name)}.{kind}" not in have:
+            yield Module(name, "shared", (tensor,), 0, layer.stack)
 
 
 def resident_bytes(modules: tuple[Module, ...]) -> int:

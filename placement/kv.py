@@ -111,11 +111,9 @@ def kv_dtype_bytes(dtype: str) -> int:
 
 def why_not_served(layers: Sequence[LayerKv]) -> str | None:
     """What of this cache the engine can't hold yet, in a few words; None when it can hold all of it."""
-    if any(kv.cross_elements for kv in layers):
-        return "cross-attention (an encoder-decoder)"
     if any(kv.conv_elements or kv.recurrent_elements for kv in layers):
         return "recurrent state (Mamba, linear attention or short convolutions)"
-    if not all(kv.kv_heads for kv in layers):
+    if not all(kv.kv_heads for kv in layers) and not any(kv.cross_elements for kv in layers):
         return "layers without attention"
     return None
 

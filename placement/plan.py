@@ -41,7 +41,7 @@ class Stage:
     modules: tuple[str, ...]
     """Full dotted names, as in `device_map`; each module of the model is in exactly one stage."""
     copies: tuple[str, ...]
-    """Modules owned by the first stage that this one holds a copy of as well (rotary tables)."""
+    """Modules owned by an earlier stage that this one holds a copy of as well (rotary tables, T5's position biases)."""
     weight_bytes: int
     """Parameters, buffers and quantisation state resident after loading, before the first forward."""
     reserve: tuple[Term, ...]
@@ -179,6 +179,7 @@ def _stage(problem: Problem, cut: Cut, blocks: int) -> Stage:
     beside = {role: [m for i, m in footprint.beside if i in layers and m.role == role] for role in ("first", "last")}
     shared = footprint.with_role("shared")
     modules = (*beside["first"], *footprint.layers[cut.start : cut.end], *(shared if first else ()), *beside["last"])
+    copies = (*(() if first else shared), *_borrowed(footprint, cut))
     kv_block_bytes = problem.kv_block_bytes(cut)
     reserve = problem.reserves[cut.device].terms(
         last=cut.end == problem.layers, blocks=blocks, kv_block_bytes=kv_block_bytes
@@ -191,13 +192,20 @@ def _stage(problem: Problem, cut: Cut, blocks: int) -> Stage:
         gpu=question.devices[cut.device],
         layers=(cut.start, cut.end),
         modules=tuple(module.name for module in modules),
-        copies=() if first else tuple(module.name for module in shared),
+        copies=tuple(module.name for module in copies),
         weight_bytes=problem.weight_bytes(cut),
         reserve=reserve,
         kv_block_bytes=kv_block_bytes,
         budget_bytes=question.budgets[cut.device],
-        weights=_weights(modules if first else (*modules, *shared)),
+        weights=_weights((*modules, *copies)),
     )
+
+
+def _borrowed(footprint: Footprint, cut: Cut) -> tuple[Module, ...]:
+    """What the stage's layers need of the first layer of their stack, where that is on another stage."""
+    own = {tensor.storage for layer in footprint.layers[cut.start : cut.end] for tensor in layer.tensors}
+    lent = {module.name: module for modules in footprint.lent[cut.start : cut.end] for module in modules}
+    return tuple(module for module in lent.values() if not own & {tensor.storage for tensor in module.tensors})
 
 
 def _weights(modules: tuple[Module, ...]) -> tuple[Term, ...]:

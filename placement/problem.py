@@ -177,7 +177,8 @@ def _storages(footprint: Footprint) -> tuple[list[int], tuple[tuple[tuple[int, .
     layers = footprint.layers
     size: dict[str, int] = {}
     users: dict[str, set[int]] = defaultdict(set)
-    for layer, module in (*enumerate(layers), *footprint.beside):
+    lent = ((layer, module) for layer, modules in enumerate(footprint.lent) for module in modules)
+    for layer, module in (*enumerate(layers), *footprint.beside, *lent):
         for tensor in module.tensors:
             size[tensor.storage] = tensor.bytes
             users[tensor.storage].add(layer)

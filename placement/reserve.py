@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from placement import arena
-from placement.footprint import Footprint, Module, Tensor
+from placement.footprint import Footprint, Geometry, Module, Tensor
 from placement.hardware import DeviceType, format_bytes
 from placement.kv import dtype_bytes, kv_dtype_bytes
 
@@ -311,6 +311,11 @@ def _logit_bytes(footprint: Footprint, workload: Workload) -> int:
     return hidden + vocab * (rows * size + min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
 
 
+def _scored(geometry: Geometry) -> bool:
+    """Whether attention's scores are there as a tensor: they pass a tanh, or an encoder-decoder adds its biases."""
+    return geometry.softcap or any(kv.cross_elements for kv in geometry.kv)
+
+
 def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
     """A chunk of a prompt against the longest context: gathered keys and values repeated to all query heads, and the
     mask as kept (bool, per kind of window), per query head of one KV head (bool), and as SDPA adds it."""
@@ -318,7 +323,7 @@ def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
     pairs = workload.max_batch_tokens * workload.max_context
     kinds = {kv for kv in geometry.kv if kv.kv_heads}
     windows = len({kv.window for kv in kinds})
-    scores = pairs * geometry.heads * (2 * size + 2 * 4) if geometry.softcap else 0
+    scores = pairs * geometry.heads * (2 * size + 2 * 4) if _scored(geometry) else 0
     return max(
         (
             pairs * (windows + (1 + size) * (geometry.heads // kv.kv_heads))
@@ -334,7 +339,7 @@ def _gather_bytes(footprint: Footprint, workload: Workload) -> int:
     """Keys, values and mask of one block in one layer, gathered for a decode step and padded."""
     geometry, size = footprint.geometry, kv_dtype_bytes(workload.kv_dtype)
     per_token = max(kv.elements_per_token for kv in geometry.kv) * size + 1 + size
-    if geometry.softcap:
+    if _scored(geometry):
         per_token += geometry.heads * (2 * size + 2 * 4)
     return _PADDING * workload.block_size * per_token
 

@@ -24,10 +24,17 @@ class TextCodec:
         vocab_size: rows of the model's embedding; ids from there on are refused.
         end_ids: tokens that end an answer.
         chat_template: Jinja or a path; None takes the tokenizer's own.
+        start_ids: what every prompt ends with: an encoder-decoder's first token of the decoder.
     """
 
     def __init__(
-        self, tokenizer: Any, *, vocab_size: int, end_ids: tuple[int, ...], chat_template: str | None = None
+        self,
+        tokenizer: Any,
+        *,
+        vocab_size: int,
+        end_ids: tuple[int, ...],
+        chat_template: str | None = None,
+        start_ids: tuple[int, ...] = (),
     ) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -37,6 +44,7 @@ class TextCodec:
         self.vocabulary = Vocabulary(self._backend)
         self.vocab_size = vocab_size
         self.end_ids = end_ids
+        self.start_ids = start_ids
 
     @classmethod
     def load(cls, folder: Path, chat_template: str | None = None) -> TextCodec:
@@ -55,11 +63,13 @@ class TextCodec:
             raise ConfigError(f"the tokenizer in {folder} has no tokenizer.json, which Headroom needs; convert it")
         config = _read_json(folder / "config.json")
         text_config = config.get("text_config") or config
+        generation_config = _read_json(folder / "generation_config.json")
         return cls(
             tokenizer,
             vocab_size=int(text_config.get("vocab_size") or len(tokenizer)),
-            end_ids=end_ids(_read_json(folder / "generation_config.json"), text_config, tokenizer.eos_token_id),
+            end_ids=end_ids(generation_config, text_config, tokenizer.eos_token_id),
             chat_template=chat_template,
+            start_ids=start_ids(generation_config, config),
         )
 
     @property
@@ -114,6 +124,22 @@ def end_ids(generation_config: dict[str, Any], config: dict[str, Any], tokenizer
     several: Sequence[int] = declared if isinstance(declared, list) else [] if declared is None else [declared]
     last = [] if tokenizer_eos is None else [tokenizer_eos]
     return tuple(dict.fromkeys([*several, *last]))
+
+
+def start_ids(generation_config: dict[str, Any], config: dict[str, Any]) -> tuple[int, ...]:
+    """The decoder's first token of an encoder-decoder; () of other models.
+
+    Raises:
+        ConfigError: neither config names it.
+    """
+    if not config.get("is_encoder_decoder"):
+        return ()
+    for part in (generation_config, config):
+        if isinstance(token := part.get("decoder_start_token_id"), int):
+            return (token,)
+    raise ConfigError(
+        "config.json says is_encoder_decoder, but not what the decoder starts with; set decoder_start_token_id in it"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

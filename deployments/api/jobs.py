@@ -66,6 +66,7 @@ async def chat_job(body: ChatBody, model: ServedModel, caller: Caller) -> Job:
     """
     ids = await model.text.encode_chat([message.rendered() for message in body.messages])
     _check_ids(ids, model, "messages")
+    ids += model.text.start_ids
     wished = body.max_tokens or body.max_completion_tokens
     context = model.context_in(body.pool)
     max_tokens = wished or max(1, context - len(ids))
@@ -92,6 +93,7 @@ async def completion_job(body: CompletionBody, model: ServedModel, caller: Calle
     for prompt in body.prompt:
         ids = await model.text.encode(prompt) if isinstance(prompt, str) else prompt
         _check_ids(ids, model, "prompt")
+        ids += model.text.start_ids
         _check_length(len(ids), max_tokens, model.context_in(body.pool), "max_tokens" if body.max_tokens else "prompt")
         prompts.append(ids)
     return _job(body, model, caller, prompts, max_tokens, body.logprobs)

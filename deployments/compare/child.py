@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from deployments.checkpoint import is_encoder_decoder
 from deployments.compare.throughput import burst
 from deployments.compare.values import Failed, Job, Level, Measured, Memory, Quality, Quantised
 from deployments.engine.loader import LoadedModel, load, quantised_already, quantization_config, quantized_copy
@@ -53,8 +54,10 @@ def measure(job: Job) -> Measured | Quantised:
     """Plan, load, score the text, and run the bursts.
 
     Raises:
-        ConfigError: it does not fit, or the workload does not fit it.
+        ConfigError: it does not fit, the workload does not fit it, or the model is an encoder-decoder.
     """
+    if is_encoder_decoder(job.folder):
+        raise ConfigError(f"{job.model} is an encoder-decoder, and a text's perplexity is that of a decoder-only model")
     plan, device_type = plan_pool(job.model, job.folder, job.pool)
     check(job, plan)
     if (quantised := _quantise(job, plan) if device_type == "cpu" else None) is not None:
@@ -181,7 +184,7 @@ def _quality(model: LoadedModel, ids: Sequence[int], job: Job, plan: Plan, limit
     torch.set_num_threads(limits.threads)
     workload, rows = job.workload, min(limits.max_batch_tokens, limits.max_sequences)
     found = score(
-        model.stages, ids, window=workload.window, stride=workload.stride, block_size=plan.block_size, rows=rows
+        model.decoder_only(), ids, window=workload.window, stride=workload.stride, block_size=plan.block_size, rows=rows
     )
     torch.cuda.empty_cache()  # on GPUs: what scoring took is not what serving takes
     if not math.isfinite(found.perplexity):

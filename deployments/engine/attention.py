@@ -38,6 +38,8 @@ class RowSpan:
     count: int
     block_table: tuple[int, ...]
     """Covers `start + count` tokens at least."""
+    encoded: int = 0
+    """Of an encoder-decoder: how many of the first positions are the encoder's; the decoder's come behind them."""
 
 
 @dataclass(frozen=True)

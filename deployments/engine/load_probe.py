@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -35,16 +36,22 @@ def probe_ids(vocab_size: int, plan: Plan) -> list[int]:
     return [(7919 * (i + 1)) % vocab_size for i in range(count)]
 
 
-@torch.inference_mode()
 def plain_logits(model: PreTrainedModel, plan: Plan, ids: list[int]) -> Tensor:
-    """float32 [tokens, vocab] on the CPU, of transformers' own forward.
+    """`plain_forward` of a prompt."""
+    return plain_forward(model, plan, {"input_ids": ids})
+
+
+@torch.inference_mode()
+def plain_forward(model: PreTrainedModel, plan: Plan, inputs: Mapping[str, list[int]]) -> Tensor:
+    """float32 [tokens, vocab] on the CPU, of transformers' own forward; `inputs` are ids by the names of its arguments.
 
     Raises:
         ConfigError: it fails.
     """
     device = next(model.get_input_embeddings().parameters()).device
+    given = {name: torch.tensor([ids], device=device) for name, ids in inputs.items()}
     try:
-        logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+        logits: Tensor = model(**given, use_cache=False).logits
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
@@ -68,10 +75,26 @@ def probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], expe
     except UnsupportedAttention as error:
         raise ProbeFailed(str(error)) from error
     except Exception as error:
-        raise ProbeFailed(" ".join(f"its forward fails ({type(error).__name__}: {error})".split())) from error
+        raise failed(error) from error
     for stage in stages:
         if set(calls := stage.attention_calls()) != {stage.attention.runs}:
             raise ProbeFailed(f"its layers attend {sorted(set(calls))} times in {stage.attention.runs} forwards")
+    error_ratio = check_logits(plan, found, wanted)
+    attention = stages[0].attention.name
+    log.info("%s on paged attention (%s): relative RMS error of the logits %.1e", name, attention, error_ratio)
+
+
+def failed(error: Exception) -> ProbeFailed:
+    """What a forward that raised says."""
+    return ProbeFailed(" ".join(f"its forward fails ({type(error).__name__}: {error})".split()))
+
+
+def check_logits(plan: Plan, found: Tensor, wanted: Tensor) -> float:
+    """RMS(found - wanted) / RMS(wanted) of float32 logits.
+
+    Raises:
+        ProbeFailed: it is over the bound of the plan's dtypes.
+    """
     error_ratio = float((found - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt())
     bound = _FP8_TOLERANCE if plan.kv_dtype == "float8_e4m3fn" else _TOLERANCE[getattr(torch, plan.dtype)]
     if not error_ratio <= bound:
@@ -79,8 +102,7 @@ def probe(name: str, stages: tuple[Stage, ...], plan: Plan, ids: list[int], expe
             f"its logits differ from the plain forward's by {error_ratio:.2g}, over the bound of {bound:g} (both are "
             "relative RMS)"
         )
-    attention = stages[0].attention.name
-    log.info("%s on paged attention (%s): relative RMS error of the logits %.1e", name, attention, error_ratio)
+    return error_ratio
 
 
 def _run(stages: tuple[Stage, ...], plan: Plan, ids: list[int], expected: Tensor) -> tuple[Tensor, Tensor]:

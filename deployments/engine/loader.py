@@ -19,10 +19,18 @@ from typing import Any, Literal
 import torch
 from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, modeling_utils
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    modeling_utils,
+)
 
-from deployments.checkpoint import read_config
+from deployments.checkpoint import is_encoder_decoder, read_config
 from deployments.engine.cut import Cut
+from deployments.engine.encoder_decoder import EncoderDecoderStage
+from deployments.engine.encoder_decoder_load import ATTENTION, proven, samples, untie
 from deployments.engine.experts import quantise_experts
 from deployments.engine.grouped import grouped_options, settle_grouped
 from deployments.engine.load_probe import plain_logits, probe_ids
@@ -43,11 +51,24 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """A model cut into stages, ready to run."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage, ...] | tuple[EncoderDecoderStage, ...]
     vocab_size: int
     """Width of the logits."""
     attention: str
     """The attention backend in use, and where it is not the fast one why."""
+    encodes: bool = False
+    """An encoder-decoder: a prompt is the encoder's input and, last, the decoder's first token."""
+
+    def decoder_only(self) -> tuple[Stage, ...]:
+        """The stages, for what runs a decoder alone.
+
+        Raises:
+            ConfigError: the model is an encoder-decoder.
+        """
+        stages = tuple(stage for stage in self.stages if isinstance(stage, Stage))
+        if len(stages) < len(self.stages):
+            raise ConfigError("an encoder-decoder runs on the CPU, without perplexity; take a decoder-only model")
+        return stages
 
 
 def load(
@@ -79,10 +100,12 @@ def load(
     settle_grouped(model)
     if plan.experts:
         quantise_experts(model, plan)
-    ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     devices = [
         torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
     ]
+    if model.config.is_encoder_decoder:
+        return _encoder_decoder(model, plan, devices)
+    ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     copies = _own_modules(model, plan, devices)
     verify_bytes(model, plan, copies)
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
@@ -98,6 +121,17 @@ def load(
         expand_segments()
     stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
     return LoadedModel(stages, int(expected.shape[-1]), attention)
+
+
+def _encoder_decoder(model: PreTrainedModel, plan: Plan, devices: list[torch.device]) -> LoadedModel:
+    untie(model, plan, devices)
+    copies = _copies(model, plan, devices)
+    verify_bytes(model, plan, copies)
+    expected = samples(model, plan)
+    remove_hook_from_submodules(model)
+    _shorten_linears(model)
+    stages = proven(model, plan, devices, copies, expected)
+    return LoadedModel(stages, int(expected[0].expected.shape[-1]), ATTENTION, encodes=True)
 
 
 def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
@@ -158,8 +192,9 @@ def _read(
     model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig | None, devices: dict[str, int | str]
 ) -> PreTrainedModel:
     options = grouped_options(model_dir) if quantization is None else {"quantization_config": quantization}
+    auto = AutoModelForSeq2SeqLM if is_encoder_decoder(model_dir) else AutoModelForCausalLM
     with _exact_allocations():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = auto.from_pretrained(
             model_dir,
             local_files_only=True,
             trust_remote_code=False,
@@ -258,6 +293,11 @@ def _own_modules(model: PreTrainedModel, plan: Plan, devices: list[torch.device]
             weight = embedding.weight.detach()  # on either device: the one weight has two entries in the device_map
             embedding.weight = nn.Parameter(weight.to(devices[0]), requires_grad=False)
             head.weight = nn.Parameter(weight.clone().to(devices[-1]), requires_grad=False)
+    return _copies(model, plan, devices)
+
+
+def _copies(model: PreTrainedModel, plan: Plan, devices: list[torch.device]) -> dict[str, nn.Module]:
+    """A copy of each of the plan's `copies`, by "stage index:name"."""
     # A copied hook would still send its inputs to the original's device.
     return {
         f"{i}:{name}": remove_hook_from_module(copy.deepcopy(model.get_submodule(name)), recurse=True).to(devices[i])

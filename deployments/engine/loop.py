@@ -8,7 +8,7 @@ before the host has read the one before.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from deployments.engine.attention import RowSpan
@@ -34,6 +34,8 @@ class _Live:
     row: Row
     produced: int
     """Tokens of the output, those that an earlier attempt produced included."""
+    encoded: int
+    """Leading tokens that are an encoder's; 0 without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Engine:
             plan.num_blocks,
             plan.block_size,
             namespace=namespace,
-            prefix_cache=limits.prefix_cache,
+            prefix_cache=limits.prefix_cache and not model.encodes,  # an encoder's tokens see those behind them
             granule_tokens=limits.granule_tokens,
         )
         self._pipeline = open_pipeline(model, plan, limits) if pipeline is None else pipeline
@@ -69,7 +71,9 @@ class Engine:
             max_sequences=limits.max_sequences,
             prefill_chunk_tokens=limits.prefill_chunk_tokens or self._pipeline.chunk_tokens,
             lookahead=self._pipeline.lookahead,
+            whole_prompts=model.encodes,
         )
+        self._encodes = model.encodes
         self._vocab_size = model.vocab_size
         self._max_context = plan.max_context
         self._live: dict[str, _Live] = {}
@@ -116,9 +120,15 @@ class Engine:
                 f"prompt and max_tokens are {tokens} tokens, and a request has at most {self._max_context} here; "
                 "lower max_tokens, shorten the prompt, or raise the pool's max_context"
             )
-        row = Row(request.sampling, request.prompt_tokens, self._vocab_size)
+        encoded = request.prompt_tokens - 1 if self._encodes else 0
+        if self._encodes and encoded < 1:
+            raise ValueError(
+                "the prompt of an encoder-decoder is the encoder's tokens and the decoder's first, 2 at least; it has "
+                f"{request.prompt_tokens}"
+            )
+        row = Row(request.sampling, request.prompt_tokens, self._vocab_size, encoded)
         self._scheduler.add(request.request_id, request.prompt_ids, max_tokens=left, salt=request.salt)
-        self._live[request.request_id] = _Live(request, row, request.resumed_tokens)
+        self._live[request.request_id] = _Live(request, row, request.resumed_tokens, encoded)
 
     def abort(self, request_id: str) -> None:
         """End a request without another chunk; unknown ids and ended requests are left alone."""
@@ -162,7 +172,8 @@ class Engine:
         for slot in range(self._pipeline.depth):
             plan = self._scheduler.schedule(slot)
             if plan is not None:
-                landing = self._pipeline.launch(slot, _rows(plan), self._draw(plan))
+                encoded = [self._live[item.request_id].encoded for item in plan.items]
+                landing = self._pipeline.launch(slot, _rows(plan, encoded), self._draw(plan))
                 self._flight.append(_Launched(plan, landing))
         return len(self._flight) > before
 
@@ -206,7 +217,7 @@ class Engine:
         self._scheduler.finish(request_id)
 
 
-def _rows(plan: StepPlan) -> StepRows:
+def _rows(plan: StepPlan, encoded: Sequence[int]) -> StepRows:
     ids: list[int] = []
     positions: list[int] = []
     sampled: list[int] = []
@@ -215,7 +226,10 @@ def _rows(plan: StepPlan) -> StepRows:
         positions += range(item.start, item.end)
         if item.samples:
             sampled.append(len(ids) - 1)
-    spans = tuple(RowSpan(item.start, len(item.ids), item.block_table) for item in plan.items)
+    spans = tuple(
+        RowSpan(item.start, len(item.ids), item.block_table, tokens)
+        for item, tokens in zip(plan.items, encoded, strict=True)
+    )
     return StepRows(tuple(ids), tuple(positions), spans, tuple(sampled))
 
 

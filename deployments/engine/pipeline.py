@@ -9,7 +9,7 @@ no thread: it works at launch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from deployments.engine.loader import LoadedModel
 from deployments.engine.messages import EngineLimits
 from deployments.engine.sampler import Sampler
 from deployments.engine.sampling import SampledToken
-from deployments.engine.stages import Stage, StepRows
+from deployments.engine.stages import RunsSteps, StepRows
 from placement.plan import Plan
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ def open_pipeline(model: LoadedModel, plan: Plan, limits: EngineLimits) -> Pipel
     )
     if model.stages[0].device.type == "cuda":
         return CudaPipeline(
-            model.stages,
+            model.decoder_only(),
             sampler,
             block_size=plan.block_size,
             max_batch_tokens=limits.max_batch_tokens,
@@ -141,7 +141,7 @@ class LanePipeline:
     chunk_tokens = CPU_CHUNK_TOKENS
 
     def __init__(
-        self, stages: tuple[Stage, ...], block_size: int, sampler: Sampler, *, threads: int, lookahead: int
+        self, stages: Sequence[RunsSteps], block_size: int, sampler: Sampler, *, threads: int, lookahead: int
     ) -> None:
         self.depth = len(stages)
         self.lookahead = lookahead

@@ -22,9 +22,10 @@ from deployments.engine.loop import Engine
 from deployments.engine.memory_watch import MemoryWatch
 from deployments.engine.messages import Commands, EngineLimits, EngineSpec, Failed, Measured, Started, StepReport
 from deployments.errors import HeadroomError
-from deployments.planning import plan_pool
+from deployments.planning import plan_pool, step_tokens
 from deployments.protocol import TokenChunk
 from placement import probe
+from placement.hardware import DeviceType
 from placement.plan import Plan
 
 log = logging.getLogger("headroom.engine")
@@ -107,10 +108,10 @@ def _measure(engine: Engine, memory: MemoryWatch, step_s: float) -> Measured:
     )
 
 
-def _limits(spec: EngineSpec, plan: Plan, device_type: str) -> EngineLimits:
+def _limits(spec: EngineSpec, plan: Plan, device_type: DeviceType) -> EngineLimits:
     share = max(1, probe.cpu_cores() // (spec.replicas_here * len(plan.stages)))
     return EngineLimits(
-        max_batch_tokens=spec.pool.batch_tokens(device_type),
+        max_batch_tokens=step_tokens(spec.model_dir, spec.pool, device_type),
         max_sequences=spec.pool.max_sequences,
         prefix_cache=spec.pool.prefix_cache,
         granule_tokens=spec.granule_tokens,

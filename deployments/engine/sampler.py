@@ -199,7 +199,7 @@ class Sampler:
         for i in range(0, len(penalties.members), at_once):
             part = slice(i, i + at_once)
             ids = self.history.gather(penalties.tables.on_device[part, :blocks])
-            known = position < step.lengths[part]
+            known = (position < step.lengths[part]) & (position >= penalties.encoded[part])
             produced = known & (position >= penalties.prompt_tokens[part])
             penalise(scores, penalties.rows[part], penalties.factors[part], ids, known.int(), produced.int())
 

@@ -43,17 +43,19 @@ class Row:
         sampling: as the request has them.
         prompt_tokens: length of its prompt.
         vocab_size: width of the model's logits.
+        encoded: leading prompt tokens that an encoder reads; as in transformers, no penalty counts them.
 
     Raises:
         ValueError: a parameter is out of range; raised here so that it ends one request and not a batch.
     """
 
-    __slots__ = ("greedy", "penalised", "prompt_tokens", "sampling", "shaped", "top_k", "trimmed")
+    __slots__ = ("encoded", "greedy", "penalised", "prompt_tokens", "sampling", "shaped", "top_k", "trimmed")
 
-    def __init__(self, sampling: Sampling, prompt_tokens: int, vocab_size: int) -> None:
+    def __init__(self, sampling: Sampling, prompt_tokens: int, vocab_size: int, encoded: int = 0) -> None:
         _check(sampling, vocab_size)
         self.sampling = sampling
         self.prompt_tokens = prompt_tokens
+        self.encoded = encoded
         self.top_k = min(sampling.top_k or vocab_size, vocab_size)
         """The vocabulary's size where it is off."""
         self.greedy = sampling.temperature < MIN_TEMPERATURE or sampling.top_k == 1
@@ -106,6 +108,8 @@ class Penalties:
     factors: Tensor
     """float32 [p, 3]: repetition, frequency, presence."""
     prompt_tokens: Tensor
+    """int64 [p, 1]."""
+    encoded: Tensor
     """int64 [p, 1]."""
 
 
@@ -239,6 +243,7 @@ def _penalties(group: Sequence[Row], members: tuple[int, ...]) -> Penalties | No
         rows=_integers(found),
         factors=_floats([(s.repetition_penalty, s.frequency_penalty, s.presence_penalty) for s in samplings]),
         prompt_tokens=_integers([group[i].prompt_tokens for i in found])[:, None],
+        encoded=_integers([group[i].encoded for i in found])[:, None],
     )
 
 

@@ -37,6 +37,8 @@ class Scheduler:
         max_sequences: most sequences running at once, over all slots.
         prefill_chunk_tokens: prompt tokens in a step while sequences decode, see `prefill_budget`.
         lookahead: steps of a slot, 0 or 1, that are scheduled while the one before is in flight.
+        whole_prompts: a prompt is computed in one step, as an encoder needs it. A step of `max_batch_tokens` must have
+            room for `max_sequences` decodes and the longest sequence; one prompt may go beside decodes at any time.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Scheduler:
         max_sequences: int,
         prefill_chunk_tokens: int,
         lookahead: int,
+        whole_prompts: bool = False,
     ) -> None:
         if min(slots, max_batch_tokens, max_sequences, prefill_chunk_tokens) < 1:
             raise ValueError(
@@ -61,6 +64,7 @@ class Scheduler:
         self._max_sequences = max_sequences
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._lookahead = lookahead
+        self._whole_prompts = whole_prompts
         self._sequences: dict[str, TokenSequence] = {}
         self._waiting: list[TokenSequence] = []  # this and each list of _running: in order of arrival
         self._running: list[list[TokenSequence]] = [[] for _ in range(slots)]
@@ -243,9 +247,11 @@ class Scheduler:
         )
         items: list[StepItem] = []
         candidates = self._candidates(slot, prompts, fit)
-        while budget and (candidate := next(candidates, None)):  # asked for one by one: asking may admit
+        while budget > 0 and (candidate := next(candidates, None)):  # asked for one by one: asking may admit
             sequence, most = candidate
-            items.append(self._launch(sequence, min(most, budget)))
+            if self._whole_prompts and most > budget and items:
+                break
+            items.append(self._launch(sequence, most if self._whole_prompts else min(most, budget)))
             budget -= len(items[-1].ids)
         return items
 

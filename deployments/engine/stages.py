@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class _Exit(nn.Module):
         return result
 
 
-class _Rows(nn.Module):
+class Rows(nn.Module):
     """The decoder as the head sees it: hands over hidden states [1, rows, hidden] that are already computed."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Handed:
@@ -82,6 +83,24 @@ class _Handed:
 
     def __getattr__(self, name: str) -> None:
         return None
+
+
+class RunsSteps(Protocol):
+    """A stage as a pipeline sees it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        ...
+
+    @property
+    def kv(self) -> tuple[PagedKv, ...]:
+        """KV blocks of each of its layers that have any, in order."""
+        ...
+
+    def run(self, step: StepRows, incoming: Tensor | None, block_size: int) -> Tensor:
+        """See `Stage.run`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -151,13 +170,13 @@ class Stage:
             run[-1] = self._exit = _Exit(run[-1])
         if not self.is_first:
             run[0] = self._entry = _Entry(run[0])
-        self._decoder = _shallow(decoder)
+        self._decoder = shallow(decoder)
         self._decoder.config = _cut_config(decoder.config, layers)
         self._decoder._modules[list_name] = nn.ModuleList(run)
         self._decoder._modules.update(own)
         for name in absent:
             self._decoder._modules[name] = Absent()
-        self._head = _with_submodule(model, decoder_name, _Rows()) if self.is_last else None
+        self._head = with_submodule(model, decoder_name, Rows()) if self.is_last else None
 
     @torch.inference_mode()
     def run(self, step: StepRows, incoming: Tensor | None, block_size: int) -> Tensor:
@@ -228,7 +247,7 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def run_stages(stages: tuple[Stage, ...], step: StepRows, block_size: int) -> Tensor:
+def run_stages(stages: Sequence[RunsSteps], step: StepRows, block_size: int) -> Tensor:
     """One step through all stages, one after the other: logits [sampled rows, vocab]."""
     hidden: Tensor | None = None
     for stage in stages:
@@ -274,7 +293,7 @@ def detach_kv(model: nn.Module) -> None:
         module.__dict__.pop("headroom_kv", None)
 
 
-def _shallow(module: nn.Module) -> nn.Module:
+def shallow(module: nn.Module) -> nn.Module:
     """A copy with its own table of submodules; parameters, buffers and submodules themselves are shared."""
     twin = copy.copy(module)
     twin.__dict__.pop("forward", None)  # accelerate leaves one there, bound to the original, when its hooks are removed
@@ -282,13 +301,13 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _with_submodule(root: nn.Module, path: str, new: nn.Module) -> nn.Module:
+def with_submodule(root: nn.Module, path: str, new: nn.Module) -> nn.Module:
     """A shallow copy of `root` in which the submodule at dotted `path` is `new`."""
     head, _, rest = path.partition(".")
-    twin = _shallow(root)
+    twin = shallow(root)
     child = twin._modules[head]
     assert child is not None
-    twin._modules[head] = _with_submodule(child, rest, new) if rest else new
+    twin._modules[head] = with_submodule(child, rest, new) if rest else new
     return twin
 
 

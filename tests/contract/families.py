@@ -252,6 +252,18 @@ FAMILIES = (
     ),
 )
 
+_T5: dict[str, Any] = {
+    "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4,
+    "vocab_size": VOCAB, "n_positions": 128, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+_T5_GATED = {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+ENCODER_DECODERS = (
+    Family("T5", "google-t5/t5-11b", "encoder-decoder", GATHER, transformers.T5Config(**_T5)),
+    Family("FLAN-T5", "google/flan-t5-xxl", "encoder-decoder", GATHER, transformers.T5Config(**_T5_GATED)),
+)
+MT5 = Family("mT5", "google/mt5-xl", "encoder-decoder", GATHER, transformers.MT5Config(**_T5_GATED))
+"""Tested in NF4 alone, and so not in the table."""
+
 
 def table() -> str:
     """The support table in Markdown."""
@@ -259,7 +271,7 @@ def table() -> str:
         "| family | such as | attention | runs on | 16/32 bits | NF4 | FP4 | int8 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for family in FAMILIES:
+    for family in (*FAMILIES, *ENCODER_DECODERS):
         cells = ["yes" if name in family.quantizations else "no" for name in ("fp32", *BITSANDBYTES)]
         lines.append(
             " | ".join((f"| {family.name}", f"`{family.example}`", family.features, family.attention, *cells)) + " |"

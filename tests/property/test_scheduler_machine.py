@@ -290,3 +290,38 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
     max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+class WholePromptsMachine(SchedulerMachine):
+    """With prompts that an encoder reads: each is computed in one step, so every item samples."""
+
+    @initialize(
+        num_blocks=st.integers(3, 14),
+        block_size=st.integers(1, 4),
+        slots=st.integers(1, 4),
+        max_sequences=st.integers(1, 8),
+        prefill_chunk_tokens=st.integers(1, 6),
+        lookahead=st.integers(0, 1),
+    )
+    def start(self, num_blocks: int, block_size: int, max_sequences: int, **limits: int) -> None:
+        room = num_blocks * block_size + max_sequences
+        self.requests = Requests(
+            num_blocks,
+            block_size,
+            prefix_cache=False,
+            max_batch_tokens=room,
+            max_sequences=max_sequences,
+            whole_prompts=True,
+            **limits,
+        )
+
+    @invariant()
+    def no_prompt_is_cut(self) -> None:
+        if hasattr(self, "requests"):
+            assert all(item.samples for step in self.requests.in_flight for item in step.items)
+
+
+TestWholePromptsMachine = WholePromptsMachine.TestCase
+TestWholePromptsMachine.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

@@ -12,12 +12,12 @@ import transformers
 from deployments import gptqmodel_fit
 from deployments.engine import flashinfer_fit
 from deployments.errors import ConfigError
-from deployments.planning import plan_pool
+from deployments.planning import plan_pool, step_tokens
 from deployments.settings import PoolSettings
 from placement import probe
 from placement.hardware import Gpu
 from tests.unit.engine.tiny import llama, save
-from tests.unit.placement.tiny_models import MULTIMODAL
+from tests.unit.placement.tiny_models import ENCODER_DECODERS, MULTIMODAL
 
 A_GPU = Gpu("Toy", 2 * 10**9, speed=1)
 
@@ -189,6 +189,45 @@ def test_checkpoints_that_the_engine_cannot_load_are_refused_by_name(
         plan_pool("tiny", tmp_path, pool())
     MULTIMODAL["gemma3_vision"].save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"other parts than text \(model.vision_tower, .*serve a text model"):
+        plan_pool("tiny", tmp_path, pool())
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_step_of_an_encoder_decoder_has_room_for_the_longest_prompt(folder: Path, tmp_path: Path) -> None:
+    ENCODER_DECODERS["t5"].save_pretrained(tmp_path)
+    assert step_tokens(tmp_path, pool(), "cpu") == 512 + 16
+    assert step_tokens(tmp_path, pool(max_context=64), "cpu") == 512
+    assert step_tokens(tmp_path, pool(max_context=64, max_batch_tokens=80), "cpu") == 80
+    assert step_tokens(folder, pool(max_batch_tokens=1), "cpu") == 1, "other models' prompts come in chunks"
+    plan, _ = plan_pool("tiny", tmp_path, pool(max_context=64))
+    assert plan.max_context == 64
+    with pytest.raises(
+        ConfigError, match=r"max_context \(64\) and max_sequences \(16\) together, 80 at least, and is 79"
+    ):
+        plan_pool("tiny", tmp_path, pool(max_context=64, max_batch_tokens=79))
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("t5", {"prefix_cache": True}, "a prompt's beginning depends on its end; leave prefix_cache out"),
+        ("t5", {"prefill_chunk_tokens": 8}, "whose prompts are computed whole; leave prefill_chunk_tokens out"),
+        ("bart", {}, "is an encoder-decoder of type bart, and the engine serves t5, mt5 alone"),
+    ],
+)
+def test_what_the_engine_does_not_do_with_an_encoder_decoder(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    ENCODER_DECODERS[name].save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        plan_pool("tiny", tmp_path, pool(**options))
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_an_encoder_decoder_is_refused_on_gpus(tmp_path: Path) -> None:
+    ENCODER_DECODERS["t5"].save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"runs on the CPU alone yet; set `device: cpu`"):
         plan_pool("tiny", tmp_path, pool())
 
 

@@ -12,6 +12,7 @@ from deployments import cli
 from deployments.compare import command
 from deployments.compare.child import check, measure, status_bytes
 from deployments.compare.values import Comparison, Failed, Job, Measured, Quantised, Workload
+from deployments.errors import ConfigError
 from deployments.settings import PoolSettings
 from placement import probe
 from tests.unit.compare import models
@@ -26,6 +27,12 @@ def job(tmp_path: Path, quantization: str = "nf4") -> Job:
     return Job(
         model="m", folder=tmp_path, text=command.TEXT, pool=pool, workload=models.WORKLOAD, cache=tmp_path / "cache"
     )
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
+    with pytest.raises(ConfigError, match="m is an encoder-decoder, and a text's perplexity"):
+        measure(job(tmp_path))
 
 
 @pytest.fixture(scope="module")
