@@ -1,7 +1,7 @@
 """Bytes of every module of a model at every quantisation, before anything loads.
 
 The model is built on the meta device (no weights) by `placement.skeleton`, which imports transformers and torch and is
-itself imported only when a footprint is asked for; a checkpoint's headers, where they are on this disk, correct it
+itself imported only when a footprint is asked for; a checkpoint's headers, where they can be read, correct it
 (`placement.reconcile`); all else is arithmetic.
 
 What is counted is what a device holds after
@@ -181,7 +181,7 @@ def footprint(
 
     Args:
         model: a folder, a config.json, a .gguf file (its weights dequantised, then quantised as asked), or a Hugging
-            Face id in the local cache; see `find_source`.
+            Face id; see `find_source`.
         quantization: None: the checkpoint's own, where it is quantised already, else nf4.
         double_quant: nf4 and fp4: quantise the scales too.
         quant_block_size: nf4 and fp4: weights per scale. transformers loads with 64 whatever is said here.

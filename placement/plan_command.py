@@ -38,7 +38,9 @@ def arguments(prog: str) -> argparse.ArgumentParser:
         description="Where each layer of a model goes and how many KV tokens are left, before anything loads.",
         epilog=f"`{prog} cluster --help`: many models on many nodes.",
     )
-    parser.add_argument("model", help="a folder, a config.json, a .gguf file, or a Hugging Face id in the local cache")
+    parser.add_argument(
+        "model", help="a folder, a config.json, a .gguf file, or a Hugging Face id (no weights are fetched)"
+    )
     _device_arguments(parser)
     _model_arguments(parser)
     _demand_arguments(parser)
