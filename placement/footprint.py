@@ -14,6 +14,7 @@ fused into one parameter and whatever else transformers excludes from quantisati
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -52,7 +53,7 @@ class Tensor:
         return prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: what is asked for again and again is kept
 class Module:
     """One unit of placement: an entry of `device_map`."""
 
@@ -71,7 +72,7 @@ class Module:
     whole: bool = True
     """transformers itself never splits it over devices."""
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """What a device holds for this module alone."""
         return resident_bytes((self,))
@@ -92,7 +93,7 @@ class Geometry:
     """Per layer, parallel to `Footprint.layers` (an encoder's layers included)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: see Module
 class Footprint:
     """A model at one quantisation and dtype."""
 
@@ -111,18 +112,18 @@ class Footprint:
     experts: bool = False
     """Fused experts are quantised too."""
 
-    @property
+    @cached_property
     def layers(self) -> tuple[Module, ...]:
         """The layers of all stacks as one sequence, in the order in which they run: an encoder's come first."""
         return self.with_role("layer")
 
-    @property
+    @cached_property
     def stacks(self) -> dict[str, tuple[int, int]]:
         """First and past-last layer of each stack, in order; one entry, "layers", for a decoder-only model."""
         names = [layer.stack for layer in self.layers]
         return {name: (names.index(name), len(names) - names[::-1].index(name)) for name in dict.fromkeys(names)}
 
-    @property
+    @cached_property
     def beside(self) -> tuple[tuple[int, Module], ...]:
         """Every module with the role first or last, with the index of the layer on whose device it lives.
 
@@ -134,7 +135,7 @@ class Footprint:
             (ends[module.stack][module.role], module) for module in self.modules if module.role in ("first", "last")
         )
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """The whole model on one device."""
         return resident_bytes(self.modules)
