@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> str:
         write(options.svg, svg(plan))
     if options.json:
         return export.to_json(plan)
-    lines = [export.table(plan), *_speed(weighed, plan)]
+    lines = [export.table(plan), *_left_empty(devices, plan), *_speed(weighed, plan)]
     return "\n".join((*lines, export.explain(plan)) if options.explain else lines)
 
 
@@ -127,7 +127,7 @@ def _solve(
         max_batch_tokens=options.max_batch_tokens,
         max_sequences=options.max_sequences,
         max_context=options.context,
-        min_context=options.min_context or options.context,
+        min_context=options.context if options.min_context is None else options.min_context,
         min_concurrency=options.min_concurrency,
         concurrent_context=options.concurrent_context,
         max_memory=caps,
@@ -137,6 +137,13 @@ def _solve(
         allow_cpu=options.allow_cpu,
         order=options.order,
     )
+
+
+def _left_empty(devices: tuple[Gpu, ...], plan: Plan) -> list[str]:
+    """Which devices the goal does without, in words."""
+    used = {stage.device for stage in plan.stages}
+    empty = [str(index) for index in range(len(devices)) if index not in used]
+    return [f"nothing is placed on device {', '.join(empty)}"] if empty else []
 
 
 def _speed(weighed: Footprint, plan: Plan) -> list[str]:

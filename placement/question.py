@@ -145,8 +145,10 @@ def _workload(footprint: Footprint, conditions: Conditions) -> Workload:
             f"max_context is {context} tokens, but {footprint.model} was made for {made_for}; lower it"
         )
     sizes = conditions["block_size"], conditions["max_batch_tokens"], conditions["max_sequences"]
-    if min(*sizes, context) < 1:
-        raise PlacementError("block_size, max_batch_tokens, max_sequences and max_context must be at least 1")
+    names = "block_size", "max_batch_tokens", "max_sequences", "max_context"
+    for name, size in zip(names, (*sizes, context), strict=True):
+        if size < 1:
+            raise PlacementError(f"{name} is {size}, but it must be at least 1")
     kv_dtype = kv_dtype_name(conditions.get("kv_dtype") or footprint.dtype)
     return Workload(*sizes, context, kv_dtype, conditions.get("attention"))
 
@@ -175,9 +177,7 @@ def budgets(devices: tuple[Gpu, ...], max_memory: Mapping[int, str | int]) -> tu
     if not devices:
         raise PlacementError("there is no device to plan for; give at least one GPU or virtual CPU device")
     if unknown := sorted(set(max_memory) - set(range(len(devices)))):
-        raise PlacementError(
-            f"max_memory names device {unknown[0]}, but there are {len(devices)}: 0 to {len(devices) - 1}"
-        )
+        raise PlacementError(f"max_memory names device {unknown[0]}, but there {_only(len(devices))}; leave it out")
     found = []
     for index, gpu in enumerate(devices):
         cap = parse_bytes(max_memory[index]) if index in max_memory else gpu.usable_bytes
@@ -210,10 +210,12 @@ def demand(workload: Workload, min_context: int | None, min_concurrency: int, co
             raise PlacementError(
                 f"{name} is {tokens} tokens, but max_context is {workload.max_context}; it must be between 1 and that"
             )
-    if not 1 <= min_concurrency <= workload.max_sequences:
+    if min_concurrency < 1:
+        raise PlacementError(f"min_concurrency is {min_concurrency}, but it must be at least 1")
+    if min_concurrency > workload.max_sequences:
         raise PlacementError(
             f"min_concurrency is {min_concurrency}, but max_sequences is {workload.max_sequences}; "
-            "raise max_sequences or lower min_concurrency (at least 1)"
+            "raise max_sequences or lower min_concurrency"
         )
     if min_concurrency == 1 and concurrent_context is None:
         return Demand(context=min_context or 1)
@@ -259,8 +261,12 @@ def _pinned_device(name: str, target: int | str, devices: int, last_resort: bool
         raise PlacementError(f"{name} is pinned to the CPU, which may hold nothing; give allow_cpu bytes")
     gpus = devices - last_resort
     if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < gpus:
-        raise PlacementError(f"{name} is pinned to device {target!r}, but there are {gpus}: 0 to {gpus - 1}")
+        raise PlacementError(f"{name} is pinned to device {target!r}, but there {_only(gpus)}")
     return target
+
+
+def _only(devices: int) -> str:
+    return "is only device 0" if devices == 1 else f"are only devices 0 to {devices - 1}"
 
 
 def _pinned_layers(footprint: Footprint, homes: Mapping[str, int], name: str) -> list[int]:

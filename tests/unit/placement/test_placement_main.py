@@ -61,6 +61,13 @@ def test_named_gpus_come_with_an_estimate(model: Path, capsys: pytest.CaptureFix
     assert "estimated" not in capsys.readouterr().out
 
 
+def test_devices_left_empty_are_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(model), "--cpu", "1GB,1GB,1GB", "--goal", "latency"]) == 0
+    assert "nothing is placed on device 1, 2" in capsys.readouterr().out
+    assert main([str(model), "--cpu", "1GB"]) == 0
+    assert "nothing is placed" not in capsys.readouterr().out
+
+
 def test_the_picture_is_written(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "plan.svg"
     assert main([str(model), "--cpu", "400MB", "--context", "64", "--json", "--svg", str(picture)]) == 0
@@ -114,6 +121,8 @@ def test_an_inventory_file_and_caps(model: Path, tmp_path: Path, capsys: pytest.
         (["--cpu", "1GB", "--quantization", "bf16", "--dtype", "float32"], "computes in bfloat16"),
         (["--cpu", "1GB", "--max-memory", "1GB"], "0=600MB"),
         (["--cpu", "1GB", "--context", "100000"], "made for 512"),
+        (["--cpu", "1GB", "--context", "0"], "max_context is 0"),
+        (["--cpu", "1GB", "--min-context", "0"], "min_context is 0"),
         (["--inventory", "/no/such/file"], "can't be read"),
         (["--gpus", "2xH900"], "neither a size such as 24GiB nor one of"),
         (["--cpu", "1GB", "--max-memory", "0=1GB,0=2GB"], "given twice"),
