@@ -73,7 +73,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention",
         choices=get_args(Attention),
-        help="what computes it on GPUs; default: flashinfer, where it has kernels for the model",
+        help="what computes it on GPUs; default: flashinfer, where it has kernels for the model and runs on them all",
     )
     parser.add_argument("--vision", action="store_true", help="count a multimodal model's towers")
 

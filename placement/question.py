@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 from typing import Literal, Required, TypedDict, Unpack, get_args
 
+from placement.cards import runs_flashinfer
 from placement.errors import PlacementError
 from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, format_bytes, parse_bytes
@@ -83,7 +84,7 @@ class Conditions(TypedDict, total=False):
     kv_dtype: str | None
     """Of the KV cache, "fp8" among them; default: the footprint's dtype."""
     attention: Attention | None
-    """What computes attention on GPUs; default: FlashInfer, where it has kernels for the model."""
+    """What computes attention on GPUs; default: FlashInfer, where it has kernels for the model and runs on them all."""
     min_context: int | None
     """One sequence of so many tokens must fit; default: one KV block must."""
     min_concurrency: int
@@ -112,7 +113,7 @@ def ask(footprint: Footprint, gpus: Inventory | Sequence[Gpu], **conditions: Unp
     if order not in get_args(Order):
         raise PlacementError(f"order {order!r} is not known; use one of {', '.join(get_args(Order))}")
     given = budgets(devices, conditions.get("max_memory") or {})
-    workload = _workload(footprint, conditions)
+    workload = _workload(footprint, devices, conditions)
     _check_attention(footprint, workload, devices)
     cpu = conditions.get("allow_cpu")
     if cpu is not None:
@@ -136,7 +137,7 @@ def ask(footprint: Footprint, gpus: Inventory | Sequence[Gpu], **conditions: Unp
     )
 
 
-def _workload(footprint: Footprint, conditions: Conditions) -> Workload:
+def _workload(footprint: Footprint, devices: tuple[Gpu, ...], conditions: Conditions) -> Workload:
     made_for = footprint.geometry.max_context
     wished = conditions.get("max_context")
     context = made_for if wished is None else wished
@@ -150,7 +151,14 @@ def _workload(footprint: Footprint, conditions: Conditions) -> Workload:
         if size < 1:
             raise PlacementError(f"{name} is {size}, but it must be at least 1")
     kv_dtype = kv_dtype_name(conditions.get("kv_dtype") or footprint.dtype)
-    return Workload(*sizes, context, kv_dtype, conditions.get("attention"))
+    attention = conditions.get("attention") or ("torch" if _without_flashinfer(devices) else None)
+    return Workload(*sizes, context, kv_dtype, attention)
+
+
+def _without_flashinfer(devices: tuple[Gpu, ...]) -> list[str]:
+    """The GPUs that FlashInfer does not run on; one of them in a replica, and none of the others has it either."""
+    gpus = [gpu for gpu in devices if gpu.device_type == "cuda"]
+    return [gpu.name for gpu in gpus if not runs_flashinfer(gpu.name, gpu.memory_bytes)]
 
 
 def _check_attention(footprint: Footprint, workload: Workload, devices: tuple[Gpu, ...]) -> None:
@@ -163,6 +171,8 @@ def _check_attention(footprint: Footprint, workload: Workload, devices: tuple[Gp
         raise PlacementError(
             "attention flashinfer needs a GPU, and all devices are virtual ones on the CPU; leave it out"
         )
+    if without := _without_flashinfer(devices):
+        raise PlacementError(f"attention flashinfer does not run on {without[0]}; use torch")
     if reason := why_not_flashinfer(footprint, workload):
         raise PlacementError(f"attention flashinfer does not serve {footprint.model}: {reason}; use torch")
 

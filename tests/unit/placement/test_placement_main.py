@@ -52,6 +52,14 @@ def test_attention_changes_the_reserve_on_gpus_alone(model: Path, capsys: pytest
     assert "graphs" not in capsys.readouterr().out
 
 
+def test_gpus_without_flashinfer_are_planned_without_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for gpus in ("T4", "V100-32GB", "MI300X", "1xL4,1xT4"):
+        assert main([str(LLAMA_8B), "--gpus", gpus, "--context", "512"]) == 0
+        assert "graphs" not in capsys.readouterr().out
+    assert main([str(LLAMA_8B), "--gpus", "1xL4,1xT4", "--attention", "flashinfer"]) == 2
+    assert "attention flashinfer does not run on T4; use torch" in capsys.readouterr().err
+
+
 def test_named_gpus_come_with_an_estimate(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(model), "--gpus", "L4"]) == 0
     out = capsys.readouterr().out
