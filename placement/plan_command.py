@@ -68,6 +68,9 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     quantizations = get_args(Quantization)
     parser.add_argument("--quantization", choices=quantizations, help="default: the checkpoint's own, else nf4")
     parser.add_argument("--double-quant", action="store_true", help="nf4 and fp4: quantise the scales too")
+    parser.add_argument(
+        "--quantize-experts", action="store_true", help="nf4, fp4 and int8: fused experts too, as pools on the CPU can"
+    )
     parser.add_argument("--dtype", choices=DTYPE_BYTES, help="compute dtype")
     parser.add_argument("--kv-dtype", metavar="DTYPE", help="fp8, bfloat16, ...; default: the compute dtype")
     parser.add_argument(
@@ -102,6 +105,7 @@ def run(options: argparse.Namespace) -> str:
         double_quant=options.double_quant,
         dtype=options.dtype,
         vision=options.vision,
+        experts=options.quantize_experts,
     )
     plan = _solve(options, weighed, devices, caps, pins)
     if options.svg:

@@ -69,6 +69,16 @@ def test_named_gpus_come_with_an_estimate(model: Path, capsys: pytest.CaptureFix
     assert "estimated" not in capsys.readouterr().out
 
 
+def test_fused_experts_are_quantised_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    base = [str(LLAMA_8B.parent / "mixtral-8x7b"), "--cpu", "200GB", "--json"]
+    assert main(base) == 0
+    before = from_json(capsys.readouterr().out)
+    assert main([*base, "--quantize-experts"]) == 0
+    after = from_json(capsys.readouterr().out)
+    assert (before.experts, after.experts) == (False, True)
+    assert 3 * after.stages[0].weight_bytes < before.stages[0].weight_bytes
+
+
 def test_devices_left_empty_are_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(model), "--cpu", "1GB,1GB,1GB", "--goal", "latency"]) == 0
     assert "nothing is placed on device 1, 2" in capsys.readouterr().out
@@ -130,6 +140,7 @@ def test_an_inventory_file_and_caps(model: Path, tmp_path: Path, capsys: pytest.
         (["--cpu", "1GB", "--max-memory", "1GB"], "0=600MB"),
         (["--cpu", "1GB", "--context", "100000"], "made for 512"),
         (["--cpu", "1GB", "--context", "0"], "max_context is 0"),
+        (["--cpu", "1GB", "--quantize-experts"], "has no fused experts to quantise; leave quantize_experts out"),
         (["--cpu", "1GB", "--min-context", "0"], "min_context is 0"),
         (["--inventory", "/no/such/file"], "can't be read"),
         (["--gpus", "2xH900"], "neither a size such as 24GiB nor one of"),
