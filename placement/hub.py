@@ -99,9 +99,9 @@ def _read(file: HubFile, offset: int, length: int) -> tuple[bytes, str]:
         status, content, commit = _get(file, offset, length)
     except HFValidationError:
         raise HubError(f"{file.repo!r} is neither a folder, a file, nor a Hugging Face id such as org/model") from None
-    except EntryNotFoundError:
-        raise _NoSuchFileError(f"{file} is not at {constants.ENDPOINT}; check the repository there") from None
     except HfHubHTTPError as error:
+        if _is_missing(error):
+            raise _NoSuchFileError(f"{file} is not at {constants.ENDPOINT}; check the repository there") from None
         raise HubError(refusal(file.repo, error)) from None
     except Exception as error:  # noqa: BLE001  its HTTP client (httpx, later httpx2) raises errors of its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -133,6 +133,13 @@ def _get(file: HubFile, offset: int, length: int) -> tuple[int, bytes, str]:
         # Large files are redirected elsewhere; the hub's own answer names the commit.
         commits = [r.headers["x-repo-commit"] for r in (*response.history, response) if "x-repo-commit" in r.headers]
         return response.status_code, bytes(content[:length]), commits[0] if commits else file.revision
+
+
+def _is_missing(error: HfHubHTTPError) -> bool:
+    """Whether the file alone is missing; a mirror that does not say what is gets the benefit of the doubt."""
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        return False
+    return isinstance(error, EntryNotFoundError) or error.response.status_code == 404
 
 
 def refusal(where: str, error: Exception) -> str:

@@ -60,6 +60,8 @@ class FakeHub:
     """The file whose connection ends in its middle, every time."""
     ranges: bool = True
     """A part that is asked for is sent alone; False: the whole file is, as by servers that know no ranges."""
+    codes: bool = True
+    """Refusals say what is missing in a header, as the hub's do and some mirrors' don't."""
     requests: list[str] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
     """Bytes of content, by file."""
@@ -173,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: int, code: str | None) -> None:
         self.send_response(status)
-        if code:
+        if code and self.state.codes:
             self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()

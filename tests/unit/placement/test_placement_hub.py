@@ -94,6 +94,16 @@ def test_several_files(hub: FakeHub, folder: Path, tmp_path: Path, ranges: bool)
     assert footprint("org/tiny", quantization="int8") == footprint(folder, quantization="int8", name="org/tiny")
 
 
+def test_a_mirror_that_does_not_say_what_is_missing(
+    hub: FakeHub, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.codes = False
+    assert shard(hub, folder, tmp_path) > 2
+    assert footprint("org/tiny") == footprint(folder, name="org/tiny")
+    capsys.readouterr()  # what saving the shards printed
+    assert "org/tyny has no config.json" in refusal(capsys, "org/tyny")
+
+
 def test_a_header_longer_than_the_first_request(hub: FakeHub) -> None:
     entries = {f"{'long ' * 20}{i}": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for i in range(1000)}
     header = json.dumps(entries).encode()
