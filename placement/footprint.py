@@ -135,7 +135,7 @@ class Footprint:
             (ends[module.stack][module.role], module) for module in self.modules if module.role in ("first", "last")
         )
 
-    @cached_property
+    @property
     def bytes(self) -> int:
         """The whole model on one device."""
         return resident_bytes(self.modules)

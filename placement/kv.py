@@ -117,7 +117,7 @@ def why_not_served(layers: Sequence[LayerKv]) -> str | None:
     if any(kv.conv_elements or kv.recurrent_elements for kv in layers):
         return "recurrent state (Mamba, linear attention or short convolutions)"
     if not all(kv.kv_heads for kv in layers):
-        return "layers that cache nothing (without attention, or with keys and values of another layer)"
+        return "layers without attention"
     return None
 
 

@@ -68,9 +68,6 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     quantizations = get_args(Quantization)
     parser.add_argument("--quantization", choices=quantizations, help="default: the checkpoint's own, else nf4")
     parser.add_argument("--double-quant", action="store_true", help="nf4 and fp4: quantise the scales too")
-    parser.add_argument(
-        "--quantize-experts", action="store_true", help="nf4, fp4 and int8: fused experts too, as pools on the CPU can"
-    )
     parser.add_argument("--dtype", choices=DTYPE_BYTES, help="compute dtype")
     parser.add_argument("--kv-dtype", metavar="DTYPE", help="fp8, bfloat16, ...; default: the compute dtype")
     parser.add_argument(
@@ -79,6 +76,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         help="what computes it on GPUs; default: flashinfer, where it has kernels for the model and runs on them all",
     )
     parser.add_argument("--vision", action="store_true", help="count a multimodal model's towers")
+    parser.add_argument("--quantize-experts", action="store_true", help="nf4, fp4 and int8: fused experts too")
 
 
 def _demand_arguments(parser: argparse.ArgumentParser) -> None:

@@ -156,7 +156,7 @@ def test_caches_without_a_formula_are_refused_by_name() -> None:
         ((LayerKv(8, 64), LayerKv(1, 576, latent=True)), None),
         ((LayerKv(8, 64), LayerKv(conv_elements=9)), "recurrent state"),
         ((LayerKv(8, 64), LayerKv(8, 64, recurrent_elements=9)), "recurrent state"),
-        ((LayerKv(8, 64), LayerKv()), "layers that cache nothing"),
+        ((LayerKv(8, 64), LayerKv()), "layers without attention"),
         ((LayerKv(), LayerKv(8, 64, cross_elements=8)), "encoder-decoder"),
     ],
 )
