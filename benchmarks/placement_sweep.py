@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,18 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "gpt_neox": transformers.GPTNeoXConfig,
     "stablelm": transformers.StableLmConfig,
     "mixtral": transformers.MixtralConfig,
+    "gpt_oss": transformers.GptOssConfig,
+    "deepseek_v2": transformers.DeepseekV2Config,
+}
+_MLA = {
+    "kv_lora_rank": 12,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 14,
+    "moe_intermediate_size": 22,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
 }
 _LARGEST = 2**62
 """Of a device that everything fits on."""
@@ -82,7 +94,7 @@ def draw(rng: random.Random) -> Case:
     devices = rng.randint(1, 4)
     return Case(
         family=family,
-        config=_config(family, rng),
+        config=config_of(family, tiny_sizes(rng), rng),
         quantization=quantization,
         dtype=None if weights16 else rng.choice(("bfloat16", "float16", "float32")),
         kv_dtype=rng.choice(("bfloat16", "float16", "float32", "fp8")),
@@ -128,7 +140,9 @@ def _stage_differences(model: PreTrainedModel, plan: Plan, index: int, stage: St
     weights = resident_bytes(model.get_submodule(name) for name in (*stage.modules, *stage.copies))
     shapes = layer_kv(model.config.to_dict())[slice(*stage.layers)]
     dtype, cpu = getattr(torch, plan.kv_dtype), torch.device("cpu")
-    caches = [PagedKv(plan.num_blocks, plan.block_size, s.kv_heads, s.head_dim, dtype, cpu) for s in shapes]
+    caches = [
+        PagedKv(plan.num_blocks, plan.block_size, s.kv_heads, s.head_dim, dtype, cpu, latent=s.latent) for s in shapes
+    ]
     kv = sum(tensor.untyped_storage().nbytes() for cache in caches for tensor in (cache.keys, cache.values))
     held = weights + kv + stage.reserve_bytes
     checks = {
@@ -150,10 +164,11 @@ def _arena_differences(layers: Iterable[nn.Module]) -> list[str]:
     return found
 
 
-def _config(family: str, rng: random.Random) -> PreTrainedConfig:
+def tiny_sizes(rng: random.Random) -> dict[str, Any]:
+    """Of a model that loads in no time, of odd widths."""
     group, kv_heads, head_dim = rng.choice((1, 2, 4)), rng.choice((1, 2)), rng.choice((8, 12, 16))
     heads = group * kv_heads
-    sizes: dict[str, Any] = {
+    return {
         "hidden_size": heads * head_dim,
         "num_hidden_layers": rng.randint(1, 5),
         "num_attention_heads": heads,
@@ -163,13 +178,19 @@ def _config(family: str, rng: random.Random) -> PreTrainedConfig:
         "vocab_size": rng.randint(40, 300),
         "max_position_embeddings": 128,
         "tie_word_embeddings": rng.random() < 0.5,
-        **{f"{kind}_token_id": 0 for kind in ("bos", "eos", "pad")},
     }
-    if family == "mixtral":
-        sizes["num_local_experts"] = rng.choice((2, 3))
+
+
+def config_of(family: str, sizes: Mapping[str, Any], rng: random.Random) -> PreTrainedConfig:
+    """A model of these sizes, as far as its family knows them."""
+    sizes = {**sizes, **{f"{kind}_token_id": 0 for kind in ("bos", "eos", "pad")}}
+    if family in ("mixtral", "gpt_oss"):
+        sizes |= {"num_local_experts": rng.choice((2, 3)), "num_experts_per_tok": 2}
     if family == "llama":
         sizes["attention_bias"] = rng.random() < 0.5
-    if family in ("gpt_neox", "phi3", "stablelm"):
+    if family == "deepseek_v2":
+        sizes |= {**_MLA, "num_key_value_heads": sizes["num_attention_heads"], "n_routed_experts": rng.choice((2, 4))}
+    if family in ("gpt_neox", "phi3", "stablelm", "deepseek_v2"):
         del sizes["head_dim"]
     if family == "gpt_neox":
         del sizes["num_key_value_heads"]
@@ -183,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     rng, stages, refused, differ = random.Random(options.seed), Counter[int](), 0, 0
     for number in range(options.cases):
         case = draw(rng)

@@ -11,17 +11,15 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 
 from deployments.errors import ConfigError
+from placement.hub import refusal
 
 PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors")
 """What serving needs: configs, tokenizer, chat template, weights. No pickles: loading one runs its author's code."""
@@ -52,7 +50,7 @@ def download(repo_id: str, revision: str | None, progress: Progress) -> Path:
             "with HF_HUB_OFFLINE unset"
         ) from None
     except HfHubHTTPError as error:
-        raise ConfigError(_refusal(where, error)) from None
+        raise ConfigError(refusal(where, error)) from None
 
 
 def _fetch(repo_id: str, revision: str | None, where: str, progress: Progress) -> Path:
@@ -139,28 +137,6 @@ def _cached_without_network(repo_id: str, revision: str | None, where: str, erro
             f"{constants.ENDPOINT} can't be reached ({_line(error)}) and {where} is not in the cache "
             f"{constants.HF_HUB_CACHE}; check the network, HF_ENDPOINT and proxy settings"
         ) from None
-
-
-def _refusal(where: str, error: Exception) -> str:
-    """One line for an answer of the hub's that is not the model."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    token = "the token of HF_TOKEN (or of `hf auth login`)" if get_token() else None
-    if isinstance(error, GatedRepoError):
-        page = f"{constants.ENDPOINT}/{where.partition('@')[0]}"
-        if token:
-            return f"{where} is gated and {token} has no access; accept its terms at {page} with that account"
-        return f"{where} is gated; accept its terms at {page} and set HF_TOKEN to a token of that account"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{where}: no such revision; name a branch, tag or commit of the repository in `revision`"
-    if status == 401 and token:
-        return f"{constants.ENDPOINT} refused {token} for {where} (401), or there is no such model; check both"
-    if isinstance(error, RepositoryNotFoundError):
-        mend = f"or {token} has no access to it" if token else "or it is private and HF_TOKEN is not set"
-        return f"{constants.ENDPOINT} has no model {where} ({status}), {mend}; check the spelling of `source`"
-    if status in (401, 403):
-        mend = f"check what {token} may read" if token else "set HF_TOKEN"
-        return f"{constants.ENDPOINT} denies access to {where} ({status}); {mend}"
-    return f"{constants.ENDPOINT} answered {status} for {where}; try later, or set HF_HUB_OFFLINE=1 if it is cached"
 
 
 def _line(error: BaseException) -> str:

@@ -34,6 +34,8 @@ class Card:
     """Dense 16-bit FLOP/s of its tensor cores, accumulating in float32."""
     accelerator_type: str
     """Ray's name of it (`ray.util.accelerators`); several kinds may share one."""
+    flashinfer: bool = True
+    """Whether FlashInfer runs on it: NVIDIA's from Ampere on."""
 
     @property
     def words(self) -> frozenset[str]:
@@ -41,8 +43,10 @@ class Card:
         return _words(self.name) - {"RTX"}
 
 
-def _card(name: str, tenths_gib: int, gb_per_s: int, tflops: int, accelerator_type: str) -> Card:
-    return Card(name, tenths_gib * GIB // 10, gb_per_s * GB, tflops * TFLOPS, accelerator_type)
+def _card(
+    name: str, tenths_gib: int, gb_per_s: int, tflops: int, accelerator_type: str, *, flashinfer: bool = True
+) -> Card:
+    return Card(name, tenths_gib * GIB // 10, gb_per_s * GB, tflops * TFLOPS, accelerator_type, flashinfer)
 
 
 # Bandwidth and FLOP/s: the vendors' data sheets (NVIDIA's product briefs and architecture whitepapers, AMD's data
@@ -66,16 +70,16 @@ CARDS = (
     _card("L40S", 443, 864, 362, "L40S"),
     _card("L40", 443, 864, 181, "L40"),
     _card("L4", 219, 300, 121, "L4"),
-    _card("T4", 145, 320, 65, "T4"),
-    _card("V100 16GB", 157, 900, 125, "V100"),
-    _card("V100 32GB", 317, 900, 125, "V100"),
+    _card("T4", 145, 320, 65, "T4", flashinfer=False),
+    _card("V100 16GB", 157, 900, 125, "V100", flashinfer=False),
+    _card("V100 32GB", 317, 900, 125, "V100", flashinfer=False),
     _card("RTX PRO 6000", 946, 1792, 503, "RTX-PRO-6000"),
     _card("RTX 6000 Ada", 473, 960, 364, "RTX-6000"),
     _card("RTX A6000", 474, 768, 154, "RTX-A6000"),
     _card("RTX 5090", 313, 1792, 209, "GeForce-RTX-5090"),
     _card("RTX 4090", 235, 1008, 165, "GeForce-RTX-4090"),
     _card("RTX 3090", 235, 936, 71, "GeForce-RTX-3090"),
-    _card("MI300X", 1915, 5300, 1307, "AMD-Instinct-MI300X-OAM"),
+    _card("MI300X", 1915, 5300, 1307, "AMD-Instinct-MI300X-OAM", flashinfer=False),
 )
 
 
@@ -92,6 +96,12 @@ def find_card(name: str, memory_bytes: int | None = None) -> Card | None:
         near = [c for c in fits if 100 * abs(c.memory_bytes - memory_bytes) <= _SAME_SIZE_PERCENT * c.memory_bytes]
         fits = near or fits
     return max(fits, key=lambda card: (len(_sizeless(card)), -card.memory_bytes), default=None)
+
+
+def runs_flashinfer(name: str, memory_bytes: int) -> bool:
+    """Whether FlashInfer runs on a GPU, as far as its name tells; one that is not in the table is taken to be new."""
+    card = find_card(name, memory_bytes)
+    return card is None or card.flashinfer
 
 
 def rates(name: str, memory_bytes: int) -> tuple[int, int]:

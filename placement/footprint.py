@@ -1,7 +1,7 @@
 """Bytes of every module of a model at every quantisation, before anything loads.
 
 The model is built on the meta device (no weights) by `placement.skeleton`, which imports transformers and torch and is
-itself imported only when a footprint is asked for; a checkpoint's headers, where they are on this disk, correct it
+itself imported only when a footprint is asked for; a checkpoint's headers, where they can be read, correct it
 (`placement.reconcile`); all else is arithmetic.
 
 What is counted is what a device holds after
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -64,7 +65,7 @@ class Tensor:
         return prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: what is asked for again and again is kept
 class Module:
     """One unit of placement: an entry of `device_map`."""
 
@@ -83,7 +84,7 @@ class Module:
     whole: bool = True
     """transformers itself never splits it over devices."""
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """What a device holds for this module alone."""
         return resident_bytes((self,))
@@ -104,7 +105,7 @@ class Geometry:
     """Per layer, parallel to `Footprint.layers` (an encoder's layers included)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: see Module
 class Footprint:
     """A model at one quantisation and dtype."""
 
@@ -123,18 +124,18 @@ class Footprint:
     experts: bool = False
     """Fused experts are quantised too."""
 
-    @property
+    @cached_property
     def layers(self) -> tuple[Module, ...]:
         """The layers of all stacks as one sequence, in the order in which they run: an encoder's come first."""
         return self.with_role("layer")
 
-    @property
+    @cached_property
     def stacks(self) -> dict[str, tuple[int, int]]:
         """First and past-last layer of each stack, in order; one entry, "layers", for a decoder-only model."""
         names = [layer.stack for layer in self.layers]
         return {name: (names.index(name), len(names) - names[::-1].index(name)) for name in dict.fromkeys(names)}
 
-    @property
+    @cached_property
     def beside(self) -> tuple[tuple[int, Module], ...]:
         """Every module with the role first or last, with the index of the layer on whose device it lives.
 
@@ -211,7 +212,7 @@ def footprint(
 
     Args:
         model: a folder, a config.json, a .gguf file (its weights dequantised, then quantised as asked), or a Hugging
-            Face id in the local cache; see `find_source`.
+            Face id; see `find_source`.
         quantization: None: the checkpoint's own, where it is quantised already, else nf4.
         double_quant: nf4 and fp4: quantise the scales too.
         quant_block_size: nf4 and fp4: weights per scale. transformers loads with 64 whatever is said here.

@@ -1,5 +1,7 @@
 """Names, shapes and types of a checkpoint's tensors, from the headers of its files: milliseconds, no weights.
 
+A file is read through `Stored`, so that it may be on this disk (`LocalFile`) or on a hub (`placement.hub`).
+
 A safetensors file is 8 bytes of little-endian header length, a JSON header, and the tensors' bytes. A GGUF file
 (version 2 or 3, little-endian) is "GGUF", its version, the counts of tensors and of metadata entries, the metadata
 (name, type, value), and for each tensor its name, dimensions (fastest first), type and place; then come the bytes.
@@ -14,12 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from placement.errors import PlacementError
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000
+_FIRST_BYTES = 100_000
+"""Read at once: most headers are shorter, and on a hub a second request costs more than these bytes."""
 _SAMPLE_BYTES = 64 * 1024
 
 LONG_ARRAY = 256
@@ -40,6 +44,45 @@ _GGML_TYPES = {
 }  # fmt: skip
 
 
+class Stored(Protocol):
+    """A file of a checkpoint. `str()` of it says which, in errors."""
+
+    @property
+    def name(self) -> str:
+        """Without its folder."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on; fewer where the file ends before.
+
+        Raises:
+            OSError: it can't be read.
+            PlacementError: the same, with the mend.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A file on this disk."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """Without its folder."""
+        return self.path.name
+
+    def read(self, offset: int, length: int) -> bytes:
+        """See `Stored`."""
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
     """One stored tensor."""
@@ -49,7 +92,7 @@ class TensorHeader:
     shape: tuple[int, ...]
     """[out, in] for a linear's weight, whatever the file's own order."""
     bytes: int
-    file: Path
+    file: Stored
     offset: int
     """Of its first byte in `file`."""
 
@@ -82,40 +125,52 @@ def read_safetensors(folder: Path) -> Headers:
         files = _indexed(folder / INDEX)
     if not files or not all(file.is_file() for file in files):
         return {}
-    return {name: header for file in files for name, header in read_safetensors_file(file).items()}
+    return {name: header for file in files for name, header in read_safetensors_file(LocalFile(file)).items()}
 
 
-def _indexed(index: Path) -> list[Path]:
-    if not index.is_file():
+def _indexed(path: Path) -> list[Path]:
+    if not path.is_file():
         return []
+    return [path.parent / name for name in read_index(LocalFile(path), path.stat().st_size)]
+
+
+def read_index(file: Stored, size: int) -> list[str]:
+    """Names of the safetensors files of a checkpoint in several, in order.
+
+    Args:
+        size: bytes to read: the file's, or the most that it may have.
+
+    Raises:
+        PlacementError: not a whole index.
+    """
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [index.parent / name for name in sorted(set(names))]
+        return sorted(set(json.loads(file.read(0, size))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise PlacementError(f"{index} can't be read: {error!r}; fetch the model again") from None
+        raise PlacementError(f"{file} can't be read: {error!r}; fetch the model again") from None
 
 
-def read_safetensors_file(path: Path) -> dict[str, TensorHeader]:
+def read_safetensors_file(file: Stored) -> dict[str, TensorHeader]:
     """The tensors of one safetensors file, by name.
 
     Raises:
         PlacementError: not a whole header.
     """
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= _MAX_HEADER_BYTES:
-                raise ValueError(f"the header would be {length} bytes")
-            entries = json.loads(file.read(length))
+        start = file.read(0, _FIRST_BYTES)
+        length = int.from_bytes(start[:8], "little")
+        if not 2 <= length <= _MAX_HEADER_BYTES:
+            raise ValueError(f"the header would be {length} bytes")
+        end = 8 + length
+        entries = json.loads(start[8:end] if end <= len(start) else file.read(0, end)[8:])
         entries.pop("__metadata__", None)
-        return {name: _entry(path, 8 + length, entry) for name, entry in entries.items()}
+        return {name: _entry(file, end, entry) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlacementError(f"{path} is not a whole safetensors file: {error}; fetch the model again") from None
+        raise PlacementError(f"{file} is not a whole safetensors file: {error}; fetch the model again") from None
 
 
-def _entry(path: Path, begin: int, entry: Mapping[str, Any]) -> TensorHeader:
+def _entry(file: Stored, begin: int, entry: Mapping[str, Any]) -> TensorHeader:
     first, past = entry["data_offsets"]
-    return TensorHeader(str(entry["dtype"]), tuple(entry["shape"]), past - first, path, begin + first)
+    return TensorHeader(str(entry["dtype"]), tuple(entry["shape"]), past - first, file, begin + first)
 
 
 def same_values(one: TensorHeader, other: TensorHeader) -> bool:
@@ -127,14 +182,11 @@ def same_values(one: TensorHeader, other: TensorHeader) -> bool:
     if (one.dtype, one.shape, one.bytes) != (other.dtype, other.shape, other.bytes):
         return False
     starts = {0, max(0, one.bytes // 2 - _SAMPLE_BYTES // 2), max(0, one.bytes - _SAMPLE_BYTES)}
-    with one.file.open("rb") as left, other.file.open("rb") as right:
-        for start in sorted(starts):
-            size = min(_SAMPLE_BYTES, one.bytes - start)
-            left.seek(one.offset + start)
-            right.seek(other.offset + start)
-            if left.read(size) != right.read(size):
-                return False
-    return True
+    return all(_sample(one, start) == _sample(other, start) for start in sorted(starts))
+
+
+def _sample(tensor: TensorHeader, start: int) -> bytes:
+    return tensor.file.read(tensor.offset + start, min(_SAMPLE_BYTES, tensor.bytes - start))
 
 
 def read_gguf(path: Path) -> Gguf:
@@ -173,7 +225,10 @@ class _Cursor:
         begin = -(-self.at // alignment) * alignment
         return Gguf(
             metadata,
-            {n: TensorHeader(kind, shape, size, self.path, begin + at) for n, kind, shape, size, at in found},
+            {
+                n: TensorHeader(kind, shape, size, LocalFile(self.path), begin + at)
+                for n, kind, shape, size, at in found
+            },
         )
 
     def number(self, code: str) -> Any:

@@ -48,7 +48,8 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class LayerKv:
-    """What one layer caches. All zero: nothing (an encoder's layer, an expert block of a hybrid)."""
+    """What one layer caches. All zero: nothing (an encoder's layer, an expert block of a hybrid, a layer that reads
+    another's keys and values)."""
 
     kv_heads: int = 0
     head_dim: int = 0
@@ -142,8 +143,9 @@ def layer_kv(config: Mapping[str, Any]) -> tuple[LayerKv, ...]:
     Args:
         config: the text model's config with transformers' standard names and its defaults filled in:
             num_hidden_layers, num_attention_heads, hidden_size, and where the model has them num_key_value_heads,
-            head_dim, multi_query, layer_types, sliding_window, kv_lora_rank, qk_rope_head_dim, the sizes of its
-            recurrent layers; of an encoder-decoder is_encoder_decoder, encoder_layers, decoder_layers.
+            head_dim, multi_query, layer_types, sliding_window, kv_lora_rank, qk_rope_head_dim, num_kv_shared_layers
+            (that many of the last read the keys and values of earlier ones), the sizes of its recurrent layers; of an
+            encoder-decoder is_encoder_decoder, encoder_layers, decoder_layers.
 
     Raises:
         PlacementError: layers whose cache has no formula here, by the name of their type.
@@ -165,7 +167,8 @@ def layer_kv(config: Mapping[str, Any]) -> tuple[LayerKv, ...]:
                 recurrent_elements=recurrent,
             )
         )
-    return tuple(layers)
+    own = len(layers) - (config.get("num_kv_shared_layers") or 0)
+    return (*layers[:own], *(LayerKv() for _ in layers[own:]))
 
 
 def _attention(config: Mapping[str, Any]) -> LayerKv:

@@ -38,7 +38,9 @@ def arguments(prog: str) -> argparse.ArgumentParser:
         description="Where each layer of a model goes and how many KV tokens are left, before anything loads.",
         epilog=f"`{prog} cluster --help`: many models on many nodes.",
     )
-    parser.add_argument("model", help="a folder, a config.json, a .gguf file, or a Hugging Face id in the local cache")
+    parser.add_argument(
+        "model", help="a folder, a config.json, a .gguf file, or a Hugging Face id (no weights are fetched)"
+    )
     _device_arguments(parser)
     _model_arguments(parser)
     _demand_arguments(parser)
@@ -71,9 +73,10 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention",
         choices=get_args(Attention),
-        help="what computes it on GPUs; default: flashinfer, where it has kernels for the model",
+        help="what computes it on GPUs; default: flashinfer, where it has kernels for the model and runs on them all",
     )
     parser.add_argument("--vision", action="store_true", help="count a multimodal model's towers")
+    parser.add_argument("--quantize-experts", action="store_true", help="nf4, fp4 and int8: fused experts too")
 
 
 def _demand_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,13 +103,14 @@ def run(options: argparse.Namespace) -> str:
         double_quant=options.double_quant,
         dtype=options.dtype,
         vision=options.vision,
+        experts=options.quantize_experts,
     )
     plan = _solve(options, weighed, devices, caps, pins)
     if options.svg:
         write(options.svg, svg(plan))
     if options.json:
         return export.to_json(plan)
-    lines = [export.table(plan), *_speed(weighed, plan)]
+    lines = [export.table(plan), *_left_empty(devices, plan), *_speed(weighed, plan)]
     return "\n".join((*lines, export.explain(plan)) if options.explain else lines)
 
 
@@ -125,7 +129,7 @@ def _solve(
         max_batch_tokens=options.max_batch_tokens,
         max_sequences=options.max_sequences,
         max_context=options.context,
-        min_context=options.min_context or options.context,
+        min_context=options.context if options.min_context is None else options.min_context,
         min_concurrency=options.min_concurrency,
         concurrent_context=options.concurrent_context,
         max_memory=caps,
@@ -135,6 +139,13 @@ def _solve(
         allow_cpu=options.allow_cpu,
         order=options.order,
     )
+
+
+def _left_empty(devices: tuple[Gpu, ...], plan: Plan) -> list[str]:
+    """Which devices the goal does without, in words."""
+    used = {stage.device for stage in plan.stages}
+    empty = [str(index) for index in range(len(devices)) if index not in used]
+    return [f"nothing is placed on device {', '.join(empty)}"] if empty else []
 
 
 def _speed(weighed: Footprint, plan: Plan) -> list[str]:

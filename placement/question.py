@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 from typing import Literal, Required, TypedDict, Unpack, get_args
 
+from placement.cards import runs_flashinfer
 from placement.errors import PlacementError
 from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, format_bytes, parse_bytes
@@ -83,7 +84,7 @@ class Conditions(TypedDict, total=False):
     kv_dtype: str | None
     """Of the KV cache, "fp8" among them; default: the footprint's dtype."""
     attention: Attention | None
-    """What computes attention on GPUs; default: FlashInfer, where it has kernels for the model."""
+    """What computes attention on GPUs; default: FlashInfer, where it has kernels for the model and runs on them all."""
     min_context: int | None
     """One sequence of so many tokens must fit; default: one KV block must."""
     min_concurrency: int
@@ -112,7 +113,7 @@ def ask(footprint: Footprint, gpus: Inventory | Sequence[Gpu], **conditions: Unp
     if order not in get_args(Order):
         raise PlacementError(f"order {order!r} is not known; use one of {', '.join(get_args(Order))}")
     given = budgets(devices, conditions.get("max_memory") or {})
-    workload = _workload(footprint, conditions)
+    workload = _workload(footprint, devices, conditions)
     _check_attention(footprint, workload, devices)
     cpu = conditions.get("allow_cpu")
     if cpu is not None:
@@ -136,7 +137,7 @@ def ask(footprint: Footprint, gpus: Inventory | Sequence[Gpu], **conditions: Unp
     )
 
 
-def _workload(footprint: Footprint, conditions: Conditions) -> Workload:
+def _workload(footprint: Footprint, devices: tuple[Gpu, ...], conditions: Conditions) -> Workload:
     made_for = footprint.geometry.max_context
     wished = conditions.get("max_context")
     context = made_for if wished is None else wished
@@ -145,10 +146,19 @@ def _workload(footprint: Footprint, conditions: Conditions) -> Workload:
             f"max_context is {context} tokens, but {footprint.model} was made for {made_for}; lower it"
         )
     sizes = conditions["block_size"], conditions["max_batch_tokens"], conditions["max_sequences"]
-    if min(*sizes, context) < 1:
-        raise PlacementError("block_size, max_batch_tokens, max_sequences and max_context must be at least 1")
+    names = "block_size", "max_batch_tokens", "max_sequences", "max_context"
+    for name, size in zip(names, (*sizes, context), strict=True):
+        if size < 1:
+            raise PlacementError(f"{name} is {size}, but it must be at least 1")
     kv_dtype = kv_dtype_name(conditions.get("kv_dtype") or footprint.dtype)
-    return Workload(*sizes, context, kv_dtype, conditions.get("attention"))
+    attention = conditions.get("attention") or ("torch" if _without_flashinfer(devices) else None)
+    return Workload(*sizes, context, kv_dtype, attention)
+
+
+def _without_flashinfer(devices: tuple[Gpu, ...]) -> list[str]:
+    """The GPUs that FlashInfer does not run on; one of them in a replica, and none of the others has it either."""
+    gpus = [gpu for gpu in devices if gpu.device_type == "cuda"]
+    return [gpu.name for gpu in gpus if not runs_flashinfer(gpu.name, gpu.memory_bytes)]
 
 
 def _check_attention(footprint: Footprint, workload: Workload, devices: tuple[Gpu, ...]) -> None:
@@ -161,6 +171,8 @@ def _check_attention(footprint: Footprint, workload: Workload, devices: tuple[Gp
         raise PlacementError(
             "attention flashinfer needs a GPU, and all devices are virtual ones on the CPU; leave it out"
         )
+    if without := _without_flashinfer(devices):
+        raise PlacementError(f"attention flashinfer does not run on {without[0]}; use torch")
     if reason := why_not_flashinfer(footprint, workload):
         raise PlacementError(f"attention flashinfer does not serve {footprint.model}: {reason}; use torch")
 
@@ -175,9 +187,7 @@ def budgets(devices: tuple[Gpu, ...], max_memory: Mapping[int, str | int]) -> tu
     if not devices:
         raise PlacementError("there is no device to plan for; give at least one GPU or virtual CPU device")
     if unknown := sorted(set(max_memory) - set(range(len(devices)))):
-        raise PlacementError(
-            f"max_memory names device {unknown[0]}, but there are {len(devices)}: 0 to {len(devices) - 1}"
-        )
+        raise PlacementError(f"max_memory names device {unknown[0]}, but there {_only(len(devices))}; leave it out")
     found = []
     for index, gpu in enumerate(devices):
         cap = parse_bytes(max_memory[index]) if index in max_memory else gpu.usable_bytes
@@ -210,10 +220,12 @@ def demand(workload: Workload, min_context: int | None, min_concurrency: int, co
             raise PlacementError(
                 f"{name} is {tokens} tokens, but max_context is {workload.max_context}; it must be between 1 and that"
             )
-    if not 1 <= min_concurrency <= workload.max_sequences:
+    if min_concurrency < 1:
+        raise PlacementError(f"min_concurrency is {min_concurrency}, but it must be at least 1")
+    if min_concurrency > workload.max_sequences:
         raise PlacementError(
             f"min_concurrency is {min_concurrency}, but max_sequences is {workload.max_sequences}; "
-            "raise max_sequences or lower min_concurrency (at least 1)"
+            "raise max_sequences or lower min_concurrency"
         )
     if min_concurrency == 1 and concurrent_context is None:
         return Demand(context=min_context or 1)
@@ -259,8 +271,12 @@ def _pinned_device(name: str, target: int | str, devices: int, last_resort: bool
         raise PlacementError(f"{name} is pinned to the CPU, which may hold nothing; give allow_cpu bytes")
     gpus = devices - last_resort
     if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < gpus:
-        raise PlacementError(f"{name} is pinned to device {target!r}, but there are {gpus}: 0 to {gpus - 1}")
+        raise PlacementError(f"{name} is pinned to device {target!r}, but there {_only(gpus)}")
     return target
+
+
+def _only(devices: int) -> str:
+    return "is only device 0" if devices == 1 else f"are only devices 0 to {devices - 1}"
 
 
 def _pinned_layers(footprint: Footprint, homes: Mapping[str, int], name: str) -> list[int]:

@@ -41,18 +41,15 @@ def best(problem: Problem, goal: Goal) -> Split | None:
     """The best split by `goal` among those that hold what is demanded; None when there is none."""
     problem = without_needless_resort(problem)
     least = problem.question.least_blocks
-    if pack(problem, least, problem.ever) is None:
+    if (cuts := pack(problem, least, problem.ever)) is None:
         return None
     if goal == "latency":
         return _best_latency(problem)
-
-    def most_blocks(time: int) -> int:
-        return last(lambda n: pack(problem, n, time) is not None, least, problem.question.workload.most_blocks)
-
-    if goal == "capacity":
-        blocks = most_blocks(problem.ever)
-    else:
-        blocks = most_blocks(_least_time(problem, least)[0] * (100 + _SLACK_PERCENT) // 100)
+    time = problem.ever
+    if goal == "throughput":
+        quickest, cuts = _least_time(problem, least)
+        time = quickest * (100 + _SLACK_PERCENT) // 100
+    blocks = last(lambda n: pack(problem, n, time) is not None, _room(problem, cuts), _most_blocks(problem))
     return Split(_least_time(problem, blocks)[1], blocks)
 
 
@@ -130,6 +127,12 @@ def _least_time(problem: Problem, blocks: int) -> tuple[int, Cuts]:
         else:
             high, cuts = _slowest(problem, quicker), quicker
     return high, cuts
+
+
+def _most_blocks(problem: Problem) -> int:
+    """The most blocks that are of use, or that all devices together would have room for if there were nothing else."""
+    useful, each = problem.question.workload.most_blocks, problem.kv[-1]
+    return min(useful, sum(problem.question.budgets) // each) if each else useful
 
 
 def _slowest(problem: Problem, cuts: Cuts) -> int:

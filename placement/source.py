@@ -1,8 +1,9 @@
-"""Where a model's facts come from: a folder, a config.json, a .gguf file, or a Hugging Face id in the local cache."""
+"""Where a model's facts come from: a folder, a config.json, a .gguf file, or a Hugging Face id (cache, then hub)."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from placement.errors import PlacementError
 from placement.headers import Gguf, Headers, read_gguf, read_safetensors
 
 _CONFIG = "config.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Source:
     config: Mapping[str, Any]
     """config.json; empty for a GGUF file, whose metadata stands in its place."""
     headers: Headers
-    """Of its stored tensors, under the file's own names; empty when there are none on this disk."""
+    """Of its stored tensors, under the file's own names; empty when none can be read."""
     gguf: Gguf | None = None
 
     @property
@@ -42,7 +44,8 @@ def find_source(model: str | Path) -> Source:
 
     Args:
         model: a folder with a config.json (its safetensors headers are read where all its files are there), a .gguf
-            file, a config.json (any .json file) alone, or a Hugging Face id whose config.json is in the local cache.
+            file, a config.json (any .json file) alone, or a Hugging Face id. The local cache is asked first, and the
+            hub for what is not whole there, config.json and headers alone.
 
     Raises:
         PlacementError: no such model, or one that can't be read.
@@ -55,17 +58,38 @@ def find_source(model: str | Path) -> Source:
         return Source(path.stem, {}, header.tensors, header)
     if path.suffix.lower() == ".json" and path.is_file():
         return Source(path.absolute().parent.name, _read_config(path), {})
-    if (cached := _cached_config(str(model))) is not None:
-        return Source(str(model), _read_config(cached), read_safetensors(cached.parent))
     if path.suffix.lower() in (".gguf", ".json") or not _is_id(str(model)):
         raise PlacementError(
             f"{path} does not exist; give a folder with a Hugging Face model, its config.json, a .gguf file, or an id "
             "such as org/model"
         )
-    raise PlacementError(
-        f"there is no folder {model}, and no config.json of a model of that name in the local Hugging Face cache; "
-        f"fetch it once: hf download {model} {_CONFIG}"
-    )
+    return _by_id(str(model))
+
+
+def _by_id(model: str) -> Source:
+    # Imported here: most models are given by a path, and are read without it.
+    from huggingface_hub import constants
+
+    cached = _cached_config(model)
+    headers = read_safetensors(cached.parent) if cached else {}
+    if cached and (headers or constants.HF_HUB_OFFLINE):
+        return Source(model, _read_config(cached), headers)
+    if constants.HF_HUB_OFFLINE:
+        raise PlacementError(
+            f"there is no folder {model}, no config.json of a model of that name in the cache "
+            f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it, or fetch it once: hf download {model} "
+            f"{_CONFIG}"
+        )
+    from placement import hub
+
+    try:
+        text, headers = hub.read_model(model)
+    except hub.HubError as error:
+        if cached is None:
+            raise PlacementError(f"there is no folder {model}, and {error}") from None
+        _log.warning("planned from the cached config.json of %s alone: %s", model, error)
+        return Source(model, _read_config(cached), {})
+    return Source(model, _parse_config(text, f"{_CONFIG} of {model}"), headers)
 
 
 def _is_id(text: str) -> bool:
@@ -73,9 +97,6 @@ def _is_id(text: str) -> bool:
 
 
 def _cached_config(model: str) -> Path | None:
-    if not _is_id(model):
-        return None
-    # Imported here: most models are given by a path, and are read without it.
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -88,13 +109,21 @@ def _cached_config(model: str) -> Path | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
+        text = path.read_bytes()
     except FileNotFoundError:
         raise PlacementError(f"{path} does not exist; give a folder with a Hugging Face model") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise PlacementError(f"{path} can't be read: {error}") from None
+    return _parse_config(text, str(path))
+
+
+def _parse_config(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text.decode(), object_hook=_special_float)
+    except ValueError as error:
+        raise PlacementError(f"{where} can't be read: {error}") from None
     if not isinstance(config, dict):
-        raise PlacementError(f"{path} must hold a JSON object")
+        raise PlacementError(f"{where} must hold a JSON object")
     return config
 
 

@@ -58,7 +58,13 @@ class FakeHub:
     """403 for everything."""
     cut: str | None = None
     """The file whose connection ends in its middle, every time."""
+    ranges: bool = True
+    """A part that is asked for is sent alone; False: the whole file is, as by servers that know no ranges."""
+    codes: bool = True
+    """Refusals say what is missing in a header, as the hub's do and some mirrors' don't."""
     requests: list[str] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
+    """Bytes of content, by file."""
 
     def fetched(self) -> set[str]:
         """Names of the files whose content was asked for."""
@@ -132,18 +138,31 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.state.files.get(name)
         if content is None:
             return self._refuse(404, "EntryNotFound")
-        self.send_response(200)
+        etag, content = _etag(content), self._part(content)
         self.send_header("X-Repo-Commit", SHA)
-        self.send_header("ETag", f'"{_etag(content)}"')
+        self.send_header("ETag", f'"{etag}"')
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
+            self.state.sent[name] = self.state.sent.get(name, 0) + len(content)
             if name == self.state.cut:
                 self.wfile.write(content[: len(content) // 2])
                 self.close_connection = True
             else:
                 self.wfile.write(content)
         return None
+
+    def _part(self, content: bytes) -> bytes:
+        """What the request asks for of `content`; the answer's status is sent."""
+        asked = self.headers.get("range", "").removeprefix("bytes=")
+        if not asked or not self.state.ranges:
+            self.send_response(200)
+            return content
+        first, _, last = asked.partition("-")
+        part = content[int(first) : int(last) + 1 if last else None]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}")
+        return part
 
     def _json(self, value: Any) -> None:
         body = json.dumps(value).encode()
@@ -156,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: int, code: str | None) -> None:
         self.send_response(status)
-        if code:
+        if code and self.state.codes:
             self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()

@@ -150,6 +150,8 @@ class Case:
     """Theirs balances the caps first, as `device_map="auto"` does."""
     fallback: bool = False
     """accelerate's `fallback_allocation`."""
+    offload_buffers: bool = False
+    """accelerate's: buffers of what is left over don't come to a GPU while it runs."""
 
     @property
     def goal(self) -> Goal:
@@ -179,9 +181,19 @@ CASES = (
     Case("one prefix", lambda: named(compute=Prefixed()), {0: 4, "cpu": GB}, "left over", 128, 128, ("Prefixed",)),
     # Ours has the first two on the GPU, 144 + 192 = 336 of 400.
     Case("buffers", three_buffered, {0: 400, "cpu": GB}, "left over", 220, 412),
+    Case("buffers, offloaded", three_buffered, {0: 400, "cpu": GB}, "left over", 220, 412, offload_buffers=True),
     # And the others on device 1: 220 + 180 = 400 of 400.
     Case("buffers, two devices", four_buffered, {0: 400, 1: 400, "cpu": GB}, "left over", 0, 400),
     Case("buffers, a small device", four_buffered, {0: 400, 1: 200, "cpu": GB}, "left over", 400, 400),
+    Case(
+        "buffers, a small device, offloaded",
+        four_buffered,
+        {0: 400, 1: 200, "cpu": GB},
+        "left over",
+        400,
+        400,
+        offload_buffers=True,
+    ),
     # Ours has the first two on the GPU, 256 of 256; theirs none, or with its fallback the second.
     Case("nothing fits first", inside_one, {0: 256}, "left over", 160, 416),
     Case("fallback", inside_one, {0: 256}, "left over", 160, 336, fallback=True),
@@ -234,7 +246,11 @@ def theirs(case: Case, model: nn.Module, units: Footprint) -> Placed:
     if case.balanced:
         caps = get_balanced_memory(model, max_memory=caps, no_split_module_classes=list(case.whole))
     found = infer_auto_device_map(
-        model, max_memory=caps, no_split_module_classes=list(case.whole), fallback_allocation=case.fallback
+        model,
+        max_memory=caps,
+        no_split_module_classes=list(case.whole),
+        fallback_allocation=case.fallback,
+        offload_buffers=case.offload_buffers,
     )
     return [lookup(found, unit.name) for unit in units.layers]
 

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import save_file
 
 from placement.errors import PlacementError
-from placement.headers import LONG_ARRAY, read_gguf, read_safetensors, read_safetensors_file, same_values
+from placement.headers import LONG_ARRAY, LocalFile, read_gguf, read_safetensors, read_safetensors_file, same_values
 
 WEIGHTS = {"a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "b": torch.ones(4, dtype=torch.int32)}
 
@@ -25,9 +25,7 @@ def test_one_file(tmp_path: Path) -> None:
         "b": ("I32", (4,), 16),
     }
     a = headers["a"]
-    with a.file.open("rb") as file:
-        file.seek(a.offset)
-        assert file.read(a.bytes) == WEIGHTS["a"].view(torch.uint8).numpy().tobytes()
+    assert a.file.read(a.offset, a.bytes) == WEIGHTS["a"].view(torch.uint8).numpy().tobytes()
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -71,7 +69,7 @@ def test_same_values(tmp_path: Path) -> None:
     middle = big.clone()
     middle[100_000] = 1
     save_file({"a": big, "b": big.clone(), "late": late, "middle": middle, "half": big.half()}, tmp_path / "x")
-    headers = read_safetensors_file(tmp_path / "x")
+    headers = read_safetensors_file(LocalFile(tmp_path / "x"))
     assert same_values(headers["a"], headers["b"])
     for other in ("late", "middle", "half"):
         assert not same_values(headers["a"], headers[other])

@@ -72,6 +72,16 @@ CACHES: dict[str, PreTrainedConfig] = {
         num_experts_per_tok=2,
         moe_intermediate_size=16,
     ),
+    # Key and value sizes that differ from layer to layer, and layers that read another's.
+    "gemma4": transformers.Gemma4TextConfig(
+        **_TINY,
+        head_dim=16,
+        global_head_dim=32,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=100,
+    ),
 }
 
 

@@ -52,6 +52,14 @@ def test_attention_changes_the_reserve_on_gpus_alone(model: Path, capsys: pytest
     assert "graphs" not in capsys.readouterr().out
 
 
+def test_gpus_without_flashinfer_are_planned_without_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for gpus in ("T4", "V100-32GB", "MI300X", "1xL4,1xT4"):
+        assert main([str(LLAMA_8B), "--gpus", gpus, "--context", "512"]) == 0
+        assert "graphs" not in capsys.readouterr().out
+    assert main([str(LLAMA_8B), "--gpus", "1xL4,1xT4", "--attention", "flashinfer"]) == 2
+    assert "attention flashinfer does not run on T4; use torch" in capsys.readouterr().err
+
+
 def test_named_gpus_come_with_an_estimate(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(model), "--gpus", "L4"]) == 0
     out = capsys.readouterr().out
@@ -59,6 +67,23 @@ def test_named_gpus_come_with_an_estimate(model: Path, capsys: pytest.CaptureFix
     assert "estimated tokens/s: " in out.splitlines()[-1]
     assert main([str(model), "--cpu", "1GB"]) == 0
     assert "estimated" not in capsys.readouterr().out
+
+
+def test_fused_experts_are_quantised_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    base = [str(LLAMA_8B.parent / "mixtral-8x7b"), "--cpu", "200GB", "--json"]
+    assert main(base) == 0
+    before = from_json(capsys.readouterr().out)
+    assert main([*base, "--quantize-experts"]) == 0
+    after = from_json(capsys.readouterr().out)
+    assert (before.experts, after.experts) == (False, True)
+    assert 3 * after.stages[0].weight_bytes < before.stages[0].weight_bytes
+
+
+def test_devices_left_empty_are_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(model), "--cpu", "1GB,1GB,1GB", "--goal", "latency"]) == 0
+    assert "nothing is placed on device 1, 2" in capsys.readouterr().out
+    assert main([str(model), "--cpu", "1GB"]) == 0
+    assert "nothing is placed" not in capsys.readouterr().out
 
 
 def test_the_picture_is_written(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +139,9 @@ def test_an_inventory_file_and_caps(model: Path, tmp_path: Path, capsys: pytest.
         (["--cpu", "1GB", "--quantization", "bf16", "--dtype", "float32"], "computes in bfloat16"),
         (["--cpu", "1GB", "--max-memory", "1GB"], "0=600MB"),
         (["--cpu", "1GB", "--context", "100000"], "made for 512"),
+        (["--cpu", "1GB", "--context", "0"], "max_context is 0"),
+        (["--cpu", "1GB", "--quantize-experts"], "has no fused experts to quantise; leave quantize_experts out"),
+        (["--cpu", "1GB", "--min-context", "0"], "min_context is 0"),
         (["--inventory", "/no/such/file"], "can't be read"),
         (["--gpus", "2xH900"], "neither a size such as 24GiB nor one of"),
         (["--cpu", "1GB", "--max-memory", "0=1GB,0=2GB"], "given twice"),

@@ -28,7 +28,7 @@ def test_modules_beside_the_layers_pin_their_layer() -> None:
     assert pinned(head="cpu") == (None, None, LAST_RESORT)
     assert pinned(layers_1=0) == (None, 0, None)
     assert pinned(layers=1) == (1, 1, 1)
-    with pytest.raises(PlacementError, match="device 2, but there are 2: 0 to 1"):
+    with pytest.raises(PlacementError, match="device 2, but there are only devices 0 to 1"):
         pinned(head=2)
 
 
