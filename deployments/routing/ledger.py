@@ -72,7 +72,7 @@ class Ledger:
         self._leases: dict[str, float] = {}
         self._lengths = OutputLengths()
         self._forecast = Forecast()
-        self._growth = Growth(config.scaled)
+        self._growth = Growth(config.scaled, config.pools)
         self._granted = 0
 
     # Events
@@ -208,7 +208,7 @@ class Ledger:
         contexts = [*self._growth.contexts(), *((a.state.pool, a.max_context) for a in self._fleet)]
         return LedgerNews(
             epoch=self.epoch,
-            max_context=max((context for _, context in contexts), default=None),
+            max_context=None if self._growth.unheard(None) else max((context for _, context in contexts), default=None),
             pool_contexts=tuple(dict(sorted(contexts)).items()),
             warming=self._still_warming(self._now),
             expected_output_tokens=self._lengths.expected(),
@@ -297,9 +297,17 @@ class Ledger:
         alive = self._fleet.alive(pool) > 0
         if (alive and total <= self._fleet.longest_tokens(pool)) or self._growth.may_hold(pool, total):
             return None
-        startable = self._growth.shapes(pool)
+        startable = self._growth.startable(pool)
         known = [account for account in self._fleet if pool is None or account.state.pool == pool]
-        return refusals.hopeless(self.config, request, size, [*known, *startable], alive=alive or bool(startable))
+        return refusals.hopeless(
+            self.config,
+            request,
+            size,
+            [*known, *startable],
+            alive=alive or bool(startable),
+            absent=self._growth.shapes(pool),
+            unheard=self._growth.unheard(pool),
+        )
 
     def _late(self, waiter: Waiter, now: float) -> Refusal:
         tokens = self._tokens_before(waiter.request, waiter.size)

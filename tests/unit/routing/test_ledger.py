@@ -562,3 +562,66 @@ def test_a_long_request_waits_for_the_large_pool_that_has_no_replica() -> None:
     insists = book.reserve(wish("insists", prompt=200, output=60, pool="default"), 0.0)
     assert isinstance(insists, Refusal)
     assert insists.kind == "too_long"
+
+
+SMALL = state("small", pool="small", capacity_blocks=1_000, max_context=4_096)
+LARGE = state("large", pool="large", capacity_blocks=10_000, max_context=65_536)
+POOLS = ("small", "large")
+
+
+def without_large_for_20_s() -> Ledger:
+    book = ledger(SMALL, LARGE, pools=POOLS)
+    for second in range(1, 21):
+        book.report(replace(SMALL, sequence=1 + second), float(second))
+        book.tick(float(second))
+    assert [replica.replica_id for replica in book.view(20.0).replicas] == ["small"], "the large one is forgotten"
+    return book
+
+
+def refused(outcome: object) -> tuple[str, int | None]:
+    """Kind and seconds to wait of an outcome that must be a refusal."""
+    assert isinstance(outcome, Refusal), outcome
+    return outcome.kind, outcome.retry_after_s
+
+
+def test_what_only_a_silent_fixed_pool_holds_is_never_too_long() -> None:
+    book = without_large_for_20_s()
+    granted(book.reserve(wish("short"), 20.0))
+    for pool in (None, "large"):
+        outcome = book.reserve(wish("long", prompt=20_000, output=100, pool=pool), 20.0)
+        assert refused(outcome) == ("no_replica", 5)
+    assert refused(book.reserve(wish("small", prompt=20_000, pool="small"), 20.0))[0] == "too_long"
+    nobody = book.reserve(wish("nobody", prompt=65_536), 20.0)
+    assert refused(nobody)[0] == "too_long"
+    assert isinstance(nobody, Refusal)
+    assert "65536" in nobody.message
+
+
+def test_news_remember_what_a_silent_fixed_pool_holds() -> None:
+    news = without_large_for_20_s().news()
+    assert (news.max_context, news.pool_contexts) == (65_536, (("large", 65_536), ("small", 4_096)))
+
+
+def test_a_wait_for_a_pool_that_is_forgotten_ends_without_a_replica() -> None:
+    book = ledger(SMALL, LARGE, pools=POOLS)
+    book.replica_gone("large", 1)
+    assert isinstance(book.reserve(wish("long", prompt=20_000, wait_limit_s=60.0), 0.0), Queued)
+    answers = []
+    for second in range(1, 21):
+        book.report(replace(SMALL, sequence=1 + second), float(second))
+        book.renew_lease("in", float(second))
+        answers += book.tick(float(second))
+    assert [refused(outcome)[0] for outcome in answers] == ["no_replica"]
+
+
+def test_nothing_is_too_long_for_a_fixed_pool_of_which_no_replica_was_heard() -> None:
+    book = ledger(SMALL, expected_replicas=2, pools=POOLS)
+    book.tick(5.0)  # the large one is still loading
+    book.report(replace(SMALL, sequence=2), 5.0)
+    granted(book.reserve(wish("short"), 5.0))
+    assert refused(book.reserve(wish("long", prompt=20_000), 5.0)) == ("no_replica", 5)
+    assert refused(book.reserve(wish("small", prompt=20_000, pool="small"), 5.0))[0] == "too_long"
+    assert (book.news().max_context, book.news().pool_contexts) == (None, (("small", 4_096),))
+    book.report(LARGE, 6.0)
+    assert book.news().max_context == 65_536
+    assert granted(book.reserve(wish("long", prompt=20_000), 6.0)).replica_id == "large"
