@@ -101,6 +101,15 @@ def full(config: LedgerConfig, request: ReserveRequest, waiting: int, retry_afte
     return _busy(Refusal(request.request_id, "queue_full", text, retry_after_s))
 
 
+def displaced(config: LedgerConfig, request: ReserveRequest, waiting: int, retry_after_s: int) -> Refusal:
+    """The queue is full, and the last of the tenant most over its share makes room for another tenant."""
+    text = (
+        f"{waiting} requests wait for {config.model}, queue_limit is {config.queue_limit}, and this tenant has "
+        f"more than its share of it, which others need now"
+    )
+    return _busy(Refusal(request.request_id, "queue_full", text, retry_after_s))
+
+
 def late(config: LedgerConfig, request: ReserveRequest, size: Size, retry_after_s: int, *, there: bool) -> Refusal:
     """The deadline passed.
 
