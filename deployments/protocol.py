@@ -305,7 +305,7 @@ class LedgerNews:
 
     epoch: int
     max_context: int | None
-    """Longest prompt + output in tokens that a known replica holds; None while none is known."""
+    """Longest prompt + output in tokens that a pool holds, by its last replica; None while one pool never had any."""
     warming: bool = False
     """Whether the ledger is new and waits for the replicas' reports."""
     expected_output_tokens: int = 0

@@ -42,7 +42,7 @@ class Dispatcher(Protocol):
 
     @property
     def max_context(self) -> int | None:
-        """Longest prompt + output in tokens that a known replica holds; None while none is known."""
+        """Longest prompt + output in tokens that a pool holds; None while that is not known of each pool."""
         ...
 
     def context_of(self, pool: str) -> int | None:

@@ -116,7 +116,7 @@ class ServeDispatcher:
 
     @property
     def max_context(self) -> int | None:
-        """Longest prompt + output in tokens that a known replica holds; None while none is known."""
+        """Longest prompt + output in tokens that a pool holds; None while the ledger doesn't know that of each."""
         return self._notices.news.max_context if self._notices.news is not None else None
 
     def context_of(self, pool: str) -> int | None:

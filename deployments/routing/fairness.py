@@ -120,6 +120,39 @@ class FairShares:
         everyone = self._waiting_weight + (0 if waits else weight)
         return min(total, -(-own * everyone // weight))
 
+    def below_share(self, tenant: str, weight: int | None, limit: int) -> bool:
+        """Whether a tenant waits with fewer requests than its part of `limit`, by weight among all who wait and itself.
+
+        Args:
+            tenant: who would wait with one request more.
+            weight: that comes with the request.
+            limit: requests that may wait at once.
+        """
+        flow = self._flows.get(tenant)
+        requests = flow.requests if flow is not None else 0
+        own = weight or self._weights.get(tenant, 1)
+        return requests < _share(limit, own, self._everyone(tenant, own))
+
+    def most_over_share(self, newcomer: str, weight: int | None, limit: int) -> str | None:
+        """The tenant that waits with the most requests over its part of `limit` when `newcomer` waits too.
+
+        Returns:
+            None when nobody has more than its part. Looks at every tenant that waits.
+        """
+        everyone = self._everyone(newcomer, weight or self._weights.get(newcomer, 1))
+        over = {
+            tenant: flow.requests - _share(limit, flow.weight, everyone)
+            for tenant, flow in self._flows.items()
+            if tenant != newcomer
+        }
+        most = max(over, key=over.__getitem__, default=None)
+        return most if most is not None and over[most] > 0 else None
+
+    def _everyone(self, tenant: str, weight: int) -> int:
+        """The weights of all who wait, and of this tenant."""
+        flow = self._flows.get(tenant)
+        return self._waiting_weight + weight - (flow.weight if flow is not None and flow.requests else 0)
+
     def check_integrity(self) -> None:
         """Raise AssertionError when a sum differs from a fresh one."""
         waiting = [flow for flow in self._flows.values() if flow.requests]
@@ -127,3 +160,8 @@ class FairShares:
         assert sum(flow.requests for flow in waiting) == self._requests, "requests of all tenants"
         away = {tenant for tenant, flow in self._flows.items() if not flow.requests}
         assert away <= {tenant for _, tenant in self._ahead}, "a tenant that is away would never be forgotten"
+
+
+def _share(limit: int, weight: int, everyone: int) -> int:
+    """Requests of `limit` that are a tenant's by its weight, one at least."""
+    return max(1, limit * weight // everyone)

@@ -40,7 +40,7 @@ from deployments.routing.waiting import Waiter, WaitingQueue
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The request waits; `tick` or `admit` will answer it."""
+    """The request waits; `tick`, `admit` or `displaced` will answer it."""
 
     request_id: str
 
@@ -69,10 +69,12 @@ class Ledger:
         self._grants = GrantIndex()
         self._queue = WaitingQueue(FairShares(dict(config.tenant_weights)))
         self._turns = Turns(self._queue, self._fleet, rng)
+        self._displaced: dict[str, Refusal] = {}
+        """Request id -> the answer of a waiter that made room for another tenant's, not fetched yet."""
         self._leases: dict[str, float] = {}
         self._lengths = OutputLengths()
         self._forecast = Forecast()
-        self._growth = Growth(config.scaled)
+        self._growth = Growth(config.scaled, config.pools)
         self._granted = 0
 
     # Events
@@ -87,7 +89,7 @@ class Ledger:
         refusal = refusals.malformed(self.config, request)
         if refusal is not None:
             return refusal
-        if request.request_id in self._queue:
+        if request.request_id in self._queue or request.request_id in self._displaced:
             raise ValueError(f"request {request.request_id} waits already; ids must be unique while they are in use")
         self._leases[request.ingress_id] = now + self.config.lease_s
         size = self._lengths.size(request.prompt_tokens, request.max_tokens)
@@ -101,7 +103,7 @@ class Ledger:
                 if grant is not None:
                     return grant
         tokens = self._tokens_before(request, size)
-        if len(self._queue) >= self.config.queue_limit:
+        if len(self._queue) >= self.config.queue_limit and not self._displace_for(request, now):
             return refusals.full(self.config, request, len(self._queue), self._forecast.retry_after_s(tokens, now))
         waiter = Waiter(
             request,
@@ -115,6 +117,8 @@ class Ledger:
     def cancel(self, request_id: str, now: float) -> None:
         """The client left before it had an answer: ends its waiting, or the grant that no replica has heard of."""
         self._advance(now)
+        if self._displaced.pop(request_id, None) is not None:
+            return
         if self._turns.leave(request_id) is None and (grant_id := self._grants.of_request(request_id)) is not None:
             self.release(grant_id, now)
 
@@ -197,10 +201,17 @@ class Ledger:
     def admit(self, now: float) -> list[Outcome]:
         """Answer all those who wait and can be answered. Costs nothing when nothing has changed since the last time."""
         now = self._advance(now)
+        outcomes = self.displaced()
         if self._still_warming(now):
-            return []
+            return outcomes
         answer = self._answer_at(now)
-        return list(iter(lambda: self._turns.next(answer), None))
+        return outcomes + list(iter(lambda: self._turns.next(answer), None))
+
+    def displaced(self) -> list[Outcome]:
+        """The answers of those that had to make room for another tenant's requests; each is told once."""
+        outcomes: list[Outcome] = list(self._displaced.values())
+        self._displaced.clear()
+        return outcomes
 
     def news(self) -> LedgerNews:
         """What an ingress is told each second."""
@@ -208,7 +219,7 @@ class Ledger:
         contexts = [*self._growth.contexts(), *((a.state.pool, a.max_context) for a in self._fleet)]
         return LedgerNews(
             epoch=self.epoch,
-            max_context=max((context for _, context in contexts), default=None),
+            max_context=None if self._growth.unheard(None) else max((context for _, context in contexts), default=None),
             pool_contexts=tuple(dict(sorted(contexts)).items()),
             warming=self._still_warming(self._now),
             expected_output_tokens=self._lengths.expected(),
@@ -302,9 +313,28 @@ class Ledger:
         alive = self._fleet.alive(pool) > 0
         if (alive and total <= self._fleet.longest_tokens(pool)) or self._growth.may_hold(pool, total):
             return None
-        startable = self._growth.shapes(pool)
+        startable = self._growth.startable(pool)
         known = [account for account in self._fleet if pool is None or account.state.pool == pool]
-        return refusals.hopeless(self.config, request, size, [*known, *startable], alive=alive or bool(startable))
+        return refusals.hopeless(
+            self.config,
+            request,
+            size,
+            [*known, *startable],
+            alive=alive or bool(startable),
+            absent=self._growth.shapes(pool),
+            unheard=self._growth.unheard(pool),
+        )
+
+    def _displace_for(self, request: ReserveRequest, now: float) -> bool:
+        """Make room in the full queue for a tenant that has less than its share of it, if there is one with more."""
+        last = self._queue.displaced_by(request, self.config.queue_limit)
+        if last is None:
+            return False
+        waiting, tokens = len(self._queue), self._tokens_before(last.request, last.size)
+        again_s = self._forecast.retry_after_s(tokens, now)
+        self._turns.leave(last.request.request_id)
+        self._displaced[last.request.request_id] = refusals.displaced(self.config, last.request, waiting, again_s)
+        return True
 
     def _late(self, waiter: Waiter, now: float) -> Refusal:
         tokens = self._tokens_before(waiter.request, waiter.size)

@@ -49,6 +49,7 @@ class LedgerService:
         """Wait for a grant or a refusal. Cancelling the call ends the waiting and gives back a grant just made."""
         self._keep_time()
         outcome = self._ledger.reserve(request, time.time())
+        self._answer(self._ledger.displaced())
         self._board.count(outcome)
         if not isinstance(outcome, Queued):
             return outcome

@@ -209,6 +209,26 @@ class WaitingQueue:
         self._sweep()
         return waiter
 
+    def displaced_by(self, request: ReserveRequest, limit: int) -> Waiter | None:
+        """Who is to leave a full queue for a newcomer whose tenant waits with less than its share of it.
+
+        Looks at every waiter, if so: for a queue that one tenant has filled.
+
+        Args:
+            request: the newcomer.
+            limit: requests that may wait.
+
+        Returns:
+            The last one of the tenant most over its share; None when the newcomer is the one to refuse.
+        """
+        if not self._shares.below_share(request.tenant, request.weight, limit):
+            return None
+        tenant = self._shares.most_over_share(request.tenant, request.weight, limit)
+        if tenant is None:
+            return None
+        own = (waiter for waiter in self._waiters.values() if waiter.request.tenant == tenant)
+        return max(own, key=lambda waiter: (waiter.request.priority, waiter.arrival))
+
     def overdue(self, now: float) -> Waiter | None:
         """A waiter whose deadline has passed, the earliest deadline first."""
         while self._deadlines and self._deadlines[0][0] <= now:

@@ -169,7 +169,15 @@ class LedgerMachine(RuleBasedStateMachine):
         self.heard_from[ingress] = self.now
         request = ReserveRequest(key, ingress, prompt, output, wait, tenant=tenant, priority=priority)
         kept = self.kept()
+        tenants = {waiter.request.request_id: waiter.request.tenant for waiter in self.ledger._queue._waiters.values()}
         outcome = self.ledger.reserve(request, self.now)
+        for displaced in self.ledger.displaced():
+            assert isinstance(displaced, Refusal)
+            assert displaced.kind == "queue_full"
+            assert len(self.waiting) == 6
+            assert tenants[displaced.request_id] != tenant, "a tenant made room for itself"
+            assert not isinstance(outcome, Refusal) or outcome.kind != "queue_full", "one too many was refused"
+            self.finish(displaced)
         if isinstance(outcome, Queued):
             assert len(self.waiting) < 6
             self.waiting[key] = self.now + wait

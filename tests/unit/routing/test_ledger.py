@@ -9,6 +9,7 @@ from deployments.protocol import PROTOCOL_VERSION, CachedGranules, Grant, Ingres
 from deployments.routing.forecast import ForecastError
 from deployments.routing.growth import ScaledPool
 from deployments.routing.ledger import Ledger, Queued
+from deployments.routing.turns import Outcome
 from tests.unit.routing.worlds import EPOCH, granted, ledger, state, wish
 
 
@@ -617,3 +618,138 @@ def test_a_long_request_waits_for_the_large_pool_that_has_no_replica() -> None:
     insists = book.reserve(wish("insists", prompt=200, output=60, pool="default"), 0.0)
     assert isinstance(insists, Refusal)
     assert insists.kind == "too_long"
+
+
+SMALL = state("small", pool="small", capacity_blocks=1_000, max_context=4_096)
+LARGE = state("large", pool="large", capacity_blocks=10_000, max_context=65_536)
+POOLS = ("small", "large")
+
+
+def without_large_for_20_s() -> Ledger:
+    book = ledger(SMALL, LARGE, pools=POOLS)
+    for second in range(1, 21):
+        book.report(replace(SMALL, sequence=1 + second), float(second))
+        book.tick(float(second))
+    assert [replica.replica_id for replica in book.view(20.0).replicas] == ["small"], "the large one is forgotten"
+    return book
+
+
+def refused(outcome: object) -> tuple[str, int | None]:
+    """Kind and seconds to wait of an outcome that must be a refusal."""
+    assert isinstance(outcome, Refusal), outcome
+    return outcome.kind, outcome.retry_after_s
+
+
+def test_what_only_a_silent_fixed_pool_holds_is_never_too_long() -> None:
+    book = without_large_for_20_s()
+    granted(book.reserve(wish("short"), 20.0))
+    for pool in (None, "large"):
+        outcome = book.reserve(wish("long", prompt=20_000, output=100, pool=pool), 20.0)
+        assert refused(outcome) == ("no_replica", 5)
+    assert refused(book.reserve(wish("small", prompt=20_000, pool="small"), 20.0))[0] == "too_long"
+    nobody = book.reserve(wish("nobody", prompt=65_536), 20.0)
+    assert refused(nobody)[0] == "too_long"
+    assert isinstance(nobody, Refusal)
+    assert "65536" in nobody.message
+
+
+def test_news_remember_what_a_silent_fixed_pool_holds() -> None:
+    news = without_large_for_20_s().news()
+    assert (news.max_context, news.pool_contexts) == (65_536, (("large", 65_536), ("small", 4_096)))
+
+
+def test_a_wait_for_a_pool_that_is_forgotten_ends_without_a_replica() -> None:
+    book = ledger(SMALL, LARGE, pools=POOLS)
+    book.replica_gone("large", 1)
+    assert isinstance(book.reserve(wish("long", prompt=20_000, wait_limit_s=60.0), 0.0), Queued)
+    answers = []
+    for second in range(1, 21):
+        book.report(replace(SMALL, sequence=1 + second), float(second))
+        book.renew_lease("in", float(second))
+        answers += book.tick(float(second))
+    assert [refused(outcome)[0] for outcome in answers] == ["no_replica"]
+
+
+def test_nothing_is_too_long_for_a_fixed_pool_of_which_no_replica_was_heard() -> None:
+    book = ledger(SMALL, expected_replicas=2, pools=POOLS)
+    book.tick(5.0)  # the large one is still loading
+    book.report(replace(SMALL, sequence=2), 5.0)
+    granted(book.reserve(wish("short"), 5.0))
+    assert refused(book.reserve(wish("long", prompt=20_000), 5.0)) == ("no_replica", 5)
+    assert refused(book.reserve(wish("small", prompt=20_000, pool="small"), 5.0))[0] == "too_long"
+    assert (book.news().max_context, book.news().pool_contexts) == (None, (("small", 4_096),))
+    book.report(LARGE, 6.0)
+    assert book.news().max_context == 65_536
+    assert granted(book.reserve(wish("long", prompt=20_000), 6.0)).replica_id == "large"
+
+
+def flooded(flood: int = 8, **changes: object) -> Ledger:
+    """The only replica is full, and so is the queue of 8, with requests of one tenant."""
+    book = ledger(state(), queue_limit=8, **changes)  # type: ignore[arg-type]  # fields by name
+    granted(book.reserve(wish("running", prompt=100, output=60), 0.0))
+    for k in range(flood):
+        assert isinstance(book.reserve(wish(f"f{k}", tenant="flood"), 0.0), Queued)
+    return book
+
+
+def told(outcomes: list[Outcome]) -> list[tuple[str, str]]:
+    """(request, kind) of outcomes that must be refusals with a time to wait."""
+    assert all(isinstance(outcome, Refusal) and outcome.retry_after_s for outcome in outcomes), outcomes
+    return [(outcome.request_id, outcome.kind) for outcome in outcomes if isinstance(outcome, Refusal)]
+
+
+def test_a_flood_makes_room_for_another_tenant_up_to_its_share_of_the_queue() -> None:
+    book = flooded()
+    answers = [book.reserve(wish(f"m{k}", tenant="me"), 0.0) for k in range(6)]
+    assert [isinstance(answer, Queued) for answer in answers] == [True] * 4 + [False] * 2
+    assert refused(answers[4])[0] == "queue_full"
+    assert told(book.admit(0.0)) == [(f"f{k}", "queue_full") for k in (7, 6, 5, 4)], "the latest first"
+    assert book.admit(0.0) == [], "each is told once"
+    assert refused(book.reserve(wish("f8", tenant="flood"), 0.0))[0] == "queue_full"
+    assert book.view(0.0).waiting == 8
+    book.check_integrity()
+
+
+def test_shares_of_the_queue_go_by_weight() -> None:
+    book = flooded(tenant_weights=(("flood", 3),))
+    answers = [book.reserve(wish(f"m{k}", tenant="me"), 0.0) for k in range(4)]
+    assert [isinstance(answer, Queued) for answer in answers] == [True, True, False, False]
+    heavy = [book.reserve(wish(f"h{k}", tenant="heavy", weight=4), 0.0) for k in range(5)]
+    assert [isinstance(answer, Queued) for answer in heavy] == [True] * 4 + [False]
+    assert told(book.displaced()) == [(key, "queue_full") for key in ("f7", "f6", "f5", "f4", "f3", "m1")]
+
+
+def test_the_least_urgent_of_the_tenant_most_over_its_share_makes_room() -> None:
+    book = flooded(4)
+    book.reserve(wish("low", tenant="other", priority=9), 0.0)
+    book.reserve(wish("lowest", tenant="flood", priority=9), 0.0)
+    for k in range(2):
+        book.reserve(wish(f"f1{k}", tenant="flood"), 0.0)
+    assert isinstance(book.reserve(wish("mine", tenant="me", priority=99), 0.0), Queued)
+    assert told(book.tick(0.1)) == [("lowest", "queue_full")]
+
+
+def test_many_tenants_with_one_request_each_make_no_room() -> None:
+    book = flooded(0)
+    for k in range(8):
+        assert isinstance(book.reserve(wish(f"q{k}", tenant=f"t{k}"), 0.0), Queued)
+    assert refused(book.reserve(wish("late", tenant="late"), 0.0))[0] == "queue_full"
+    assert book.displaced() == []
+
+
+def test_a_displaced_request_that_leaves_first_is_told_nothing_and_its_id_is_free_then() -> None:
+    book = flooded()
+    book.reserve(wish("mine", tenant="me"), 0.0)
+    with pytest.raises(ValueError, match="f7 waits already"):
+        book.reserve(wish("f7", tenant="flood"), 0.0)
+    book.cancel("f7", 0.0)
+    assert book.tick(0.0) == []
+    assert refused(book.reserve(wish("f7", tenant="flood"), 0.0))[0] == "queue_full"
+
+
+def test_a_displaced_request_is_told_while_the_ledger_is_new() -> None:
+    book = ledger(expected_replicas=1, queue_limit=2)
+    for k in range(2):
+        book.reserve(wish(f"f{k}", tenant="flood"), 0.0)
+    assert isinstance(book.reserve(wish("mine", tenant="me"), 0.0), Queued)
+    assert told(book.tick(0.1)) == [("f1", "queue_full")]
