@@ -297,6 +297,8 @@ class ReplicaSpot:
     capacity_blocks: int
     headroom_blocks: int
     max_context: int
+    requests_left: int | None = None
+    """How many more it takes at once; None: as many as there is room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +308,8 @@ class LedgerNews:
     epoch: int
     max_context: int | None
     """Longest prompt + output in tokens that a pool holds, by its last replica; None while one pool never had any."""
+    living_context: int | None = None
+    """The same of those pools alone that can take work now; None while there are none, or the ledger is new."""
     warming: bool = False
     """Whether the ledger is new and waits for the replicas' reports."""
     expected_output_tokens: int = 0

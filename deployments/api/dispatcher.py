@@ -45,6 +45,11 @@ class Dispatcher(Protocol):
         """Longest prompt + output in tokens that a pool holds; None while that is not known of each pool."""
         ...
 
+    @property
+    def living_context(self) -> int | None:
+        """The same of those pools alone that can take work now; None while none is known to."""
+        ...
+
     def context_of(self, pool: str) -> int | None:
         """Longest prompt + output in tokens that a replica of one pool holds; None while that is not known."""
         ...

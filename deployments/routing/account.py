@@ -77,7 +77,13 @@ class ReplicaAccount:
     @property
     def is_full(self) -> bool:
         """Whether as many requests are held or promised as the replica takes at once."""
-        return self.state.max_requests is not None and self.charged_requests >= self.state.max_requests
+        return self.requests_left == 0
+
+    @property
+    def requests_left(self) -> int | None:
+        """How many more requests the replica takes at once; None where only blocks limit them."""
+        most = self.state.max_requests
+        return None if most is None else max(0, most - self.charged_requests)
 
     @property
     def held_blocks(self) -> int:
@@ -95,6 +101,7 @@ class ReplicaAccount:
             capacity_blocks=state.capacity_blocks,
             headroom_blocks=self.headroom_blocks,
             max_context=state.max_context,
+            requests_left=self.requests_left,
         )
 
     def promise(self, grant: Grant, size: Size, shares: int | None = None) -> None:

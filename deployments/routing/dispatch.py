@@ -119,6 +119,11 @@ class ServeDispatcher:
         """Longest prompt + output in tokens that a pool holds; None while the ledger doesn't know that of each."""
         return self._notices.news.max_context if self._notices.news is not None else None
 
+    @property
+    def living_context(self) -> int | None:
+        """The same of those pools alone that can take work now; None while none is known to."""
+        return self._notices.news.living_context if self._notices.news is not None else None
+
     def context_of(self, pool: str) -> int | None:
         """The same of one pool."""
         return dict(self._notices.news.pool_contexts).get(pool) if self._notices.news is not None else None

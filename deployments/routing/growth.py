@@ -105,9 +105,13 @@ class Growth:
         """Whether that pool, or any for None, never had a replica: nobody knows what it holds."""
         return any(name not in self._shapes for name in self._all if pool in (None, name))
 
-    def contexts(self) -> list[tuple[str, int]]:
-        """(pool, longest prompt + output in tokens), by the last replica of each."""
-        return [(name, shape.max_context) for name, shape in self._shapes.items()]
+    def contexts(self) -> dict[str, int]:
+        """Pool -> longest prompt + output in tokens, by the last replica of each."""
+        return {name: shape.max_context for name, shape in sorted(self._shapes.items())}
+
+    def living_context(self, fleet: Replicas) -> int | None:
+        """The longest of pools that have a replica to send to; None where there are none."""
+        return max((shape.max_context for name, shape in self._shapes.items() if fleet.sold(name)), default=None)
 
     def may_hold(self, pool: str | None, tokens: int) -> bool:
         """Whether a request of so many tokens is worth waiting with: nobody knows yet what a new pool holds."""

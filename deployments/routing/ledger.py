@@ -216,12 +216,13 @@ class Ledger:
     def news(self) -> LedgerNews:
         """What an ingress is told each second."""
         quiet = [a.state for a in self._fleet if self._now - a.heard_at > self.config.silence_s]
-        contexts = [*self._growth.contexts(), *((a.state.pool, a.max_context) for a in self._fleet)]
+        contexts, warming = self._growth.contexts(), self._still_warming(self._now)
         return LedgerNews(
             epoch=self.epoch,
-            max_context=None if self._growth.unheard(None) else max((context for _, context in contexts), default=None),
-            pool_contexts=tuple(dict(sorted(contexts)).items()),
-            warming=self._still_warming(self._now),
+            max_context=None if self._growth.unheard(None) else max(contexts.values(), default=None),
+            living_context=None if warming else self._growth.living_context(self._fleet),
+            pool_contexts=tuple(contexts.items()),
+            warming=warming,
             expected_output_tokens=self._lengths.expected(),
             spots=tuple(account.spot() for account in self._fleet if self._sells(account)),
             silent=tuple((state.replica_id, state.epoch) for state in quiet),
@@ -343,7 +344,7 @@ class Ledger:
 
     def _tokens_before(self, request: ReserveRequest, size: Size) -> int:
         """Tokens that must become free before all that go before this request, and this request, have found room."""
-        return self._queue.tokens_before(request.tenant) + size.grant_tokens - self._fleet.free_tokens(request.pool)
+        return self._queue.tokens_before(request) + size.grant_tokens - self._fleet.free_tokens(request.pool)
 
     # Time
 

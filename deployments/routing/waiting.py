@@ -154,9 +154,9 @@ class WaitingQueue:
         """(pool that they insist on, waiters), None for any pool. Looks at every waiter: for snapshots."""
         return tuple(Counter(waiter.request.pool for waiter in self._waiters.values()).items())
 
-    def tokens_before(self, tenant: str) -> int:
-        """Tokens likely to be granted before one more request of this tenant."""
-        return self._shares.tokens_before(tenant, self._tokens)
+    def tokens_before(self, request: ReserveRequest) -> int:
+        """Tokens likely to be granted before this request, which doesn't wait yet or is its tenant's last."""
+        return self._shares.tokens_before(request.tenant, request.weight, self._tokens)
 
     def join(self, waiter: Waiter) -> None:
         """Add a waiter; its request id must not wait already."""

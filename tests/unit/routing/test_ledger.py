@@ -75,7 +75,7 @@ def test_a_replica_is_granted_no_more_requests_than_it_takes() -> None:
     grants = [granted(book.reserve(wish(f"q{k}"), 0.0)) for k in range(4)]
     assert isinstance(book.reserve(wish("fifth"), 0.0), Queued)
     assert book.admit(0.1) == []
-    assert [spot.headroom_blocks for spot in book.news().spots] == [0]
+    assert [(spot.headroom_blocks, spot.requests_left) for spot in book.news().spots] == [(0, 0)]
     book.check_integrity()
     held = tuple((grant.grant_id, 2) for grant in grants)
     book.report(state(sequence=2, held=held, **MANY), 0.2)
@@ -656,6 +656,17 @@ def test_what_only_a_silent_fixed_pool_holds_is_never_too_long() -> None:
 def test_news_remember_what_a_silent_fixed_pool_holds() -> None:
     news = without_large_for_20_s().news()
     assert (news.max_context, news.pool_contexts) == (65_536, (("large", 65_536), ("small", 4_096)))
+
+
+def test_news_tell_the_longest_that_is_served_now_apart() -> None:
+    book = ledger(SMALL, LARGE, pools=POOLS)
+    assert book.news().living_context == 65_536
+    book.report(replace(LARGE, sequence=2, draining=True), 0.1)
+    assert (book.news().living_context, book.news().max_context) == (4_096, 65_536)
+    book.report(replace(SMALL, sequence=2, draining=True), 0.1)
+    assert book.news().living_context is None
+    assert without_large_for_20_s().news().living_context == 4_096
+    assert ledger(SMALL, expected_replicas=2, pools=POOLS).news().living_context is None, "it waits for the large one"
 
 
 def test_a_wait_for_a_pool_that_is_forgotten_ends_without_a_replica() -> None:
