@@ -250,7 +250,7 @@ def test_what_passes_a_large_request_is_bounded_by_the_longest_request_there_can
             break
         for key in served:
             passed += 2
-            grant_id = book._grants.of_request(key)
+            grant_id = book._books._grants.of_request(key)
             assert grant_id is not None
             running.append(next(iter(book._fleet)).promises[grant_id].grant)
     assert passed == 10
@@ -266,7 +266,7 @@ def test_the_replica_kept_for_a_large_request_is_given_back_when_it_leaves() -> 
         book.reserve(wish(f"t{k}", prompt=64, output=16), 0.0)
     assert finish(book, whole[0], 2, 0.1) == ["t0"]
     assert finish(book, whole[1], 3, 0.2) == ["t1"]  # 160 tokens have passed the large one
-    first = book._grants.of_request("t0")
+    first = book._books._grants.of_request("t0")
     assert first is not None
     book.report(state(sequence=4, ended=((first, 1, 1),)), 0.3)
     assert book.admit(0.3) == []
