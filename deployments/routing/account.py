@@ -29,6 +29,8 @@ class Promise:
     """The granule that must be in use for it to share as granted; None when it shares nothing."""
     listed: bool = False
     """The replica has reported to hold it."""
+    revoked: bool = False
+    """Nobody waits for it: the replica is asked to refuse it, and charged until it says that it will."""
 
 
 class ReplicaAccount:
@@ -109,6 +111,11 @@ class ReplicaAccount:
         self.promises[grant.grant_id] = Promise(grant, size, grant.blocks, shares)
         self.charged_blocks += grant.blocks
         self.charged_requests += 1
+
+    def revoked(self) -> tuple[tuple[str, float], ...]:
+        """(grant id, expiry) of the grants that the replica is to refuse, as far as is known."""
+        revoked = (p.grant for p in self.promises.values() if p.revoked and not p.listed)
+        return tuple((grant.grant_id, grant.expires_at) for grant in revoked)
 
     def outgrown(self) -> list[tuple[Promise, int]]:
         """Promises whose requests hold more than was set aside for them, and how many blocks they hold."""

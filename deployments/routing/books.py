@@ -79,6 +79,18 @@ class Books:
             self.forecast.freed(account.end(grant_id) * account.block_size, now)
             self._place(account)
 
+    def revoke(self, grant_id: str) -> None:
+        """Have the replica refuse a grant that may still be on its way there. It is charged until the replica's word,
+        so that nothing is sold twice; one that ended, is unknown, or is held stays as it is."""
+        account = self._grants.account_of(grant_id)
+        if account is not None:
+            account.promises[grant_id].revoked = True
+
+    def revoked(self, replica_id: str) -> tuple[tuple[str, float], ...]:
+        """(grant id, expiry) of the grants that a replica is to refuse."""
+        account = self.fleet.get(replica_id)
+        return account.revoked() if account is not None else ()
+
     def expire(self, now: float) -> None:
         """End the grants that can't be taken up any more, because their time is up."""
         for grant_id in self._grants.expired(now):
@@ -193,8 +205,8 @@ class Books:
 
     def _learn(self, account: ReplicaAccount, ended: dict[str, Size], *, held_back: bool) -> None:
         self.lengths.caution.learn(preempted=account.preempted, held_back=len(ended) if held_back else 0)
-        for grant_id, _, output_tokens in account.state.ended:
-            if grant_id in ended:
+        for grant_id, prompt_tokens, output_tokens in account.state.ended:
+            if grant_id in ended and prompt_tokens:  # a revoked grant says nothing of outputs
                 self.lengths.add(output_tokens, ended[grant_id].max_tokens)
 
     def _expect_growth(self, account: ReplicaAccount) -> None:

@@ -276,6 +276,10 @@ class ServeDispatcher:
         except Lost as loss:
             self._note_loss(grant, loss.cause)
             raise NotTakenUp(f"replica {grant.replica_id} was lost: {loss}") from loss
+        except asyncio.CancelledError:  # the call may arrive there all the same
+            if grant.ledger_epoch != LOCAL_EPOCH:
+                self._notices.left(grant.grant_id)
+            raise
         finally:
             if not taken_up:
                 self._close(attempt)

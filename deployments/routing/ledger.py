@@ -6,6 +6,7 @@ What makes a promise safe:
 
 - A grant is charged until its replica says that it ended, or until `expires_at` has passed and every report made
   before that instant has arrived (`silence_s` later): from `expires_at` on the replica refuses it.
+- A grant whose client left on the way is revoked: its replica is asked to refuse it, and says that it does.
 - A replica is sold only after it has answered with this ledger's epoch: from then on it refuses the grants of the
   ledger before, and its reports list all that it took up.
 - A replica that falls silent is not sold, and its promises are kept for as long as they could be taken up.
@@ -119,6 +120,14 @@ class Ledger:
         """
         self._books.release(grant_id, self._advance(now))
 
+    def revoke(self, grant_id: str) -> None:
+        """Nobody waits for this grant any more, but its replica may have taken it up, or may yet."""
+        self._books.revoke(grant_id)
+
+    def revoked(self, replica_id: str) -> tuple[tuple[str, float], ...]:
+        """What the replica is to be told with the answer to its report: `ReportAnswer.revoked`."""
+        return self._books.revoked(replica_id)
+
     def report(self, state: ReplicaState, now: float) -> int:
         """Take in a replica's report.
 
@@ -156,6 +165,8 @@ class Ledger:
             self.replica_gone(replica_id, epoch)
         for grant_id in notice.unused:
             self.release(grant_id, now)
+        for grant_id in notice.left:
+            self.revoke(grant_id)
         for request_id in notice.cancelled:
             self.cancel(request_id, now)
 

@@ -70,7 +70,8 @@ class LedgerService:
         epoch = self._ledger.report(state, time.time())
         self._board.hear_replica(state, time.time())
         self._admit()
-        return ReportAnswer(epoch, self._ledger.waiting_tokens(state.pool))
+        waiting = self._ledger.waiting_tokens(state.pool)
+        return ReportAnswer(epoch, waiting, self._ledger.revoked(state.replica_id))
 
     async def notice(self, notice: IngressNotice) -> LedgerNews:
         """Take in an ingress's notice."""

@@ -149,6 +149,8 @@ class LedgerMachine(RuleBasedStateMachine):
         epoch = self.ledger.report(flight.state, self.now)
         self.admit()
         flight.replica.admission.acknowledge(flight.state.sequence, epoch)
+        for grant_id, expires_at in self.ledger.revoked(flight.state.replica_id):
+            flight.replica.admission.revoke(grant_id, expires_at)
 
     # What happens
 
@@ -253,6 +255,12 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.release(grant.grant_id, self.now)
         self.admit()
 
+    @precondition(lambda self: self.travelling)
+    @rule(data=st.data())
+    def client_leaves_while_the_grant_travels(self, data: st.DataObject) -> None:
+        """It may arrive all the same."""
+        self.ledger.revoke(data.draw(st.sampled_from(list(self.travelling))))
+
     @rule(data=st.data(), kind=st.sampled_from(["grow", "end", "end"]))
     def request_moves(self, data: st.DataObject, kind: str) -> None:
         running = [(r, key) for r in self.replicas if not r.paused for key in r.running]
@@ -343,6 +351,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 and g.expires_at > self.now
                 and g.ledger_epoch >= own.ledger_epoch
                 and not own.draining
+                and g.grant_id not in own._spent
             ]
             promised = sum(g.blocks for g in coming) + sum(g.blocks for g in replica.running.values())
             assert promised <= own.capacity_blocks, f"{own.replica_id}: {promised} of {own.capacity_blocks} blocks"

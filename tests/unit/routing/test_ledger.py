@@ -407,6 +407,36 @@ def test_a_snapshot_says_who_drains_who_is_silent_and_for_which_pool_requests_wa
     assert dict(book.view(3.5).waiting_by_pool) == {None: 1, "default": 2}
 
 
+def test_a_revoked_grant_is_charged_until_its_replica_says_that_it_refuses_it() -> None:
+    book = ledger(state())
+    grant = granted(book.reserve(wish("q"), 0.0))
+    assert book.revoked("r0") == ()
+    book.notice(IngressNotice("in", left=(grant.grant_id, "unknown")), 0.1)
+    assert charged(book) == 2
+    assert book.revoked("r0") == ((grant.grant_id, grant.expires_at),)
+    book.report(state(sequence=2), 0.2)  # made before the answer: it may still have been on its way
+    assert charged(book) == 2
+    assert book.revoked("r0") == ((grant.grant_id, grant.expires_at),), "the first answer may be lost"
+    expected = book.view(0.3).expected_output_tokens
+    book.report(state(sequence=3, ended=((grant.grant_id, 0, 0),)), 0.3)
+    assert charged(book) == 0
+    assert book.revoked("r0") == ()
+    assert len(book._lengths._all) == 0, "it says nothing of outputs"
+    assert book.view(0.3).expected_output_tokens == expected
+    book.check_integrity()
+
+
+def test_a_revoked_grant_that_was_taken_up_ends_with_its_replicas_report() -> None:
+    book = ledger(state())
+    grant = granted(book.reserve(wish("q"), 0.0))
+    book.notice(IngressNotice("in", left=(grant.grant_id,)), 0.1)
+    book.report(state(sequence=2, held=((grant.grant_id, 2),)), 0.2)
+    assert (charged(book), book.revoked("r0")) == (2, ())
+    book.report(state(sequence=3, ended=((grant.grant_id, 16, 1),)), 0.3)
+    assert charged(book) == 0
+    assert book.revoked("gone") == ()
+
+
 def test_silence_hides_a_replica_until_it_reports_again() -> None:
     book = ledger(state(), state("r1"))
     book.report(state("r1", 2), 3.0)
