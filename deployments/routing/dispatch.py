@@ -34,11 +34,10 @@ from deployments.protocol import (
     TokenChunk,
 )
 from deployments.routing.attempt import Attempt, Lost, NotTakenUp, Refused
-from deployments.routing.calls import CallFailed, answer_of
+from deployments.routing.calls import CallFailed, NotSent, answer_of
 from deployments.routing.local import LocalPlacement
 from deployments.routing.notices import NoticeSender
 from deployments.routing.progress import Progress
-from deployments.routing.router import NotSent
 from deployments.routing.view import LedgerView
 
 logger = logging.getLogger(__name__)

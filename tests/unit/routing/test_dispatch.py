@@ -32,8 +32,8 @@ from deployments.protocol import (
     Sampling,
     TokenChunk,
 )
+from deployments.routing.calls import NotSent, Rejected
 from deployments.routing.dispatch import MAX_LOSSES, ServeDispatcher, error_of
-from deployments.routing.router import NotSent, Rejected
 
 REQUEST = GenerationRequest("q", (1, 2, 3), Sampling(max_tokens=4, seed=0), tenant="me", priority=-2)
 TAKEN = TokenChunk("q")
