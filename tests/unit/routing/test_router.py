@@ -76,6 +76,7 @@ async def test_its_errors_are_the_callers_classes_though_serve_pickles_the_route
     monkeypatch.setattr(cloudpickle.cloudpickle, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})  # as in another process
     served: Any = config.get_request_router_class()
     assert served is not GrantRouter
+    monkeypatch.setattr(served, "_probe_queue_lens", Router._probe_queue_lens)
     built = served(deployment_id=POOL, handle_source=DeploymentHandleSource.UNKNOWN)
     tell(built, "a", "b")
     with pytest.raises(Rejected):
