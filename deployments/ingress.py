@@ -40,6 +40,7 @@ class Ingress:
         pools: Mapping[str, Mapping[str, DeploymentHandle[Any]]],
     ) -> None:
         self._settings = settings
+        self._dispatchers: list[ServeDispatcher] = []
         ingress_id = uuid.uuid4().hex
         self._meter = IngressMeter(ingress_id)
         self._models = [
@@ -61,9 +62,14 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._models, self._settings.api, meter=self._meter)
 
+    async def __del__(self) -> None:
+        """Called by Serve when it stops this replica: the ledgers hear what they have not been told yet."""
+        await asyncio.gather(*(dispatcher.close() for dispatcher in self._dispatchers))
+
     async def _served(self, model: ModelSettings, dispatcher: ServeDispatcher) -> ServedModel:
         local = await asyncio.to_thread(store.fetch, model.source, revision=model.revision, home=state_folder())
         dispatcher.start()
+        self._dispatchers.append(dispatcher)
         return ServedModel(
             name=model.name,
             aliases=model.aliases,

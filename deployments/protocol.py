@@ -260,7 +260,8 @@ class ReplicaState:
     """(grant id, blocks) of every request that the replica has taken up and not ended: the more of what it holds now
     and what it was granted, so that a new ledger rebuilds the promises of the one before."""
     ended: tuple[tuple[str, int, int], ...] = ()
-    """(grant id, prompt tokens, output tokens) of requests ended since the last report."""
+    """(grant id, prompt tokens, output tokens) of requests ended since the last report; 0 and 0 of a revoked grant that
+    was never taken up and never will be."""
     draining: bool = False
     ledger_epoch: int = 0
     """Newest ledger epoch that the replica knows (from the answers to its reports). A ledger sells nothing on a replica
@@ -285,6 +286,9 @@ class ReportAnswer:
     """Of the ledger."""
     waiting_tokens: int = 0
     """What waits for the replica's pool, if that scales: grants, in tokens."""
+    revoked: tuple[tuple[str, float], ...] = ()
+    """(grant id, `expires_at`) of grants that nobody waits for and that the replica was not heard to have taken up: it
+    is to refuse them, and to report them as ended unless it has taken them up. Told until it did either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +302,8 @@ class ReplicaSpot:
     capacity_blocks: int
     headroom_blocks: int
     max_context: int
+    requests_left: int | None = None
+    """How many more it takes at once; None: as many as there is room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +312,9 @@ class LedgerNews:
 
     epoch: int
     max_context: int | None
-    """Longest prompt + output in tokens that a known replica holds; None while none is known."""
+    """Longest prompt + output in tokens that a pool holds, by its last replica; None while one pool never had any."""
+    living_context: int | None = None
+    """The same of those pools alone that can take work now; None while there are none, or the ledger is new."""
     warming: bool = False
     """Whether the ledger is new and waits for the replicas' reports."""
     expected_output_tokens: int = 0
@@ -328,6 +336,8 @@ class IngressNotice:
     ingress_id: str
     unused: tuple[str, ...] = ()
     """Ids of grants that no replica can have taken up; a grant that one took up ends with that replica's report."""
+    left: tuple[str, ...] = ()
+    """Ids of grants sent to their replicas that nobody waits for any more, and that may or may not be taken up."""
     cancelled: tuple[str, ...] = ()
     """Request ids whose client left before the ledger's answer came."""
     lost: tuple[tuple[str, int], ...] = ()

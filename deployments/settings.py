@@ -179,7 +179,8 @@ class ModelSettings(_Strict):
     """A Jinja template or the path of one; default: the tokenizer's own."""
     pools: Annotated[tuple[PoolSettings, ...], Field(min_length=1)] = (PoolSettings(),)
     queue_limit: Annotated[int, Field(ge=0)] = 1024
-    """Most requests waiting for blocks; one more is refused with 429."""
+    """Most requests waiting for blocks; one more is refused with 429, or takes the place of the last request of the
+    tenant most over its share of the queue, where its own tenant has less than its share."""
     wait_limit_s: Annotated[float, Field(gt=0)] = 60.0
     """Longest wait for blocks; afterwards 429."""
     tenant_weights: dict[str, Annotated[int, Field(ge=1, le=1000)]] = {}

@@ -60,6 +60,16 @@ class DirectDispatcher:
         """Longest prompt + output in tokens."""
         return self._max_context
 
+    @property
+    def living_context(self) -> int | None:
+        """The same: its replicas neither come nor go."""
+        return self._max_context
+
+    def context_of(self, pool: str) -> int | None:
+        """None: it knows of no pools."""
+        del pool
+        return None
+
     async def is_ready(self) -> bool:
         """Serve starts the ingress after its replicas."""
         return True

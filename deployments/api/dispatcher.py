@@ -42,7 +42,12 @@ class Dispatcher(Protocol):
 
     @property
     def max_context(self) -> int | None:
-        """Longest prompt + output in tokens that a known replica holds; None while none is known."""
+        """Longest prompt + output in tokens that a pool holds; None while that is not known of each pool."""
+        ...
+
+    @property
+    def living_context(self) -> int | None:
+        """The same of those pools alone that can take work now; None while none is known to."""
         ...
 
     def context_of(self, pool: str) -> int | None:

@@ -68,10 +68,9 @@ async def chat_job(body: ChatBody, model: ServedModel, caller: Caller) -> Job:
     _check_ids(ids, model, "messages")
     ids += model.text.start_ids
     wished = body.max_tokens or body.max_completion_tokens
-    context = model.context_in(body.pool)
-    max_tokens = wished or max(1, context - len(ids))
+    max_tokens = wished or model.room_after(len(ids), body.pool)
     param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens" if wished else "messages"
-    _check_length(len(ids), max_tokens, context, param)
+    _check_length(len(ids), max_tokens, model.context_in(body.pool), param)
     logprobs = body.top_logprobs if body.logprobs else None
     return _job(body, model, caller, [ids], max_tokens, logprobs)
 

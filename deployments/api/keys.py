@@ -47,7 +47,7 @@ class ApiKey(BaseModel):
     tenant: _Name | None = None
     """Whose share of the room, and whose prefix cache, the key uses; default: the key's name."""
     weight: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Of the tenant while requests wait for blocks; default: the model's `tenant_weights`, or 1."""
+    """Of the tenant, so of all its keys; default: the model's `tenant_weights`, or 1."""
     requests_per_minute: _Limit | None = None
     tokens_per_minute: _Limit | None = None
     """Prompt and output together."""
@@ -114,7 +114,8 @@ def parse_keys(content: bytes, where: str) -> tuple[ApiKey, ...]:
     for _, line in repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader)):
         raise ConfigError(f"{where}:{line}: a field is given twice")
     _check_differ(keys, where)
-    return keys
+    weights = {key.owner: key.weight for key in keys if key.weight is not None}
+    return tuple(key.model_copy(update={"weight": weights.get(key.owner)}) for key in keys)
 
 
 def _describe(error: Any) -> str:

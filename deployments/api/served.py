@@ -27,14 +27,22 @@ class ServedModel:
 
     @property
     def max_context(self) -> int:
-        """Prompt plus output, in tokens: the lesser of the model's context and what its largest replica holds. A chat
-        without `max_tokens` asks for all that the prompt leaves of it."""
+        """Prompt plus output, in tokens: the lesser of the model's context and what its largest replica holds, which
+        may be absent just now. More is refused as too long."""
         return min(self.model_context, self.dispatcher.max_context or self.model_context)
 
     def context_in(self, pool: str | None) -> int:
         """The same where a request insists on a pool."""
         context = self.dispatcher.context_of(pool) if pool is not None else None
         return min(self.max_context, context or self.max_context)
+
+    def room_after(self, prompt_tokens: int, pool: str | None) -> int:
+        """Output tokens, at least 1, that a chat without `max_tokens` asks for: what the prompt leaves of the longest
+        context served now, or of the longest that there is, where the prompt alone needs that."""
+        context = self.context_in(pool)
+        living = self.dispatcher.living_context if pool is None else None
+        served = context if living is None or living <= prompt_tokens else min(context, living)
+        return max(1, served - prompt_tokens)
 
 
 class ModelTable:

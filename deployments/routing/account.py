@@ -29,6 +29,8 @@ class Promise:
     """The granule that must be in use for it to share as granted; None when it shares nothing."""
     listed: bool = False
     """The replica has reported to hold it."""
+    revoked: bool = False
+    """Nobody waits for it: the replica is asked to refuse it, and charged until it says that it will."""
 
 
 class ReplicaAccount:
@@ -77,7 +79,13 @@ class ReplicaAccount:
     @property
     def is_full(self) -> bool:
         """Whether as many requests are held or promised as the replica takes at once."""
-        return self.state.max_requests is not None and self.charged_requests >= self.state.max_requests
+        return self.requests_left == 0
+
+    @property
+    def requests_left(self) -> int | None:
+        """How many more requests the replica takes at once; None where only blocks limit them."""
+        most = self.state.max_requests
+        return None if most is None else max(0, most - self.charged_requests)
 
     @property
     def held_blocks(self) -> int:
@@ -95,6 +103,7 @@ class ReplicaAccount:
             capacity_blocks=state.capacity_blocks,
             headroom_blocks=self.headroom_blocks,
             max_context=state.max_context,
+            requests_left=self.requests_left,
         )
 
     def promise(self, grant: Grant, size: Size, shares: int | None = None) -> None:
@@ -102,6 +111,11 @@ class ReplicaAccount:
         self.promises[grant.grant_id] = Promise(grant, size, grant.blocks, shares)
         self.charged_blocks += grant.blocks
         self.charged_requests += 1
+
+    def revoked(self) -> tuple[tuple[str, float], ...]:
+        """(grant id, expiry) of the grants that the replica is to refuse, as far as is known."""
+        revoked = (p.grant for p in self.promises.values() if p.revoked and not p.listed)
+        return tuple((grant.grant_id, grant.expires_at) for grant in revoked)
 
     def outgrown(self) -> list[tuple[Promise, int]]:
         """Promises whose requests hold more than was set aside for them, and how many blocks they hold."""

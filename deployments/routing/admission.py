@@ -1,7 +1,8 @@
 """A replica's side of the ledger's contract: whose grants to take up, and what to report. Pure.
 
 A replica takes up a grant once, before `expires_at`, when it names this replica in this life and no newer ledger
-is known. All that it took up is in its reports until a report that says it ended has been acknowledged.
+is known. All that it took up is in its reports until a report that says it ended has been acknowledged. A grant that is
+revoked before it arrives counts as taken up and ended.
 
 While the ledger is gone, ingresses make grants by themselves. Such a local grant is taken up only if its blocks are
 free here; and as long as one runs, the ledger's grants are held to that too, because it could not know of it yet.
@@ -63,7 +64,7 @@ class Admission:
         self._ended: dict[str, tuple[int, int, int]] = {}
         """Grant id -> (prompt tokens, output tokens, sequence of the first report with it; 0 before)."""
         self._spent: dict[str, float] = {}
-        """Ids of grants taken up -> their expiry: a grant is taken up once."""
+        """Ids of grants taken up or revoked -> their expiry: a grant is taken up once at most."""
 
     @property
     def free_blocks(self) -> int:
@@ -132,6 +133,13 @@ class Admission:
         self._ended[grant_id] = (prompt_tokens, output_tokens, 0)
         self.changed = True
 
+    def revoke(self, grant_id: str, expires_at: float) -> None:
+        """Take this grant up no more, and report it as ended; nothing when it was taken up."""
+        if grant_id not in self._spent and grant_id not in self._held:
+            self._spent[grant_id] = expires_at
+            self._ended[grant_id] = (0, 0, 0)
+            self.changed = True
+
     def drain(self) -> None:
         """Take no new grants; those taken up run to their end."""
         self.changed |= not self.draining
@@ -186,7 +194,7 @@ class Admission:
         if self.draining:
             return "the replica is draining"
         if grant.grant_id in self._spent:
-            return f"grant {grant.grant_id} was taken up before"
+            return f"grant {grant.grant_id} was taken up before, or its client has left"
         if self.max_requests is not None and len(self._held) >= self.max_requests:
             return f"{len(self._held)} requests are here, and it takes {self.max_requests} at once"
         if (local or self._local) and grant.blocks > self.free_blocks:

@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from deployments.protocol import LOST, REFUSED, GenerationRequest, Grant, TokenChunk
-from deployments.routing.calls import cancel, cancelled_here, one_line
-from deployments.routing.router import Rejected
+from deployments.routing.calls import Rejected, cancel, cancelled_here, one_line
 
 TAKE_UP_SLACK_S = 2.0
 """How long the word of a take-up may be on its way after the grant's expiry, from which on there can be none."""

@@ -7,11 +7,19 @@ import contextlib
 from typing import Any
 
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 
 
 class CallFailed(Exception):
     """The call brought no answer. `str()` is one line."""
+
+
+class NotSent(ReplicaUnavailableError):
+    """The replica that a grant names is gone, or has not appeared in time, and the call was never sent."""
+
+
+class Rejected(RayServeException):
+    """The replica that a grant names lives, and Serve did not let the call in: it has too many, or is about to stop."""
 
 
 async def answer_of(call: Any, limit_s: float | None = None) -> Any:

@@ -34,11 +34,10 @@ from deployments.protocol import (
     TokenChunk,
 )
 from deployments.routing.attempt import Attempt, Lost, NotTakenUp, Refused
-from deployments.routing.calls import CallFailed, answer_of
+from deployments.routing.calls import CallFailed, NotSent, answer_of
 from deployments.routing.local import LocalPlacement
 from deployments.routing.notices import NoticeSender
 from deployments.routing.progress import Progress
-from deployments.routing.router import NotSent
 from deployments.routing.view import LedgerView
 
 logger = logging.getLogger(__name__)
@@ -116,8 +115,13 @@ class ServeDispatcher:
 
     @property
     def max_context(self) -> int | None:
-        """Longest prompt + output in tokens that a known replica holds; None while none is known."""
+        """Longest prompt + output in tokens that a pool holds; None while the ledger doesn't know that of each."""
         return self._notices.news.max_context if self._notices.news is not None else None
+
+    @property
+    def living_context(self) -> int | None:
+        """The same of those pools alone that can take work now; None while none is known to."""
+        return self._notices.news.living_context if self._notices.news is not None else None
 
     def context_of(self, pool: str) -> int | None:
         """The same of one pool."""
@@ -271,6 +275,10 @@ class ServeDispatcher:
         except Lost as loss:
             self._note_loss(grant, loss.cause)
             raise NotTakenUp(f"replica {grant.replica_id} was lost: {loss}") from loss
+        except asyncio.CancelledError:  # the call may arrive there all the same
+            if grant.ledger_epoch != LOCAL_EPOCH:
+                self._notices.left(grant.grant_id)
+            raise
         finally:
             if not taken_up:
                 self._close(attempt)

@@ -42,7 +42,7 @@ class FairShares:
     """The tags of all tenants.
 
     Args:
-        weights: tenant -> weight, at least 1; 1 for tenants not named, until one of their requests names another.
+        weights: tenant -> weight, at least 1, of tenants whose requests name none; 1 for those not named here either.
     """
 
     def __init__(self, weights: Mapping[str, int]) -> None:
@@ -55,15 +55,15 @@ class FairShares:
         self._requests = 0
 
     def join(self, tenant: str, tokens: int, weight: int | None = None) -> None:
-        """A request of this tenant begins to wait; `weight` is the tenant's from now on."""
-        if weight is not None:
-            self._weigh(tenant, weight)
+        """A request of this tenant begins to wait; its weight is the tenant's until the next one brings another."""
+        own = self._weight(tenant, weight)
         flow = self._flows.get(tenant)
         if flow is None:
-            flow = self._flows[tenant] = Flow(self._clock, self._weights.get(tenant, 1))
+            flow = self._flows[tenant] = Flow(self._clock, own)
+        self._waiting_weight += own - (flow.weight if flow.requests else 0)
+        flow.weight = own
         if flow.requests == 0:
             flow.tag = max(flow.tag, self._clock)
-            self._waiting_weight += flow.weight
         flow.requests += 1
         flow.tokens += tokens
         self._requests += 1
@@ -97,28 +97,56 @@ class FairShares:
             if known is not None and known.requests == 0 and known.tag == tag:
                 del self._flows[other]
 
-    def _weigh(self, tenant: str, weight: int) -> None:
-        self._weights[tenant] = weight
-        flow = self._flows.get(tenant)
-        if flow is not None:
-            self._waiting_weight += weight - flow.weight if flow.requests else 0
-            flow.weight = weight
-
     def tag(self, tenant: str) -> int:
         """Virtual time of a tenant that waits."""
         return self._flows[tenant].tag
 
-    def tokens_before(self, tenant: str, total: int) -> int:
+    def tokens_before(self, tenant: str, weight: int | None, total: int) -> int:
         """Tokens likely to be granted before one more request of this tenant, when `total` wait.
 
         While it works off its own, each of the others is granted in proportion to its weight, and no more than `total`.
         """
         flow = self._flows.get(tenant)
-        weight = self._weights.get(tenant, 1)
-        waits = flow is not None and flow.requests > 0
-        own = flow.tokens if flow is not None else 0
-        everyone = self._waiting_weight + (0 if waits else weight)
-        return min(total, -(-own * everyone // weight))
+        tokens = flow.tokens if flow is not None else 0
+        own = self._weight(tenant, weight)
+        return min(total, -(-tokens * self._everyone(tenant, own) // own))
+
+    def below_share(self, tenant: str, weight: int | None, limit: int) -> bool:
+        """Whether a tenant waits with fewer requests than its part of `limit`, by weight among all who wait and itself.
+
+        Args:
+            tenant: who would wait with one request more.
+            weight: that comes with the request.
+            limit: requests that may wait at once.
+        """
+        flow = self._flows.get(tenant)
+        requests = flow.requests if flow is not None else 0
+        own = self._weight(tenant, weight)
+        return requests < _share(limit, own, self._everyone(tenant, own))
+
+    def most_over_share(self, newcomer: str, weight: int | None, limit: int) -> str | None:
+        """The tenant that waits with the most requests over its part of `limit` when `newcomer` waits too.
+
+        Returns:
+            None when nobody has more than its part. Looks at every tenant that waits.
+        """
+        everyone = self._everyone(newcomer, self._weight(newcomer, weight))
+        over = {
+            tenant: flow.requests - _share(limit, flow.weight, everyone)
+            for tenant, flow in self._flows.items()
+            if tenant != newcomer
+        }
+        most = max(over, key=over.__getitem__, default=None)
+        return most if most is not None and over[most] > 0 else None
+
+    def _weight(self, tenant: str, named: int | None) -> int:
+        """A tenant's weight, by the request that names it or by the settings."""
+        return self._weights.get(tenant, 1) if named is None else named
+
+    def _everyone(self, tenant: str, weight: int) -> int:
+        """The weights of all who wait, and of this tenant."""
+        flow = self._flows.get(tenant)
+        return self._waiting_weight + weight - (flow.weight if flow is not None and flow.requests else 0)
 
     def check_integrity(self) -> None:
         """Raise AssertionError when a sum differs from a fresh one."""
@@ -127,3 +155,8 @@ class FairShares:
         assert sum(flow.requests for flow in waiting) == self._requests, "requests of all tenants"
         away = {tenant for tenant, flow in self._flows.items() if not flow.requests}
         assert away <= {tenant for _, tenant in self._ahead}, "a tenant that is away would never be forgotten"
+
+
+def _share(limit: int, weight: int, everyone: int) -> int:
+    """Requests of `limit` that are a tenant's by its weight, one at least."""
+    return max(1, limit * weight // everyone)

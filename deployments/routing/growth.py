@@ -1,4 +1,4 @@
-"""Pools whose replicas come and go with demand: what they could hold, what waits for them, when to start one. Pure.
+"""What pools could hold, also those without a replica; what waits for those that scale, when to start one. Pure.
 
 What waits counts for one pool alone, or all would grow for the same requests: the first in the order of the settings
 that may get another replica and would hold it.
@@ -70,14 +70,16 @@ class Replicas(Protocol):
 
 
 class Growth:
-    """What one ledger knows of the pools that scale.
+    """What one ledger knows of its model's pools.
 
     Args:
-        pools: in the order of the settings.
+        pools: those that scale, in the order of the settings.
+        names: of all pools.
     """
 
-    def __init__(self, pools: Sequence[ScaledPool]) -> None:
+    def __init__(self, pools: Sequence[ScaledPool], names: Iterable[str] = ()) -> None:
         self._pools = {pool.name: pool for pool in pools}
+        self._all = tuple(names)
         self._shapes: dict[str, Shape] = {}
         """By pool, of the last replica that it had."""
         self._wanted_since: dict[str, float] = {}
@@ -89,16 +91,27 @@ class Growth:
 
     def learn(self, state: ReplicaState) -> None:
         """A replica is there."""
-        if state.pool in self._pools:
-            self._shapes[state.pool] = Shape(state.block_size, state.capacity_blocks, state.max_context)
+        self._shapes[state.pool] = Shape(state.block_size, state.capacity_blocks, state.max_context)
 
     def shapes(self, pool: str | None) -> list[Shape]:
-        """Of the last replica of each pool; of all pools for None."""
+        """Of the last replica of each pool, also of those that don't scale; of all pools for None."""
+        return [shape for name, shape in self._shapes.items() if pool in (None, name)]
+
+    def startable(self, pool: str | None) -> list[Shape]:
+        """The same of the pools that scale."""
         return [self._shapes[name] for name in self._names(pool) if name in self._shapes]
 
-    def contexts(self) -> list[tuple[str, int]]:
-        """(pool, longest prompt + output in tokens), by the last replica of each."""
-        return [(name, shape.max_context) for name, shape in self._shapes.items()]
+    def unheard(self, pool: str | None) -> bool:
+        """Whether that pool, or any for None, never had a replica: nobody knows what it holds."""
+        return any(name not in self._shapes for name in self._all if pool in (None, name))
+
+    def contexts(self) -> dict[str, int]:
+        """Pool -> longest prompt + output in tokens, by the last replica of each."""
+        return {name: shape.max_context for name, shape in sorted(self._shapes.items())}
+
+    def living_context(self, fleet: Replicas) -> int | None:
+        """The longest of pools that have a replica to send to; None where there are none."""
+        return max((shape.max_context for name, shape in self._shapes.items() if fleet.sold(name)), default=None)
 
     def may_hold(self, pool: str | None, tokens: int) -> bool:
         """Whether a request of so many tokens is worth waiting with: nobody knows yet what a new pool holds."""

@@ -6,6 +6,7 @@ What makes a promise safe:
 
 - A grant is charged until its replica says that it ended, or until `expires_at` has passed and every report made
   before that instant has arrived (`silence_s` later): from `expires_at` on the replica refuses it.
+- A grant whose client left on the way is revoked: its replica is asked to refuse it, and says that it does.
 - A replica is sold only after it has answered with this ledger's epoch: from then on it refuses the grants of the
   ledger before, and its reports list all that it took up.
 - A replica that falls silent is not sold, and its promises are kept for as long as they could be taken up.
@@ -17,30 +18,25 @@ clocks of the machines may differ by what is left of that.
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from dataclasses import dataclass
 
 from deployments.protocol import Grant, IngressNotice, LedgerNews, Refusal, ReplicaState, ReserveRequest, mismatch
 from deployments.routing import refusals
 from deployments.routing.account import ReplicaAccount
+from deployments.routing.books import Books
 from deployments.routing.choice import Choice
 from deployments.routing.fairness import FairShares
-from deployments.routing.fleet import Fleet
-from deployments.routing.forecast import Forecast
-from deployments.routing.grants import GrantIndex
 from deployments.routing.growth import Growth
-from deployments.routing.policy import Size, blocks_for, grant_blocks, shared_blocks
-from deployments.routing.prefixes import PrefixMap
+from deployments.routing.policy import Size
 from deployments.routing.refusals import LedgerConfig
-from deployments.routing.sizing import OutputLengths
 from deployments.routing.turns import Answer, Outcome, Turns
-from deployments.routing.view import LedgerView, view_of
+from deployments.routing.view import LedgerView
 from deployments.routing.waiting import Waiter, WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The request waits; `tick` or `admit` will answer it."""
+    """The request waits; `tick`, `admit` or `displaced` will answer it."""
 
     request_id: str
 
@@ -61,19 +57,15 @@ class Ledger:
         self._now = now
         self._warm_at = now + config.lease_s
         self._warming = True
-        self._fleet = Fleet()
-        self._prefixes = PrefixMap()
-        self._choice = Choice(self._fleet, self._prefixes, rng)
-        self._heard: OrderedDict[str, None] = OrderedDict()
-        """Replica ids, the one that has been silent for the longest time first."""
-        self._grants = GrantIndex()
+        self._growth = Growth(config.scaled, config.pools)
+        self._books = Books(config, self._growth, epoch=epoch, stir=lambda: self._turns.stir())
+        self._fleet, self._lengths, self._forecast = self._books.fleet, self._books.lengths, self._books.forecast
+        self._choice = Choice(self._fleet, self._books.prefixes, rng)
         self._queue = WaitingQueue(FairShares(dict(config.tenant_weights)))
         self._turns = Turns(self._queue, self._fleet, rng)
+        self._displaced: dict[str, Refusal] = {}
+        """Request id -> the answer of a waiter that made room for another tenant's, not fetched yet."""
         self._leases: dict[str, float] = {}
-        self._lengths = OutputLengths()
-        self._forecast = Forecast()
-        self._growth = Growth(config.scaled)
-        self._granted = 0
 
     # Events
 
@@ -87,7 +79,7 @@ class Ledger:
         refusal = refusals.malformed(self.config, request)
         if refusal is not None:
             return refusal
-        if request.request_id in self._queue:
+        if request.request_id in self._queue or request.request_id in self._displaced:
             raise ValueError(f"request {request.request_id} waits already; ids must be unique while they are in use")
         self._leases[request.ingress_id] = now + self.config.lease_s
         size = self._lengths.size(request.prompt_tokens, request.max_tokens)
@@ -101,7 +93,7 @@ class Ledger:
                 if grant is not None:
                     return grant
         tokens = self._tokens_before(request, size)
-        if len(self._queue) >= self.config.queue_limit:
+        if len(self._queue) >= self.config.queue_limit and not self._displace_for(request, now):
             return refusals.full(self.config, request, len(self._queue), self._forecast.retry_after_s(tokens, now))
         waiter = Waiter(
             request,
@@ -115,7 +107,9 @@ class Ledger:
     def cancel(self, request_id: str, now: float) -> None:
         """The client left before it had an answer: ends its waiting, or the grant that no replica has heard of."""
         self._advance(now)
-        if self._turns.leave(request_id) is None and (grant_id := self._grants.of_request(request_id)) is not None:
+        if self._displaced.pop(request_id, None) is not None:
+            return
+        if self._turns.leave(request_id) is None and (grant_id := self._books.grant_of(request_id)) is not None:
             self.release(grant_id, now)
 
     def release(self, grant_id: str, now: float) -> None:
@@ -124,10 +118,15 @@ class Ledger:
         A grant that was taken up needs no release: its blocks are free when the replica's report says so, because the
         last step that names them may still be running when the ingress has its last token.
         """
-        now = self._advance(now)
-        account = self._grants.account_of(grant_id)
-        if account is not None and not account.promises[grant_id].listed:
-            self._end(account, grant_id, now)
+        self._books.release(grant_id, self._advance(now))
+
+    def revoke(self, grant_id: str) -> None:
+        """Nobody waits for this grant any more, but its replica may have taken it up, or may yet."""
+        self._books.revoke(grant_id)
+
+    def revoked(self, replica_id: str) -> tuple[tuple[str, float], ...]:
+        """What the replica is to be told with the answer to its report: `ReportAnswer.revoked`."""
+        return self._books.revoked(replica_id)
 
     def report(self, state: ReplicaState, now: float) -> int:
         """Take in a replica's report.
@@ -141,25 +140,13 @@ class Ledger:
         now = self._advance(now)
         if (reason := mismatch(state, "this ledger")) is not None:
             raise ValueError(f"replica {state.replica_id}: {reason}")
-        account = self._fleet.get(state.replica_id)
-        if account is None or state.epoch > account.state.epoch:
-            self._forget(state.replica_id)
-            account = ReplicaAccount(state, now)
-            self._growth.learn(state)
-            self._prefixes.hear(state.replica_id, state.granules)
-            self._fleet.add(account)
-            self._place(account)
-            self._heard[state.replica_id] = None
-        elif state.epoch == account.state.epoch:
-            self._hear(account, state, now)
+        self._books.hear(state, now, held_back=bool(self._queue))
         self._still_warming(now)
         return self.epoch
 
     def replica_gone(self, replica_id: str, epoch: int) -> None:
         """A call found the replica dead or gone: sell nothing on it until it reports again."""
-        account = self._fleet.get(replica_id)
-        if account is not None and account.state.epoch == epoch:
-            self._lose(account)
+        self._books.lose(replica_id, epoch)
 
     def renew_lease(self, ingress_id: str, now: float) -> None:
         """The ingress is alive."""
@@ -178,6 +165,8 @@ class Ledger:
             self.replica_gone(replica_id, epoch)
         for grant_id in notice.unused:
             self.release(grant_id, now)
+        for grant_id in notice.left:
+            self.revoke(grant_id)
         for request_id in notice.cancelled:
             self.cancel(request_id, now)
 
@@ -188,8 +177,8 @@ class Ledger:
             An answer for each waiter that is done with waiting.
         """
         now = self._advance(now)
-        self._expire_grants(now)
-        self._note_silence(now)
+        self._books.expire(now)
+        self._books.note_silence(now)
         outcomes = self._drop_lapsed(now)
         outcomes += self._refuse_overdue(now)
         return outcomes + self.admit(now)
@@ -197,23 +186,30 @@ class Ledger:
     def admit(self, now: float) -> list[Outcome]:
         """Answer all those who wait and can be answered. Costs nothing when nothing has changed since the last time."""
         now = self._advance(now)
+        outcomes = self.displaced()
         if self._still_warming(now):
-            return []
+            return outcomes
         answer = self._answer_at(now)
-        return list(iter(lambda: self._turns.next(answer), None))
+        return outcomes + list(iter(lambda: self._turns.next(answer), None))
+
+    def displaced(self) -> list[Outcome]:
+        """The answers of those that had to make room for another tenant's requests; each is told once."""
+        outcomes: list[Outcome] = list(self._displaced.values())
+        self._displaced.clear()
+        return outcomes
 
     def news(self) -> LedgerNews:
         """What an ingress is told each second."""
-        quiet = [a.state for a in self._fleet if self._now - a.heard_at > self.config.silence_s]
-        contexts = [*self._growth.contexts(), *((a.state.pool, a.max_context) for a in self._fleet)]
+        contexts, warming = self._growth.contexts(), self._still_warming(self._now)
         return LedgerNews(
             epoch=self.epoch,
-            max_context=max((context for _, context in contexts), default=None),
-            pool_contexts=tuple(dict(sorted(contexts)).items()),
-            warming=self._still_warming(self._now),
+            max_context=None if self._growth.unheard(None) else max(contexts.values(), default=None),
+            living_context=None if warming else self._growth.living_context(self._fleet),
+            pool_contexts=tuple(contexts.items()),
+            warming=warming,
             expected_output_tokens=self._lengths.expected(),
-            spots=tuple(account.spot() for account in self._fleet if self._sells(account)),
-            silent=tuple((state.replica_id, state.epoch) for state in quiet),
+            spots=self._books.spots(),
+            silent=self._books.silent(self._now),
             wake=self._growth.to_wake(self._queue.sums(), self._fleet, self._now),
         )
 
@@ -230,7 +226,7 @@ class Ledger:
             waiting=len(self._queue),
             waiting_tokens=self._queue.tokens,
             expected_output_tokens=self._lengths.expected(),
-            replicas=tuple(view_of(account, sellable=self._sells(account), now=self._now) for account in self._fleet),
+            replicas=self._books.views(self._now),
             forecast=self._forecast.error,
             starts_on_demand=self._growth.from_none,
             waiting_by_pool=self._queue.by_pool(),
@@ -243,12 +239,7 @@ class Ledger:
             prefixes: look at what replicas have cached too: a pass over all of it, and no grant's safety rests on it.
         """
         self._turns.check_integrity()
-        for account in self._fleet:
-            account.check_integrity()
-        self._fleet.check_integrity()
-        if prefixes:
-            self._prefixes.check_integrity()
-        self._grants.check_integrity(self._fleet)
+        self._books.check_integrity(prefixes=prefixes)
 
     # Deciding
 
@@ -270,30 +261,11 @@ class Ledger:
         if (chosen := self._choice.best(request, size, kept)) is None:
             return None
         account, match = chosen
-        self._granted += 1
-        grant = Grant(
-            grant_id=f"{self.epoch:x}-{self._granted:x}",
-            request_id=request.request_id,
-            pool=account.state.pool,
-            replica_id=account.state.replica_id,
-            replica_epoch=account.state.epoch,
-            ledger_epoch=self.epoch,
-            blocks=grant_blocks(account, size, match),
-            expires_at=now + self.config.grant_ttl_s,
-            shared_blocks=shared_blocks(account, match),
-        )
-        account.promise(grant, size, match.last_used)
-        self._place(account)
-        self._grants.add(grant, account, grant.expires_at + self.config.silence_s)
-        return grant
-
-    def _sells(self, account: ReplicaAccount) -> bool:
-        return account.alive and not account.state.draining and account.state.ledger_epoch == self.epoch
+        return self._books.grant(request, size, account, match, now)
 
     def _still_warming(self, now: float) -> bool:
         if self._warming:
-            known = sum(a.alive and a.state.ledger_epoch == self.epoch for a in self._fleet)
-            self._warming = now < self._warm_at and known < self.config.expected_replicas
+            self._warming = now < self._warm_at and self._books.acquainted < self.config.expected_replicas
             self._turns.stir()
         return self._warming
 
@@ -302,9 +274,28 @@ class Ledger:
         alive = self._fleet.alive(pool) > 0
         if (alive and total <= self._fleet.longest_tokens(pool)) or self._growth.may_hold(pool, total):
             return None
-        startable = self._growth.shapes(pool)
+        startable = self._growth.startable(pool)
         known = [account for account in self._fleet if pool is None or account.state.pool == pool]
-        return refusals.hopeless(self.config, request, size, [*known, *startable], alive=alive or bool(startable))
+        return refusals.hopeless(
+            self.config,
+            request,
+            size,
+            [*known, *startable],
+            alive=alive or bool(startable),
+            absent=self._growth.shapes(pool),
+            unheard=self._growth.unheard(pool),
+        )
+
+    def _displace_for(self, request: ReserveRequest, now: float) -> bool:
+        """Make room in the full queue for a tenant that has less than its share of it, if there is one with more."""
+        last = self._queue.displaced_by(request, self.config.queue_limit)
+        if last is None:
+            return False
+        waiting, tokens = len(self._queue), self._tokens_before(last.request, last.size)
+        again_s = self._forecast.retry_after_s(tokens, now)
+        self._turns.leave(last.request.request_id)
+        self._displaced[last.request.request_id] = refusals.displaced(self.config, last.request, waiting, again_s)
+        return True
 
     def _late(self, waiter: Waiter, now: float) -> Refusal:
         tokens = self._tokens_before(waiter.request, waiter.size)
@@ -313,32 +304,13 @@ class Ledger:
 
     def _tokens_before(self, request: ReserveRequest, size: Size) -> int:
         """Tokens that must become free before all that go before this request, and this request, have found room."""
-        return self._queue.tokens_before(request.tenant) + size.grant_tokens - self._fleet.free_tokens(request.pool)
+        return self._queue.tokens_before(request) + size.grant_tokens - self._fleet.free_tokens(request.pool)
 
     # Time
 
     def _advance(self, now: float) -> float:
         self._now = max(self._now, now)
         return self._now
-
-    def _expire_grants(self, now: float) -> None:
-        for grant_id in self._grants.expired(now):
-            self.release(grant_id, now)
-
-    def _note_silence(self, now: float) -> None:
-        forget_after = self.config.grant_ttl_s + 2 * self.config.silence_s
-        silent: list[tuple[float, ReplicaAccount]] = []
-        for replica_id in self._heard:
-            account = self._fleet.get(replica_id)
-            assert account is not None, f"{replica_id} was heard, but is not known"
-            quiet = now - account.heard_at
-            if quiet <= self.config.silence_s:
-                break
-            silent.append((quiet, account))
-        for quiet, account in silent:
-            self._lose(account)
-            if quiet > forget_after:
-                self._forget(account.state.replica_id)
 
     def _drop_lapsed(self, now: float) -> list[Outcome]:
         outcomes: list[Outcome] = []
@@ -355,57 +327,3 @@ class Ledger:
             self._turns.leave(waiter.request.request_id)
             outcomes.append(self._late(waiter, now))
         return outcomes
-
-    # Accounts
-
-    def _place(self, account: ReplicaAccount) -> None:
-        """After every change of an account."""
-        if self._fleet.place(account, sold=self._sells(account)):
-            self._turns.stir()
-
-    def _lose(self, account: ReplicaAccount) -> None:
-        account.alive = False
-        self._place(account)
-
-    def _hear(self, account: ReplicaAccount, state: ReplicaState, now: float) -> None:
-        before = account.charged_blocks
-        if state.sequence > account.state.sequence:
-            self._prefixes.hear(state.replica_id, state.granules)
-        ended = account.hear(state, now, self._prefixes.used(state.replica_id))
-        if ended is None:
-            return
-        self._heard.move_to_end(state.replica_id)
-        self._learn(account, {grant.grant_id: size for grant, size in ended})
-        for grant, _ in ended:
-            self._grants.remove(grant)
-        self._forecast.freed((before - account.charged_blocks) * account.block_size, now)
-        self._expect_growth(account)
-        self._place(account)
-
-    def _learn(self, account: ReplicaAccount, ended: dict[str, Size]) -> None:
-        self._lengths.caution.learn(preempted=account.preempted, held_back=len(ended) if self._queue else 0)
-        for grant_id, _, output_tokens in account.state.ended:
-            if grant_id in ended:
-                self._lengths.add(output_tokens, ended[grant_id].max_tokens)
-
-    def _expect_growth(self, account: ReplicaAccount) -> None:
-        """A request that outgrew its promise is charged for what those that got as far went on to produce."""
-        for promise, held in account.outgrown():
-            size = promise.size
-            produced = held * account.block_size - size.prompt_tokens
-            expected = size.prompt_tokens + self._lengths.expected_beyond(produced, size.max_tokens)
-            account.set_aside(promise, max(held, blocks_for(expected, account.block_size)))
-
-    def _end(self, account: ReplicaAccount, grant_id: str, now: float) -> None:
-        self._grants.remove(account.promises[grant_id].grant)
-        self._forecast.freed(account.end(grant_id) * account.block_size, now)
-        self._place(account)
-
-    def _forget(self, replica_id: str) -> None:
-        self._prefixes.forget(replica_id)
-        account = self._fleet.remove(replica_id)
-        if account is not None:
-            del self._heard[replica_id]
-            for promise in account.promises.values():
-                self._grants.remove(promise.grant)
-            self._turns.stir()

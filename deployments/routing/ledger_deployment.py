@@ -49,6 +49,7 @@ class LedgerService:
         """Wait for a grant or a refusal. Cancelling the call ends the waiting and gives back a grant just made."""
         self._keep_time()
         outcome = self._ledger.reserve(request, time.time())
+        self._answer(self._ledger.displaced())
         self._board.count(outcome)
         if not isinstance(outcome, Queued):
             return outcome
@@ -69,7 +70,8 @@ class LedgerService:
         epoch = self._ledger.report(state, time.time())
         self._board.hear_replica(state, time.time())
         self._admit()
-        return ReportAnswer(epoch, self._ledger.waiting_tokens(state.pool))
+        waiting = self._ledger.waiting_tokens(state.pool)
+        return ReportAnswer(epoch, waiting, self._ledger.revoked(state.replica_id))
 
     async def notice(self, notice: IngressNotice) -> LedgerNews:
         """Take in an ingress's notice."""

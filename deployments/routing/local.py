@@ -34,6 +34,8 @@ class LocalPlacement:
         """By id, of those placed since the last news and not ended."""
         self._charged: Counter[str] = Counter()
         """Their blocks by replica."""
+        self._requests: Counter[str] = Counter()
+        """Their number by replica."""
         self._granted = 0
 
     @property
@@ -48,6 +50,7 @@ class LocalPlacement:
             self._expected_output = news.expected_output_tokens
             self._placed.clear()  # the replicas have reported them, or will: they are in the next news
             self._charged.clear()
+            self._requests.clear()
 
     def place(self, request: ReserveRequest, now: float) -> Grant | None:
         """A grant that the replica may refuse; None when no known replica could ever hold the request."""
@@ -70,6 +73,7 @@ class LocalPlacement:
         )
         self._placed[grant.grant_id] = grant
         self._charged[grant.replica_id] += grant.blocks
+        self._requests[grant.replica_id] += 1
         return grant
 
     def ended(self, grant_id: str) -> None:
@@ -77,6 +81,7 @@ class LocalPlacement:
         grant = self._placed.pop(grant_id, None)
         if grant is not None:
             self._charged[grant.replica_id] -= grant.blocks
+            self._requests[grant.replica_id] -= 1
 
     def lost(self, replica_id: str) -> None:
         """Send nothing there until the ledger names it again."""
@@ -87,5 +92,8 @@ class LocalPlacement:
         return Size(request.prompt_tokens, request.max_tokens, request.prompt_tokens + output)
 
     def _left(self, spot: ReplicaSpot, size: Size) -> int:
-        """Tokens that would be free after the request, as far as is known."""
-        return (spot.headroom_blocks - self._charged[spot.replica_id] - grant_blocks(spot, size)) * spot.block_size
+        """Tokens that would be free after the request, as far as is known; under 0 where it takes no more requests."""
+        free = spot.headroom_blocks - self._charged[spot.replica_id]
+        if spot.requests_left is not None and self._requests[spot.replica_id] >= spot.requests_left:
+            free = min(0, free)
+        return (free - grant_blocks(spot, size)) * spot.block_size

@@ -52,6 +52,7 @@ class NoticeSender:
         self._vitals = vitals
         self._waits: set[asyncio.Timeout] = set()
         self._unused: list[str] = []
+        self._left: list[str] = []
         self._cancelled: list[str] = []
         self._lost: set[tuple[str, int]] = set()
         self._wake = asyncio.Event()
@@ -72,6 +73,11 @@ class NoticeSender:
     def unused(self, grant_id: str) -> None:
         """No replica took or will take this grant up."""
         self._unused.append(grant_id)
+        self._wake.set()
+
+    def left(self, grant_id: str) -> None:
+        """Nobody waits any more for the replica's word on this grant."""
+        self._left.append(grant_id)
         self._wake.set()
 
     def cancelled(self, request_id: str) -> None:
@@ -130,10 +136,16 @@ class NoticeSender:
     async def _send(self) -> bool:
         self._wake.clear()
         unused, self._unused = self._unused, []
+        left, self._left = self._left, []
         cancelled, self._cancelled = self._cancelled, []
         lost, self._lost = self._lost, set()
         notice = IngressNotice(
-            self._ingress_id, tuple(unused), tuple(cancelled), tuple(sorted(lost)), vitals=self._vitals()
+            self._ingress_id,
+            unused=tuple(unused),
+            left=tuple(left),
+            cancelled=tuple(cancelled),
+            lost=tuple(sorted(lost)),
+            vitals=self._vitals(),
         )
         sent = False
         try:
@@ -143,7 +155,7 @@ class NoticeSender:
             self._note_gone(error)
         finally:
             if not sent:
-                self._unused[:0], self._cancelled[:0] = unused, cancelled
+                self._unused[:0], self._left[:0], self._cancelled[:0] = unused, left, cancelled
                 self._lost |= lost
                 self._wake.set()
         if sent:

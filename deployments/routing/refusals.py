@@ -42,9 +42,18 @@ def malformed(config: LedgerConfig, request: ReserveRequest) -> Refusal | None:
 
 
 def hopeless(
-    config: LedgerConfig, request: ReserveRequest, size: Size, known: Sequence[Candidate], *, alive: bool
+    config: LedgerConfig,
+    request: ReserveRequest,
+    size: Size,
+    known: Sequence[Candidate],
+    *,
+    alive: bool,
+    absent: Sequence[Candidate] = (),
+    unheard: bool = False,
 ) -> Refusal | None:
     """No replica lives, or none that is known could hold the request even if it were empty.
+
+    Only what no pool holds is too long: a client doesn't come again with that.
 
     Args:
         config: of the ledger.
@@ -53,13 +62,16 @@ def hopeless(
         known: replicas of its pool, those that fell silent a moment ago included: what fits one of them is worth
             waiting for, and must not be told that it is too long; and those that could be started.
         alive: whether any of them is alive, or could be started.
+        absent: the last replica of each of its pools, however long ago it fell silent.
+        unheard: whether one of its pools never had a replica, so that nobody knows what it holds.
     """
     if not alive:
-        where = f"model {config.model}" + (f", pool {request.pool}" if request.pool else "")
-        text = f"no replica of {where} is alive. Try again, or see the service's log"
-        return Refusal(request.request_id, "no_replica", text, retry_after_s=max(1, int(config.lease_s)))
+        return _nobody(config, request, "")
     if any(fits_ever(replica, size) for replica in known):
         return None
+    if unheard or any(fits_ever(replica, size) for replica in absent):
+        return _nobody(config, request, f" that holds {size.prompt_tokens + size.max_tokens} tokens")
+    known = [*known, *absent]
     context = max(replica.max_context for replica in known)
     if request.prompt_tokens + request.max_tokens > context:
         text = (
@@ -77,9 +89,24 @@ def hopeless(
     return Refusal(request.request_id, "too_long", text)
 
 
+def _nobody(config: LedgerConfig, request: ReserveRequest, which: str) -> Refusal:
+    where = f"model {config.model}" + (f", pool {request.pool}," if request.pool else "")
+    text = f"no replica of {where}{which} is alive. Try again, or see the service's log"
+    return Refusal(request.request_id, "no_replica", text, retry_after_s=max(1, int(config.lease_s)))
+
+
 def full(config: LedgerConfig, request: ReserveRequest, waiting: int, retry_after_s: int) -> Refusal:
     """The queue takes no more."""
     text = f"{waiting} requests wait for {config.model} and queue_limit is {config.queue_limit}"
+    return _busy(Refusal(request.request_id, "queue_full", text, retry_after_s))
+
+
+def displaced(config: LedgerConfig, request: ReserveRequest, waiting: int, retry_after_s: int) -> Refusal:
+    """The queue is full, and the last of the tenant most over its share makes room for another tenant."""
+    text = (
+        f"{waiting} requests wait for {config.model}, queue_limit is {config.queue_limit}, and this tenant has "
+        f"more than its share of it, which others need now"
+    )
     return _busy(Refusal(request.request_id, "queue_full", text, retry_after_s))
 
 

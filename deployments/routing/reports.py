@@ -90,6 +90,8 @@ class ReportSender:
         self._reached = True
         self._admission.acknowledge(state.sequence, answer.epoch)
         self._waiting_tokens = answer.waiting_tokens
+        for grant_id, expires_at in answer.revoked:
+            self._admission.revoke(grant_id, expires_at)
         now = asyncio.get_running_loop().time()
         if self._answered_at is not None and now - self._answered_at > TOUCH_S:
             self._admission.lost_touch()

@@ -3,6 +3,9 @@
 The ledger has already decided and waited, so nothing is left to choose, to probe or to queue here. Serve's own routing
 loop matches waiting calls by the HTTP request's id, which the choices of one request share; overriding the step that
 turns one pending call into one replica leaves that loop unused. Written against Ray 2.60 (pinned in pyproject.toml).
+
+Serve pickles this module by value: in a caller's process, a class that is defined here is another than the one that the
+caller imports from here. Hence what callers are to recognise comes from other modules.
 """
 
 from __future__ import annotations
@@ -20,18 +23,11 @@ from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.request_router import RequestRouter
 
 from deployments.protocol import GenerationRequest, Grant
+from deployments.routing.calls import NotSent, Rejected
 
 APPEAR_LIMIT_S = 2.0
 """A replica may report to the ledger before Serve has told this process that it runs."""
 RETRY_PAUSE_S = 0.05
-
-
-class NotSent(ReplicaUnavailableError):
-    """The named replica is gone, or has not appeared in time, and the call was never sent."""
-
-
-class Rejected(RayServeException):
-    """The named replica lives, and Serve did not let the call in there: it has too many, or is about to stop."""
 
 
 class GrantRouter(RequestRouter):

@@ -154,9 +154,9 @@ class WaitingQueue:
         """(pool that they insist on, waiters), None for any pool. Looks at every waiter: for snapshots."""
         return tuple(Counter(waiter.request.pool for waiter in self._waiters.values()).items())
 
-    def tokens_before(self, tenant: str) -> int:
-        """Tokens likely to be granted before one more request of this tenant."""
-        return self._shares.tokens_before(tenant, self._tokens)
+    def tokens_before(self, request: ReserveRequest) -> int:
+        """Tokens likely to be granted before this request, which doesn't wait yet or is its tenant's last."""
+        return self._shares.tokens_before(request.tenant, request.weight, self._tokens)
 
     def join(self, waiter: Waiter) -> None:
         """Add a waiter; its request id must not wait already."""
@@ -208,6 +208,26 @@ class WaitingQueue:
         self._shares.leave(tenant, tokens)
         self._sweep()
         return waiter
+
+    def displaced_by(self, request: ReserveRequest, limit: int) -> Waiter | None:
+        """Who is to leave a full queue for a newcomer whose tenant waits with less than its share of it.
+
+        Looks at every waiter, if so: for a queue that one tenant has filled.
+
+        Args:
+            request: the newcomer.
+            limit: requests that may wait.
+
+        Returns:
+            The last one of the tenant most over its share; None when the newcomer is the one to refuse.
+        """
+        if not self._shares.below_share(request.tenant, request.weight, limit):
+            return None
+        tenant = self._shares.most_over_share(request.tenant, request.weight, limit)
+        if tenant is None:
+            return None
+        own = (waiter for waiter in self._waiters.values() if waiter.request.tenant == tenant)
+        return max(own, key=lambda waiter: (waiter.request.priority, waiter.arrival))
 
     def overdue(self, now: float) -> Waiter | None:
         """A waiter whose deadline has passed, the earliest deadline first."""

@@ -34,6 +34,7 @@ class FakeDispatcher:
     ready: bool = True
     observation: Observation | None = None
     max_context: int | None = None
+    living_context: int | None = None
     pool_contexts: dict[str, int] = field(default_factory=dict)
     requests: list[GenerationRequest] = field(default_factory=list)
     wait_limits: list[float] = field(default_factory=list)

@@ -29,7 +29,8 @@ from tests.integration.conftest import MODEL, Service, redeploy, start_service, 
 
 OVERLOAD = int(os.environ.get("HEADROOM_OVERLOAD", "400"))
 TIMEOUT = httpx.Timeout(120.0, pool=None)  # requests beyond LIMITS wait their turn
-LIMITS = httpx.Limits(max_connections=1000)
+AT_ONCE = 1000
+LIMITS = httpx.Limits(max_connections=AT_ONCE)
 QUEUE_LIMIT = 60
 INGRESS_DRAINING_S = 12
 """Longer than a stream of the rolling update: a HAProxy that Serve replaces knows the old ingress replicas only, and
@@ -261,15 +262,27 @@ async def test_hundreds_of_clients_that_leave_at_once_leave_nothing(faulty: Serv
 
 
 async def test_beyond_capacity_each_request_is_served_or_refused_with_a_time_to_come_back(faulty: Service) -> None:
+    at_once = asyncio.Semaphore(AT_ONCE)  # httpx looks at all that wait for a connection whenever one comes free
+
+    async def ask(client: httpx.AsyncClient, index: int) -> Answer:
+        async with at_once:
+            return await stream(client, body(index, 12))
+
     async with clients(faulty) as client:
-        answers = await asyncio.gather(*(stream(client, body(i, 12)) for i in range(OVERLOAD)))
+        begun = time.monotonic()
+        answers = await asyncio.gather(*(ask(client, i) for i in range(OVERLOAD)))
+        took_s = time.monotonic() - begun
     refused = [answer for answer in answers if answer.status == 429]
     assert [answer for answer in answers if answer not in refused and not answer.whole] == []
     assert refused
     assert all(int(answer.retry_after or 0) >= 1 for answer in refused)
     assert all("queue_limit" in (answer.error or "") for answer in refused)
     assert len(answers) - len(refused) >= QUEUE_LIMIT
+    begun = time.monotonic()
     await healthy(faulty)
+    print(
+        f"{OVERLOAD} requests in {took_s:.0f} s, {len(refused)} refused; healthy {time.monotonic() - begun:.1f} s later"
+    )
 
 
 def slow_reader(service: Service, index: int) -> socket.socket:

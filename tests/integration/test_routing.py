@@ -211,6 +211,60 @@ def test_killed_ledger_is_rebuilt_from_reports(ingress: DeploymentHandle) -> Non
     assert all(most <= CAPACITY for _, _, _, most, _ in ingress.observe.remote().result().values())
 
 
+@pytest.fixture(scope="module")
+def narrow(ingress: DeploymentHandle) -> Iterator[DeploymentHandle]:  # noqa: ARG001  it has started Serve
+    """The ingress of another application: Serve lets one call at once into its only replica, and its ledger knows no
+    limit but blocks."""
+    ledger = ledger_application(LedgerConfig("n"))
+    pool = serve.deployment(
+        name="pool",
+        max_ongoing_requests=1,
+        ray_actor_options={"num_cpus": 0.01},
+        request_router_config=router_config(),
+        graceful_shutdown_timeout_s=1,
+    )(FakeReplica).bind(ledger, CAPACITY)
+    front = serve.deployment(name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.01})
+    handle = serve.run(front(FakeIngress).bind(ledger, pool), name="narrow", route_prefix=None)
+    until(lambda: handle.ready.remote().result(), 30)
+    yield handle
+    serve.delete("narrow")
+
+
+def charged(ingress: DeploymentHandle) -> int:
+    """Blocks that the ledger of one replica has promised or knows to be held."""
+    (replica,) = ingress.view.remote().result().replicas
+    return int(replica.charged_blocks)
+
+
+def test_a_call_that_serve_rejects_costs_no_block_and_is_tried_again(narrow: DeploymentHandle) -> None:
+    narrow.start.remote(make_request("first", prompt=24, output=150, step_ms=1000), 5.0).result()
+    alone = charged(narrow)
+    _, (rejected,) = narrow.many.remote([make_request("rejected")], 1.0).result(timeout_s=30)
+    assert isinstance(rejected, Overloaded), rejected
+    assert "too many calls" in rejected.message
+    assert rejected.retry_after_s
+    until(lambda: charged(narrow) == alone, 8)  # by the ingress's word: the grants would expire after 13 s
+    waits = narrow.many.remote([make_request("second")], 60.0)
+    narrow.close.remote("first").result()
+    _, (second,) = waits.result(timeout_s=60)
+    assert finished(second, 16)
+    until(lambda: charged(narrow) == 0, 30)
+
+
+def test_a_client_that_leaves_before_the_replicas_word_costs_no_block_for_long(narrow: DeploymentHandle) -> None:
+    ((_, pid, *_),) = narrow.observe.remote().result().values()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        call = narrow.many.remote([make_request("on its way")], 30.0)
+        until(lambda: charged(narrow) > 0, 20)
+        time.sleep(0.5)  # until it was sent
+        call.cancel()
+        time.sleep(0.5)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: charged(narrow) == 0, 8)  # by the replica's word: the grant would expire after 13 s
+
+
 @pytest.fixture
 def scaled(ingress: DeploymentHandle) -> Iterator[DeploymentHandle]:  # noqa: ARG001  it has started Serve
     """The ingress of another application on the same Serve: its pool has no replica, and gets two at most."""

@@ -149,6 +149,8 @@ class LedgerMachine(RuleBasedStateMachine):
         epoch = self.ledger.report(flight.state, self.now)
         self.admit()
         flight.replica.admission.acknowledge(flight.state.sequence, epoch)
+        for grant_id, expires_at in self.ledger.revoked(flight.state.replica_id):
+            flight.replica.admission.revoke(grant_id, expires_at)
 
     # What happens
 
@@ -169,7 +171,15 @@ class LedgerMachine(RuleBasedStateMachine):
         self.heard_from[ingress] = self.now
         request = ReserveRequest(key, ingress, prompt, output, wait, tenant=tenant, priority=priority)
         kept = self.kept()
+        tenants = {waiter.request.request_id: waiter.request.tenant for waiter in self.ledger._queue._waiters.values()}
         outcome = self.ledger.reserve(request, self.now)
+        for displaced in self.ledger.displaced():
+            assert isinstance(displaced, Refusal)
+            assert displaced.kind == "queue_full"
+            assert len(self.waiting) == 6
+            assert tenants[displaced.request_id] != tenant, "a tenant made room for itself"
+            assert not isinstance(outcome, Refusal) or outcome.kind != "queue_full", "one too many was refused"
+            self.finish(displaced)
         if isinstance(outcome, Queued):
             assert len(self.waiting) < 6
             self.waiting[key] = self.now + wait
@@ -244,6 +254,12 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.release(grant.grant_id, self.now)
             self.ledger.release(grant.grant_id, self.now)
         self.admit()
+
+    @precondition(lambda self: self.travelling)
+    @rule(data=st.data())
+    def client_leaves_while_the_grant_travels(self, data: st.DataObject) -> None:
+        """It may arrive all the same."""
+        self.ledger.revoke(data.draw(st.sampled_from(list(self.travelling))))
 
     @rule(data=st.data(), kind=st.sampled_from(["grow", "end", "end"]))
     def request_moves(self, data: st.DataObject, kind: str) -> None:
@@ -335,6 +351,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 and g.expires_at > self.now
                 and g.ledger_epoch >= own.ledger_epoch
                 and not own.draining
+                and g.grant_id not in own._spent
             ]
             promised = sum(g.blocks for g in coming) + sum(g.blocks for g in replica.running.values())
             assert promised <= own.capacity_blocks, f"{own.replica_id}: {promised} of {own.capacity_blocks} blocks"

@@ -147,7 +147,7 @@ class PrefixMachine(RuleBasedStateMachine):
         if not hasattr(self, "ledger"):
             return
         self.ledger.check_integrity()
-        known, fresh = self.ledger._prefixes, PrefixMap()
+        known, fresh = self.ledger._books.prefixes, PrefixMap()
         for key, flight in self.heard.items():
             used = tuple(g for g, is_used in flight.truth.items() if is_used)
             idle = tuple(g for g, is_used in flight.truth.items() if not is_used)

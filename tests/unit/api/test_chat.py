@@ -280,3 +280,18 @@ async def test_a_chat_without_max_tokens_asks_for_what_the_largest_replica_holds
     await api.post(CHAT, json=asking())
     wide, narrow = (len(r.prompt_ids) + r.sampling.max_tokens for r in api.dispatcher.requests)
     assert (wide, narrow) == (256, 100)
+
+
+async def test_while_the_largest_replica_is_absent_a_chat_asks_for_what_is_served_unless_it_is_longer(api: Api) -> None:
+    api.dispatcher.max_context, api.dispatcher.living_context = 200, 100
+    await api.post(CHAT, json=asking())
+    prompt = len(api.dispatcher.requests[0].prompt_ids)
+    api.dispatcher.living_context = prompt  # leaves not a token
+    await api.post(CHAT, json=asking())
+    api.dispatcher.living_context = 100
+    await api.post(CHAT, json=asking(max_tokens=150 - prompt))
+    api.dispatcher.pool_contexts = {"large": 200}
+    await api.post(CHAT, json=asking(pool="large"))
+    await api.post(CHAT, json=asking(max_tokens=201 - prompt))
+    asked = [len(r.prompt_ids) + r.sampling.max_tokens for r in api.dispatcher.requests]
+    assert asked == [100, 200, 150, 200]  # the last one was refused

@@ -32,6 +32,11 @@ def test_a_new_key_is_random_and_its_line_finds_it() -> None:
     assert find_key([read], other.encode()) is None
 
 
+def test_a_tenants_weight_is_that_of_all_its_keys() -> None:
+    text = line("a", tenant="t") + line("b", HASHES[1], tenant="t", weight=3) + line("c", HASHES[2])
+    assert [key.weight for key in parse_keys(text.encode(), "f")] == [3, 3, None]
+
+
 def test_defaults_are_left_out_of_a_line() -> None:
     assert line_of(ApiKey(name="a", sha256=HASHES[0])) == f"- {{name: a, sha256: {HASHES[0]}}}"
 

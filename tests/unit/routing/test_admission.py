@@ -55,6 +55,34 @@ def test_it_takes_so_many_requests_at_once_and_says_so(ledger_epoch: int) -> Non
     assert own.take_up(late, 0.0) is None
 
 
+def test_a_revoked_grant_is_refused_and_reported_as_ended_until_acknowledged() -> None:
+    own = admission()
+    own.report()
+    own.revoke("g", GRANT.expires_at)
+    assert own.changed
+    assert "its client has left" in (own.take_up(GRANT, 1.0) or "")
+    own.revoke("g", GRANT.expires_at)  # told again, because the report was not answered yet
+    told = own.report()
+    assert (told.held, told.ended) == ((), (("g", 0, 0),))
+    own.acknowledge(told.sequence, 7)
+    assert own.report().ended == ()
+    assert own.take_up(replace(GRANT, grant_id="h"), 10.0 - 1e-6) is None
+    assert own.free_blocks == 8
+
+
+def test_what_was_taken_up_is_not_revoked() -> None:
+    own = admission()
+    assert own.take_up(GRANT, 1.0) is None
+    own.revoke("g", GRANT.expires_at)
+    assert own.take_up(replace(GRANT, grant_id="h", expires_at=30.0), 20.0) is None  # the first is not in memory now
+    own.revoke("g", GRANT.expires_at)
+    told = own.report()
+    assert (told.held, told.ended) == ((("g", 2), ("h", 2)), ())
+    own.end("g", prompt_tokens=1, output_tokens=2)
+    own.revoke("h", 30.0)
+    assert own.report().ended == (("g", 1, 2),)
+
+
 def test_spent_grants_are_forgotten_after_their_expiry() -> None:
     own = admission()
     for k in range(100):

@@ -32,8 +32,8 @@ from deployments.protocol import (
     Sampling,
     TokenChunk,
 )
+from deployments.routing.calls import NotSent, Rejected
 from deployments.routing.dispatch import MAX_LOSSES, ServeDispatcher, error_of
-from deployments.routing.router import NotSent, Rejected
 
 REQUEST = GenerationRequest("q", (1, 2, 3), Sampling(max_tokens=4, seed=0), tenant="me", priority=-2)
 TAKEN = TokenChunk("q")
@@ -423,7 +423,21 @@ async def test_cancelling_before_the_take_up_cancels_the_call() -> None:
         await task
     assert world.generate.calls[0].cancelled
     assert len(world.sent) == 1
+    assert await world.told() == ([], [], [])
+    assert [key for notice in world.notices for key in notice.left] == ["g1"]
+
+
+async def test_cancelling_before_the_take_up_of_a_local_grant_tells_the_ledger_nothing() -> None:
+    gate = asyncio.Event()
+    world = await acquainted([RayError("gone")], [[gate.wait, TAKEN]])
+    task = asyncio.create_task(world.dispatcher.dispatch(REQUEST, wait_limit_s=60.0))
+    while not world.sent:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     await world.dispatcher.close()
+    assert [key for notice in world.notices for key in notice.left] == []
 
 
 async def test_without_ledger_and_news_it_is_tried_until_the_deadline() -> None:

@@ -9,6 +9,7 @@ from deployments.protocol import PROTOCOL_VERSION, CachedGranules, Grant, Ingres
 from deployments.routing.forecast import ForecastError
 from deployments.routing.growth import ScaledPool
 from deployments.routing.ledger import Ledger, Queued
+from deployments.routing.turns import Outcome
 from tests.unit.routing.worlds import EPOCH, granted, ledger, state, wish
 
 
@@ -74,7 +75,7 @@ def test_a_replica_is_granted_no_more_requests_than_it_takes() -> None:
     grants = [granted(book.reserve(wish(f"q{k}"), 0.0)) for k in range(4)]
     assert isinstance(book.reserve(wish("fifth"), 0.0), Queued)
     assert book.admit(0.1) == []
-    assert [spot.headroom_blocks for spot in book.news().spots] == [0]
+    assert [(spot.headroom_blocks, spot.requests_left) for spot in book.news().spots] == [(0, 0)]
     book.check_integrity()
     held = tuple((grant.grant_id, 2) for grant in grants)
     book.report(state(sequence=2, held=held, **MANY), 0.2)
@@ -249,7 +250,7 @@ def test_what_passes_a_large_request_is_bounded_by_the_longest_request_there_can
             break
         for key in served:
             passed += 2
-            grant_id = book._grants.of_request(key)
+            grant_id = book._books._grants.of_request(key)
             assert grant_id is not None
             running.append(next(iter(book._fleet)).promises[grant_id].grant)
     assert passed == 10
@@ -265,7 +266,7 @@ def test_the_replica_kept_for_a_large_request_is_given_back_when_it_leaves() -> 
         book.reserve(wish(f"t{k}", prompt=64, output=16), 0.0)
     assert finish(book, whole[0], 2, 0.1) == ["t0"]
     assert finish(book, whole[1], 3, 0.2) == ["t1"]  # 160 tokens have passed the large one
-    first = book._grants.of_request("t0")
+    first = book._books._grants.of_request("t0")
     assert first is not None
     book.report(state(sequence=4, ended=((first, 1, 1),)), 0.3)
     assert book.admit(0.3) == []
@@ -404,6 +405,36 @@ def test_a_snapshot_says_who_drains_who_is_silent_and_for_which_pool_requests_wa
     book.reserve(wish("b", pool="default"), 3.5)
     book.reserve(wish("c", pool="default"), 3.5)
     assert dict(book.view(3.5).waiting_by_pool) == {None: 1, "default": 2}
+
+
+def test_a_revoked_grant_is_charged_until_its_replica_says_that_it_refuses_it() -> None:
+    book = ledger(state())
+    grant = granted(book.reserve(wish("q"), 0.0))
+    assert book.revoked("r0") == ()
+    book.notice(IngressNotice("in", left=(grant.grant_id, "unknown")), 0.1)
+    assert charged(book) == 2
+    assert book.revoked("r0") == ((grant.grant_id, grant.expires_at),)
+    book.report(state(sequence=2), 0.2)  # made before the answer: it may still have been on its way
+    assert charged(book) == 2
+    assert book.revoked("r0") == ((grant.grant_id, grant.expires_at),), "the first answer may be lost"
+    expected = book.view(0.3).expected_output_tokens
+    book.report(state(sequence=3, ended=((grant.grant_id, 0, 0),)), 0.3)
+    assert charged(book) == 0
+    assert book.revoked("r0") == ()
+    assert len(book._lengths._all) == 0, "it says nothing of outputs"
+    assert book.view(0.3).expected_output_tokens == expected
+    book.check_integrity()
+
+
+def test_a_revoked_grant_that_was_taken_up_ends_with_its_replicas_report() -> None:
+    book = ledger(state())
+    grant = granted(book.reserve(wish("q"), 0.0))
+    book.notice(IngressNotice("in", left=(grant.grant_id,)), 0.1)
+    book.report(state(sequence=2, held=((grant.grant_id, 2),)), 0.2)
+    assert (charged(book), book.revoked("r0")) == (2, ())
+    book.report(state(sequence=3, ended=((grant.grant_id, 16, 1),)), 0.3)
+    assert charged(book) == 0
+    assert book.revoked("gone") == ()
 
 
 def test_silence_hides_a_replica_until_it_reports_again() -> None:
@@ -617,3 +648,149 @@ def test_a_long_request_waits_for_the_large_pool_that_has_no_replica() -> None:
     insists = book.reserve(wish("insists", prompt=200, output=60, pool="default"), 0.0)
     assert isinstance(insists, Refusal)
     assert insists.kind == "too_long"
+
+
+SMALL = state("small", pool="small", capacity_blocks=1_000, max_context=4_096)
+LARGE = state("large", pool="large", capacity_blocks=10_000, max_context=65_536)
+POOLS = ("small", "large")
+
+
+def without_large_for_20_s() -> Ledger:
+    book = ledger(SMALL, LARGE, pools=POOLS)
+    for second in range(1, 21):
+        book.report(replace(SMALL, sequence=1 + second), float(second))
+        book.tick(float(second))
+    assert [replica.replica_id for replica in book.view(20.0).replicas] == ["small"], "the large one is forgotten"
+    return book
+
+
+def refused(outcome: object) -> tuple[str, int | None]:
+    """Kind and seconds to wait of an outcome that must be a refusal."""
+    assert isinstance(outcome, Refusal), outcome
+    return outcome.kind, outcome.retry_after_s
+
+
+def test_what_only_a_silent_fixed_pool_holds_is_never_too_long() -> None:
+    book = without_large_for_20_s()
+    granted(book.reserve(wish("short"), 20.0))
+    for pool in (None, "large"):
+        outcome = book.reserve(wish("long", prompt=20_000, output=100, pool=pool), 20.0)
+        assert refused(outcome) == ("no_replica", 5)
+    assert refused(book.reserve(wish("small", prompt=20_000, pool="small"), 20.0))[0] == "too_long"
+    nobody = book.reserve(wish("nobody", prompt=65_536), 20.0)
+    assert refused(nobody)[0] == "too_long"
+    assert isinstance(nobody, Refusal)
+    assert "65536" in nobody.message
+
+
+def test_news_remember_what_a_silent_fixed_pool_holds() -> None:
+    news = without_large_for_20_s().news()
+    assert (news.max_context, news.pool_contexts) == (65_536, (("large", 65_536), ("small", 4_096)))
+
+
+def test_news_tell_the_longest_that_is_served_now_apart() -> None:
+    book = ledger(SMALL, LARGE, pools=POOLS)
+    assert book.news().living_context == 65_536
+    book.report(replace(LARGE, sequence=2, draining=True), 0.1)
+    assert (book.news().living_context, book.news().max_context) == (4_096, 65_536)
+    book.report(replace(SMALL, sequence=2, draining=True), 0.1)
+    assert book.news().living_context is None
+    assert without_large_for_20_s().news().living_context == 4_096
+    assert ledger(SMALL, expected_replicas=2, pools=POOLS).news().living_context is None, "it waits for the large one"
+
+
+def test_a_wait_for_a_pool_that_is_forgotten_ends_without_a_replica() -> None:
+    book = ledger(SMALL, LARGE, pools=POOLS)
+    book.replica_gone("large", 1)
+    assert isinstance(book.reserve(wish("long", prompt=20_000, wait_limit_s=60.0), 0.0), Queued)
+    answers = []
+    for second in range(1, 21):
+        book.report(replace(SMALL, sequence=1 + second), float(second))
+        book.renew_lease("in", float(second))
+        answers += book.tick(float(second))
+    assert [refused(outcome)[0] for outcome in answers] == ["no_replica"]
+
+
+def test_nothing_is_too_long_for_a_fixed_pool_of_which_no_replica_was_heard() -> None:
+    book = ledger(SMALL, expected_replicas=2, pools=POOLS)
+    book.tick(5.0)  # the large one is still loading
+    book.report(replace(SMALL, sequence=2), 5.0)
+    granted(book.reserve(wish("short"), 5.0))
+    assert refused(book.reserve(wish("long", prompt=20_000), 5.0)) == ("no_replica", 5)
+    assert refused(book.reserve(wish("small", prompt=20_000, pool="small"), 5.0))[0] == "too_long"
+    assert (book.news().max_context, book.news().pool_contexts) == (None, (("small", 4_096),))
+    book.report(LARGE, 6.0)
+    assert book.news().max_context == 65_536
+    assert granted(book.reserve(wish("long", prompt=20_000), 6.0)).replica_id == "large"
+
+
+def flooded(flood: int = 8, **changes: object) -> Ledger:
+    """The only replica is full, and so is the queue of 8, with requests of one tenant."""
+    book = ledger(state(), queue_limit=8, **changes)  # type: ignore[arg-type]  # fields by name
+    granted(book.reserve(wish("running", prompt=100, output=60), 0.0))
+    for k in range(flood):
+        assert isinstance(book.reserve(wish(f"f{k}", tenant="flood"), 0.0), Queued)
+    return book
+
+
+def told(outcomes: list[Outcome]) -> list[tuple[str, str]]:
+    """(request, kind) of outcomes that must be refusals with a time to wait."""
+    assert all(isinstance(outcome, Refusal) and outcome.retry_after_s for outcome in outcomes), outcomes
+    return [(outcome.request_id, outcome.kind) for outcome in outcomes if isinstance(outcome, Refusal)]
+
+
+def test_a_flood_makes_room_for_another_tenant_up_to_its_share_of_the_queue() -> None:
+    book = flooded()
+    answers = [book.reserve(wish(f"m{k}", tenant="me"), 0.0) for k in range(6)]
+    assert [isinstance(answer, Queued) for answer in answers] == [True] * 4 + [False] * 2
+    assert refused(answers[4])[0] == "queue_full"
+    assert told(book.admit(0.0)) == [(f"f{k}", "queue_full") for k in (7, 6, 5, 4)], "the latest first"
+    assert book.admit(0.0) == [], "each is told once"
+    assert refused(book.reserve(wish("f8", tenant="flood"), 0.0))[0] == "queue_full"
+    assert book.view(0.0).waiting == 8
+    book.check_integrity()
+
+
+def test_shares_of_the_queue_go_by_weight() -> None:
+    book = flooded(tenant_weights=(("flood", 3),))
+    answers = [book.reserve(wish(f"m{k}", tenant="me"), 0.0) for k in range(4)]
+    assert [isinstance(answer, Queued) for answer in answers] == [True, True, False, False]
+    heavy = [book.reserve(wish(f"h{k}", tenant="heavy", weight=4), 0.0) for k in range(5)]
+    assert [isinstance(answer, Queued) for answer in heavy] == [True] * 4 + [False]
+    assert told(book.displaced()) == [(key, "queue_full") for key in ("f7", "f6", "f5", "f4", "f3", "m1")]
+
+
+def test_the_least_urgent_of_the_tenant_most_over_its_share_makes_room() -> None:
+    book = flooded(4)
+    book.reserve(wish("low", tenant="other", priority=9), 0.0)
+    book.reserve(wish("lowest", tenant="flood", priority=9), 0.0)
+    for k in range(2):
+        book.reserve(wish(f"f1{k}", tenant="flood"), 0.0)
+    assert isinstance(book.reserve(wish("mine", tenant="me", priority=99), 0.0), Queued)
+    assert told(book.tick(0.1)) == [("lowest", "queue_full")]
+
+
+def test_many_tenants_with_one_request_each_make_no_room() -> None:
+    book = flooded(0)
+    for k in range(8):
+        assert isinstance(book.reserve(wish(f"q{k}", tenant=f"t{k}"), 0.0), Queued)
+    assert refused(book.reserve(wish("late", tenant="late"), 0.0))[0] == "queue_full"
+    assert book.displaced() == []
+
+
+def test_a_displaced_request_that_leaves_first_is_told_nothing_and_its_id_is_free_then() -> None:
+    book = flooded()
+    book.reserve(wish("mine", tenant="me"), 0.0)
+    with pytest.raises(ValueError, match="f7 waits already"):
+        book.reserve(wish("f7", tenant="flood"), 0.0)
+    book.cancel("f7", 0.0)
+    assert book.tick(0.0) == []
+    assert refused(book.reserve(wish("f7", tenant="flood"), 0.0))[0] == "queue_full"
+
+
+def test_a_displaced_request_is_told_while_the_ledger_is_new() -> None:
+    book = ledger(expected_replicas=1, queue_limit=2)
+    for k in range(2):
+        book.reserve(wish(f"f{k}", tenant="flood"), 0.0)
+    assert isinstance(book.reserve(wish("mine", tenant="me"), 0.0), Queued)
+    assert told(book.tick(0.1)) == [("f1", "queue_full")]

@@ -12,9 +12,9 @@ from deployments.routing.refusals import LedgerConfig
 from tests.unit.routing.worlds import granted, state, wish
 
 
-async def service() -> LedgerService:
+async def service(queue_limit: int = 1024) -> LedgerService:
     """With one replica of 10 blocks that knows it."""
-    built = LedgerService(LedgerConfig("m"))
+    built = LedgerService(LedgerConfig("m", queue_limit=queue_limit))
     epoch = (await built.report(state(ledger_epoch=0))).epoch
     assert (await built.report(state(sequence=2, ledger_epoch=epoch))).epoch == epoch
     return built
@@ -67,6 +67,23 @@ async def test_a_grant_made_in_the_moment_of_the_cancellation_is_given_back() ->
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert await charged(built) == 0
+    await built.check_health()
+
+
+async def test_who_makes_room_in_a_full_queue_for_another_tenant_is_told_at_once() -> None:
+    built = await service(queue_limit=2)
+    await built.reserve(wish("a", prompt=100, output=60))
+    flood = [asyncio.create_task(built.reserve(wish(f"f{k}", tenant="flood"))) for k in range(2)]
+    await asyncio.sleep(0.01)
+    mine = asyncio.create_task(built.reserve(wish("mine", tenant="me")))
+    answer = await asyncio.wait_for(flood[1], 0.04)
+    assert isinstance(answer, Refusal)
+    assert answer.kind == "queue_full"
+    assert not flood[0].done()
+    assert not mine.done()
+    for task in (flood[0], mine):
+        task.cancel()
+    await asyncio.gather(flood[0], mine, return_exceptions=True)
     await built.check_health()
 
 

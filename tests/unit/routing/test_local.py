@@ -62,6 +62,17 @@ def test_a_full_replica_is_asked_all_the_same_because_news_is_old() -> None:
     assert granted(placement(replace(SPOT, headroom_blocks=0)).place(wish("q"), 0.0)).replica_id == "r0"
 
 
+def test_a_replica_at_its_most_requests_has_no_room() -> None:
+    roomy, other = replace(SPOT, requests_left=3), replace(SPOT, replica_id="r1", headroom_blocks=20)
+    local = placement(roomy, other)
+    grants = [granted(local.place(wish("q"), 0.0)) for _ in range(6)]
+    assert [grant.replica_id for grant in grants] == ["r0"] * 3 + ["r1"] * 3
+    local.ended(grants[0].grant_id)
+    assert [granted(local.place(wish("q"), 0.0)).replica_id for _ in range(2)] == ["r0", "r1"]
+    local.hear(LedgerNews(7, 1600, expected_output_tokens=16, spots=(replace(roomy, requests_left=1), other)))
+    assert [granted(local.place(wish("q"), 0.0)).replica_id for _ in range(2)] == ["r0", "r1"]
+
+
 def test_only_where_it_fits_ever_and_in_its_pool() -> None:
     small, large = replace(SPOT, max_context=100), replace(SPOT, replica_id="r1", pool="large", headroom_blocks=1)
     local = placement(small, large)

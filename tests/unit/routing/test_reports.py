@@ -21,6 +21,7 @@ class LedgerHandle:
     def __init__(self) -> None:
         self.heard: list[ReplicaState] = []
         self.failing = False
+        self.revoked: tuple[tuple[str, float], ...] = ()
         self.report = self
 
     def remote(self, state: ReplicaState) -> Any:
@@ -28,7 +29,7 @@ class LedgerHandle:
             if self.failing:
                 raise RayError("down")
             self.heard.append(state)
-            return ReportAnswer(7, 48)
+            return ReportAnswer(7, 48, self.revoked)
 
         return answer()
 
@@ -120,6 +121,15 @@ async def test_an_idle_replica_tells_how_it_stands_again_and_again() -> None:
         while sum(state.vitals is not None for state in ledger.heard) < 4:
             await asyncio.sleep(0.01)
     task.cancel()
+
+
+async def test_what_the_ledger_revokes_is_refused_and_told_at_once() -> None:
+    own, ledger, reporting = sender()
+    ledger.revoked = (("g", 1e12),)
+    await reporting.send()
+    await reporting.send()
+    assert [state.ended for state in ledger.heard] == [(), (("g", 0, 0),)]
+    assert "left" in (own.take_up(Grant("g", "q", "p", "r0", 1, 7, 1, 1e12), 0.0) or "")
 
 
 async def test_what_waits_for_the_pool_comes_with_the_answer() -> None:

@@ -8,13 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve.exceptions import ReplicaUnavailableError
 
 from deployments.protocol import GenerationRequest, Grant, Sampling
 from deployments.routing import router as router_module
-from deployments.routing.router import GrantRouter, NotSent, Rejected, router_config
+from deployments.routing.calls import NotSent, Rejected
+from deployments.routing.router import GrantRouter, router_config
 
 POOL = DeploymentID("pool", "app")
 
@@ -65,6 +67,23 @@ async def test_a_replica_that_left_fails_at_once() -> None:
     with pytest.raises(NotSent):
         await chosen(built, pending("a"))
     assert time.monotonic() - start < 0.1
+
+
+async def test_its_errors_are_the_callers_classes_though_serve_pickles_the_router_by_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = router_config()
+    monkeypatch.setattr(cloudpickle.cloudpickle, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})  # as in another process
+    served: Any = config.get_request_router_class()
+    assert served is not GrantRouter
+    monkeypatch.setattr(served, "_probe_queue_lens", Router._probe_queue_lens)
+    built = served(deployment_id=POOL, handle_source=DeploymentHandleSource.UNKNOWN)
+    tell(built, "a", "b")
+    with pytest.raises(Rejected):
+        await chosen(built, pending("a"), is_retry=True)
+    tell(built, "b")
+    with pytest.raises(NotSent):
+        await chosen(built, pending("a"))
 
 
 async def test_a_replica_that_serve_has_not_named_yet_is_waited_for() -> None:

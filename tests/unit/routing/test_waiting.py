@@ -51,23 +51,34 @@ def test_a_flood_of_one_tenant_does_not_hold_up_another() -> None:
     assert order[4:] == [f"flood{index}" for index in range(2, 100)]
 
 
-def test_a_requests_weight_is_its_tenants_from_then_on() -> None:
-    """Also where the tenant waits already, and after it has left: an API key brought it."""
-    shares = FairShares({"heavy": 9})
-    waiting = WaitingQueue(shares)
+def test_the_newest_requests_weight_is_its_tenants() -> None:
+    """Also where the tenant waits already: its API key's line changed."""
+    waiting = WaitingQueue(FairShares({"heavy": 9}))
     for index in range(40):
-        waiting.join(waiter(f"heavy{index}", tenant="heavy", weight=2 if index == 20 else None))
+        waiting.join(waiter(f"heavy{index}", tenant="heavy", weight=2 if index >= 20 else None))
         waiting.join(waiter(f"light{index}", tenant="light"))
         waiting.check_integrity()
     first = drained(waiting)[:30]
     assert sum(key.startswith("heavy") for key in first) == 20
-    shares.join("heavy", 10)
-    shares.join("heavy", 10, 5)
-    shares.join("light", 10)
-    shares.charge("heavy", 10)
-    shares.charge("light", 10)
-    assert shares.tag("light") - shares.tag("heavy") > 0
-    shares.check_integrity()
+
+
+def test_a_weight_does_not_outlive_the_key_that_brought_it() -> None:
+    """While the tenant waits on, and after it has left."""
+    waiting = WaitingQueue(FairShares({}))
+    waiting.join(waiter("always", tenant="other"))
+    waiting.join(waiter("keyed", tenant="t", weight=5))
+    assert waiting.tokens_before(wish("next", tenant="t", weight=5)) == 12  # 10 before it, and a fifth of that
+    waiting.join(waiter("after the key", tenant="t"))
+    assert waiting.tokens_before(wish("next", tenant="t")) == 30
+    waiting.check_integrity()
+    waiting.leave("keyed")
+    waiting.join(waiter("keyed again", tenant="t", weight=5))
+    waiting.leave("after the key")
+    waiting.leave("keyed again")
+    for index in range(3):
+        waiting.join(waiter(f"t{index}", tenant="t"))
+        waiting.join(waiter(f"other{index}", tenant="other"))
+    assert sum(key.startswith("t") for key in drained(waiting)[:6]) == 3
 
 
 def test_tenants_share_by_tokens_and_weight() -> None:
@@ -139,9 +150,9 @@ def test_tokens_before_follow_the_shares() -> None:
     for index in range(8):
         waiting.join(waiter(f"a{index}", tenant="a"))
     waiting.join(waiter("b", tenant="b"))
-    assert waiting.tokens_before("a") == 90  # all
-    assert waiting.tokens_before("b") == 20  # its own 10, and as many of a's
-    assert waiting.tokens_before("new") == 0
+    assert waiting.tokens_before(wish("next", tenant="a")) == 90  # all
+    assert waiting.tokens_before(wish("next", tenant="b")) == 20  # its own 10, and as many of a's
+    assert waiting.tokens_before(wish("next", tenant="new")) == 0
 
 
 def test_overdue_ones_come_by_deadline_and_once() -> None:
