@@ -80,6 +80,8 @@ def _attention(weighed: Footprint, kv_dtype: str) -> Attention:
 
     from deployments.engine.flashinfer_fit import Kind, why_not, why_not_here
 
+    if weighed.geometry.own_attention:
+        return "torch"
     dtype = getattr(torch, weighed.dtype)
     stored = dtype if kv_dtype == "auto" else getattr(torch, kv_dtype_name(kv_dtype))
     heads = weighed.geometry.heads

@@ -90,6 +90,8 @@ class Geometry:
     """Attention scores pass a tanh, so they exist as a tensor."""
     kv: tuple[LayerKv, ...]
     """Per layer, parallel to `Footprint.layers` (an encoder's layers included)."""
+    own_attention: str | None = None
+    """Why attention can't run over the KV blocks themselves, as the end of a sentence; None: it can."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from placement import arena
+from placement import arena, gathered
 from placement.footprint import Footprint, Module, Tensor
 from placement.hardware import DeviceType, format_bytes
 from placement.kv import dtype_bytes, kv_dtype_bytes
@@ -90,7 +90,8 @@ class Workload:
     """Tokens of the longest sequence, prompt and output."""
     kv_dtype: str
     attention: Attention | None = None
-    """None: FlashInfer on GPUs, where it has kernels for the model."""
+    """None: FlashInfer on GPUs, where it has kernels for the model. Models that attend in code of their own get the
+    gather cache whatever is said here."""
 
     @property
     def most_blocks(self) -> int:
@@ -124,6 +125,10 @@ class Reserve:
     gather_per_block: int
     """Of decode attention, per KV block held by the running sequences."""
     load_peak: int
+    scores: int = 0
+    """Of the gather cache: what it takes beside the tokens that it gathers."""
+    gathered_blocks: int | None = None
+    """KV blocks gathered at once at most; None: all."""
 
     def held(self, *, last: bool, blocks: int, kv_block_bytes: int) -> int:
         """Everything but weights while `blocks` KV blocks (and the scratch block) are there."""
@@ -135,7 +140,7 @@ class Reserve:
         """The same, less the KV, named. A term of 0 bytes is left out."""
         kept, workspace = self._kept(last, blocks), self._workspace(last, blocks)
         parts = [
-            ("decode attention", blocks * self.gather_per_block),
+            ("attention" if self.scores else "decode attention", self._gathered(blocks)),
             ("prefill attention", self.prefill),
             ("dequantisation", self.dequantisation),
         ]
@@ -158,8 +163,12 @@ class Reserve:
 
     def _workspace(self, last: bool, blocks: int) -> int:
         """What a step takes beside activations."""
-        inside = max(self.prefill, self.dequantisation, blocks * self.gather_per_block)
+        inside = max(self.prefill, self.dequantisation, self._gathered(blocks))
         return max(inside, self._above_activations()) if last else inside
+
+    def _gathered(self, blocks: int) -> int:
+        most = blocks if self.gathered_blocks is None else min(blocks, self.gathered_blocks)
+        return self.scores + most * self.gather_per_block
 
     def _above_activations(self) -> int:
         """Of sampling, which comes when the layers' activations are gone."""
@@ -169,6 +178,8 @@ class Reserve:
 def why_not_flashinfer(footprint: Footprint, workload: Workload) -> str | None:
     """Why FlashInfer can't compute a model's attention on any GPU, as the end of a sentence; None: it can."""
     dtype, kv_dtype = footprint.dtype, workload.kv_dtype
+    if footprint.geometry.own_attention:
+        return footprint.geometry.own_attention
     if dtype_bytes(dtype) != 2:
         return f"its kernels compute in 16 bits, not {dtype}"
     if kv_dtype != dtype and kv_dtype_bytes(kv_dtype) != 1:
@@ -189,7 +200,8 @@ def reserve(
     """The reserve of one of the replica's `devices`."""
     cuda = device_type == "cuda"
     chosen = workload.attention or ("torch" if why_not_flashinfer(footprint, workload) else "flashinfer")
-    gathers = not cuda or chosen == "torch"
+    own = footprint.geometry.own_attention is not None
+    gathers = own or not cuda or chosen == "torch"
     widest = (_activation_bytes if gathers else _compiled_activation_bytes)(footprint)
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
@@ -198,12 +210,14 @@ def reserve(
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
         logits=_logit_bytes(footprint, workload),
-        prefill=_prefill_bytes(footprint, workload) if gathers else 0,
+        prefill=_prefill_bytes(footprint, workload) if gathers and not own else 0,
         dequantisation=_dequantisation_bytes(footprint) if gathers else 0,
         sampler=_WEIGHT_TABLE_BYTES,
         per_block=4 * workload.block_size,
-        gather_per_block=_gather_bytes(footprint, workload) if gathers else 0,
+        gather_per_block=(_own_gather_bytes if own else _gather_bytes)(footprint, workload) if gathers else 0,
         load_peak=_cuda_load_peak_bytes(footprint, devices) if cuda else _cpu_load_peak_bytes(footprint, devices),
+        scores=_score_bytes(footprint, workload) if own else 0,
+        gathered_blocks=-(-gathered.most_tokens(workload.max_context) // workload.block_size) if own else None,
     )
 
 
@@ -337,6 +351,17 @@ def _gather_bytes(footprint: Footprint, workload: Workload) -> int:
     if geometry.softcap:
         per_token += geometry.heads * (2 * size + 2 * 4)
     return _PADDING * workload.block_size * per_token
+
+
+def _own_gather_bytes(footprint: Footprint, workload: Workload) -> int:
+    """One block in one layer, gathered for a model that attends in code of its own."""
+    return workload.block_size * gathered.token_bytes(footprint)
+
+
+def _score_bytes(footprint: Footprint, workload: Workload) -> int:
+    """The same: the pairs of a forward."""
+    pairs = workload.max_batch_tokens * workload.max_context
+    return min(pairs, gathered.most_pairs(workload.max_context)) * gathered.pair_bytes(footprint)
 
 
 def _dequantisation_bytes(footprint: Footprint) -> int:

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from placement.anatomy import Stack, find_stacks, find_units, fused_experts
+from placement.anatomy import Stack, find_stacks, find_units, fused_experts, own_attention
 from placement.errors import PlacementError
 from placement.footprint import Geometry, Module, Tensor
 from placement.headers import Gguf
@@ -211,13 +211,15 @@ def _geometry(model: PreTrainedModel, facts: Mapping[str, Any]) -> Geometry:
             f"{type(model).__name__} has no attention layers, and its state is not planned yet; serve a model with "
             "attention in its layers"
         )
+    kv = _kv(facts)
     return Geometry(
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         heads=facts["num_attention_heads"],
         max_context=_max_context(config),
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
-        kv=_kv(facts),
+        kv=kv,
+        own_attention=None if facts["is_encoder_decoder"] else own_attention(model, kv),
     )
 
 

@@ -23,6 +23,7 @@ from deployments.engine.load_probe import ProbeFailed, probe
 from deployments.engine.messages import EngineLimits
 from deployments.engine.stages import Stage, detach_kv, find_decoder, find_layers
 from deployments.errors import ConfigError
+from placement.anatomy import own_attention
 from placement.kv import LayerKv, layer_kv
 from placement.plan import Plan
 
@@ -57,16 +58,20 @@ class Cut:
             ConfigError: no way of attending gives these logits.
         """
         name, own = type(self.model).__name__, self.model.config._attn_implementation
-        choice = choose(self.plan, self._kinds(), self.devices, self.limits)
-        try:
-            return self._probed(choice.backends, IMPLEMENTATION, ids, expected), choice.shown
-        except ProbeFailed as error:
-            reason = str(error)
-        del choice
-        detach_kv(self.model)  # with the stages that failed goes their KV cache
-        gc.collect()
+        reason = own_attention(self.model, self._shapes())
+        if reason is None:
+            choice = choose(self.plan, self._kinds(), self.devices, self.limits)
+            try:
+                return self._probed(choice.backends, IMPLEMENTATION, ids, expected), choice.shown
+            except ProbeFailed as error:
+                reason = str(error)
+            del choice
+            detach_kv(self.model)  # with the stages that failed goes their KV cache
+            gc.collect()
+            log.warning("the plan of %s counted on paged attention, and holds nothing back for the gather cache", name)
         log.warning("%s runs on the gather cache, which is slower: on paged attention %s", name, reason)
-        gathers = [GatherAttention(self.plan.num_blocks, device) for device in self.devices]
+        plan = self.plan
+        gathers = [GatherAttention(plan.num_blocks, device, plan.max_context) for device in self.devices]
         try:
             return self._probed(gathers, own, ids, expected), f"gather cache (on paged attention {reason})"
         except ProbeFailed as error:
