@@ -42,8 +42,10 @@ ONE_GPU = (
     "8b:nf4:0=83.2GiB",
     "8b:bf16:0=83.2GiB",
     "14b:nf4:0=60GiB",
+    "bloom-3b:nf4",
+    "bloom-3b:int8:0=12GiB",
 )
-TWO_GPUS = ("8b:nf4:0=20GiB,1=20GiB", "8b:bf16:0=16GiB,1=60GiB", "14b:int8:0=20GiB,1=40GiB")
+TWO_GPUS = ("8b:nf4:0=20GiB,1=20GiB", "8b:bf16:0=16GiB,1=60GiB", "14b:int8:0=20GiB,1=40GiB", "bloom-3b:nf4:0=5GiB,1=8GiB")
 MAX_SEQUENCES, MAX_BATCH_TOKENS = 256, 2048
 _PROMPT = 4096
 """Tokens of the longest prompt: more than a step takes, so the chunks after the first attend over a context too."""
