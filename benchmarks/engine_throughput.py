@@ -85,7 +85,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder", type=Path, default=Path("/tmp/headroom-checkpoints"), help="where the checkpoint is kept"
     )
-    parser.add_argument("--quantization", default="nf4", help="one or several, with commas between")
+    parser.add_argument(
+        "--quantization", default="nf4", help="one or several, with commas between; nf4+experts: fused experts too"
+    )
     parser.add_argument("--concurrency", default="1,8,32,64,128,256")
     parser.add_argument("--input", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens that each request produces")
@@ -153,7 +155,9 @@ def _plan(folder: Path, quantization: str, options: argparse.Namespace, most: in
         stages = [stage for stage, count in enumerate(counts) for _ in range(count)]
         pins = {"pins": {f"model.layers.{layer}": stage for layer, stage in enumerate(stages)}}
     return solve(
-        footprint(folder, quantization=quantization),
+        footprint(
+            folder, quantization=quantization.removesuffix("+experts"), experts=quantization.endswith("+experts")
+        ),
         devices,
         block_size=16,
         max_batch_tokens=options.max_batch_tokens,

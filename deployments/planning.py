@@ -37,11 +37,6 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             )
         on_gpu = bool(gpus)
         device_type: DeviceType = "cuda" if on_gpu else "cpu"
-        if pool.quantize_experts and on_gpu:
-            raise ConfigError(
-                f"pool {pool.name}: quantize_experts is for the CPU yet, and this pool runs on GPUs; leave it out, or "
-                "set `device: cpu`"
-            )
         weighed = footprint(
             model_dir,
             name=name,

@@ -68,7 +68,7 @@ class PoolSettings(_Strict):
     double_quant: bool = False
     """NF4/FP4 only: quantise the scales too."""
     quantize_experts: bool = False
-    """NF4, FP4 and int8 on the CPU: quantise experts that are fused into one tensor too; else they stay in `dtype`."""
+    """NF4, FP4 and int8: quantise experts that are fused into one tensor too; else they stay in `dtype`."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32; of a checkpoint that
     is quantised already, the dtype in which it stores what is not."""

@@ -60,7 +60,16 @@ def fused_experts(model: nn.Module, block_size: int) -> dict[str, nn.Parameter]:
     return {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
-        if hasattr(module, "has_gate")
+        for name, parameter in own_fused_experts(module, block_size).items()
+    }
+
+
+def own_fused_experts(module: nn.Module, block_size: int) -> dict[str, nn.Parameter]:
+    """The same of one module, by the names of its own parameters."""
+    if not hasattr(module, "has_gate"):
+        return {}
+    return {
+        name: parameter
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3 and parameter[0].numel() % block_size == 0
     }

@@ -203,15 +203,16 @@ def reserve(
     own = footprint.geometry.own_attention is not None
     gathers = own or not cuda or chosen == "torch"
     widest = (_activation_bytes if gathers else _compiled_activation_bytes)(footprint)
+    experts = _expert_bytes(footprint) if cuda and footprint.experts else 0
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
-        graphs=0 if gathers else _graph_bytes(footprint) + workload.captured_rows * widest,
+        graphs=0 if gathers else _graph_bytes(footprint) + workload.captured_rows * widest + experts,
         fragmentation=_fragmentation_bytes(footprint, budget_bytes) if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
         logits=_logit_bytes(footprint, workload),
         prefill=_prefill_bytes(footprint, workload) if gathers and not own else 0,
-        dequantisation=_dequantisation_bytes(footprint) if gathers else 0,
+        dequantisation=max(experts, _dequantisation_bytes(footprint) if gathers else 0),
         sampler=_WEIGHT_TABLE_BYTES,
         per_block=4 * workload.block_size,
         gather_per_block=(_own_gather_bytes if own else _gather_bytes)(footprint, workload) if gathers else 0,
@@ -370,23 +371,38 @@ def _dequantisation_bytes(footprint: Footprint) -> int:
     return size * _largest_quantised(footprint)
 
 
+def _expert_bytes(footprint: Footprint) -> int:
+    """Fused experts of the layer that has most, dequantised for a step on a GPU: all projections of a layer are there
+    at once, beside what the last one is made from (4 bits: its codes and scales; int8: itself in float32)."""
+    fused = [_fused(layer) for layer in footprint.layers]
+    size, source = dtype_bytes(footprint.dtype), 5 if footprint.quantization == "int8" else 1
+    layers = ([tensor.elements for tensor in tensors] for tensors in fused if tensors)
+    return max((size * sum(counts) + source * max(counts) for counts in layers), default=0)
+
+
+def _fused(layer: Module) -> list[Tensor]:
+    """Its quantised experts, where they are fused into one tensor."""
+    return [tensor for tensor in layer.tensors if tensor.linear and len(tensor.shape) == 3]
+
+
 def _cpu_load_peak_bytes(footprint: Footprint, devices: int) -> int:
     """The largest weight while it is quantised: in the compute dtype, and with what bitsandbytes computes it from.
     transformers quantises one tensor at a time; what stays as it is is mapped from the checkpoint, not read. Fused
     experts are quantised once all are loaded: until then they are in the compute dtype, as if in equal shares."""
     scratch = _QUANTISE_BYTES.get(footprint.quantization, 0)
-    fused = [t for layer in footprint.layers for t in layer.tensors if t.linear and len(t.shape) == 3]
-    waiting = sum(t.elements * t.itemsize - t.bytes for t in fused)
+    waiting = sum(t.elements * t.itemsize - t.bytes for layer in footprint.layers for t in _fused(layer))
     return -(-waiting // devices) + _largest_quantised(footprint) * (dtype_bytes(footprint.dtype) + scratch)
 
 
 def _cuda_load_peak_bytes(footprint: Footprint, devices: int) -> int:
     """Holes between quantised weights, counted as if the devices held equal shares of the model; and beside them the
-    largest weight in the compute dtype while it is quantised, or later a layer that is copied to its arena."""
+    largest weight in the compute dtype while it is quantised, or later a layer that is copied to its arena. Experts
+    that a checkpoint has one by one are there three times while they are fused: as read, as stacked, as joined."""
     quantised = sum(t.bytes for module in footprint.modules for t in module.tensors if t.linear)
     holes = quantised * _HOLES.get(footprint.quantization, 0) // 100 // devices
     copied = max((size for _, size in _arenas(footprint)), default=0)
-    return holes + max(copied, _largest_quantised(footprint) * dtype_bytes(footprint.dtype))
+    fused = 3 * max((t.elements for layer in footprint.layers for t in _fused(layer)), default=0)
+    return holes + max(copied, max(fused, _largest_quantised(footprint)) * dtype_bytes(footprint.dtype))
 
 
 def _largest_quantised(footprint: Footprint) -> int:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from deployments.checkpoint import read_config
 from deployments.engine.cut import Cut
-from deployments.engine.experts import quantise_experts
+from deployments.engine.expert_loading import quantising_experts, settle_experts
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits
 from deployments.engine.residents import resident_bytes
@@ -71,12 +71,13 @@ def load(
     quantization = None if already else quantization_config(plan)
     if quantization is not None and device_type == "cpu" and cache_dir is not None:
         model_dir, quantization = quantized_copy(model_dir, plan, quantization, cache_dir), None
-    model = _read(model_dir, plan, quantization, device_map(plan, device_type))
+    with quantising_experts(plan) if plan.experts else nullcontext():
+        model = _read(model_dir, plan, quantization, device_map(plan, device_type))
     if already:
         _check_dtype(model, plan)
     _compute_as_planned(model, plan)
     if plan.experts:
-        quantise_experts(model, plan)
+        settle_experts(model, plan, on_gpu=device_type == "cuda")
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     devices = [
         torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages

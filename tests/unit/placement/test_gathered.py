@@ -1,4 +1,4 @@
-"""The gather cache in a plan: which models get it, and what it takes, by hand and against what a forward really takes."""
+"""The gather cache in a plan: which models get it; what it takes, by hand and against what a forward really takes."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def test_real_models_with_attention_of_their_own_are_planned_so(name: str) -> No
     found = reserve(weighed, WORKLOAD, device_type="cuda", budget_bytes=10**9)
     assert (found.graphs, found.prefill) == (0, 0)
     assert found.scores > 0
-    assert found == reserve(
-        weighed, replace(WORKLOAD, attention="torch"), device_type="cuda", budget_bytes=10**9
-    )
+    assert found == reserve(weighed, replace(WORKLOAD, attention="torch"), device_type="cuda", budget_bytes=10**9)
 
 
 @pytest.mark.parametrize("name", ["llama-8b", "gemma-2-9b", "t5-11b", "mixtral-8x7b"])
