@@ -3,9 +3,9 @@
     python -m benchmarks.placement_error                                 the cases below that the visible GPUs allow
     python -m benchmarks.placement_error --case 8b:nf4 --case 8b:int8:0=20GiB,1=40GiB
 
-A case is SHAPE:QUANTISATION[:CAPS]; `nf4+dq` has double quantisation, `nf4+experts` quantised experts, caps name devices.
-Each case runs in a process of its own. The measured peak is what the device has taken from it at the end, CUDA context and libraries included
-(the allocator gives nothing back), against everything that the plan accounts for.
+A case is SHAPE:QUANTISATION[:CAPS]; `nf4+dq` has double quantisation, `nf4+experts` quantised experts, caps name
+devices. Each case runs in a process of its own. The measured peak is what the device has taken from it at the end, CUDA
+context and libraries included (the allocator gives nothing back), against everything that the plan accounts for.
 """
 
 from __future__ import annotations
