@@ -42,12 +42,18 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
                 f"pool {pool.name}: quantize_experts is for the CPU yet, and this pool runs on GPUs; leave it out, or "
                 "set `device: cpu`"
             )
+        if pool.quantize_head and on_gpu and pool.kernels == "bitsandbytes":
+            raise ConfigError(
+                f"pool {pool.name}: quantize_head on GPUs needs `kernels: headroom`, and they are bitsandbytes', which "
+                "would dequantise the whole head at once; change one of the two"
+            )
         weighed = footprint(
             model_dir,
             name=name,
             quantization=_auto(pool.quantization),
             double_quant=pool.double_quant,
             experts=pool.quantize_experts,
+            head=pool.quantize_head,
             dtype=_dtype(pool, device_type, find_source(model_dir)),
         )
         if reason := _why_not_loaded(weighed):

@@ -69,6 +69,9 @@ class PoolSettings(_Strict):
     """NF4/FP4 only: quantise the scales too."""
     quantize_experts: bool = False
     """NF4, FP4 and int8 on the CPU: quantise experts that are fused into one tensor too; else they stay in `dtype`."""
+    quantize_head: bool = False
+    """NF4, FP4 and int8: quantise the head (`lm_head`) too; else it stays in `dtype`. Where it is tied to the
+    embedding, the embedding stays and the head is a quantised copy beside it."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32; of a checkpoint that
     is quantised already, the dtype in which it stores what is not."""

@@ -197,7 +197,7 @@ def reserve(
         fragmentation=_fragmentation_bytes(footprint, budget_bytes) if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
-        logits=_logit_bytes(footprint, workload),
+        logits=_logit_bytes(footprint, workload, dequantises=gathers),
         prefill=_prefill_bytes(footprint, workload) if gathers else 0,
         dequantisation=_dequantisation_bytes(footprint) if gathers else 0,
         sampler=_WEIGHT_TABLE_BYTES,
@@ -301,14 +301,28 @@ def _activation_bytes(footprint: Footprint) -> int:
     return per_token
 
 
-def _logit_bytes(footprint: Footprint, workload: Workload) -> int:
-    """A step's last hidden states, those of the sampled rows and their logits in the compute dtype, and the sampler's
-    scratch for `SAMPLE_ROWS` of them."""
+def _logit_bytes(footprint: Footprint, workload: Workload, *, dequantises: bool) -> int:
+    """A step's last hidden states, those of the sampled rows and their logits in the compute dtype, and the larger of
+    what makes them and what samples them: a quantised head's product, and the sampler's scratch for `SAMPLE_ROWS`.
+
+    Args:
+        dequantises: linears take a dequantised weight of their own, and share no buffer.
+    """
     size, step = dtype_bytes(footprint.dtype), workload.max_batch_tokens
     rows = min(workload.max_sequences, step)
     vocab = -(-footprint.geometry.vocab // _SEGMENT) * _SEGMENT
     hidden = (step + rows) * footprint.geometry.hidden * size
-    return hidden + vocab * (rows * size + min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
+    product = _head_product_bytes(footprint, rows) if dequantises else 0
+    return hidden + vocab * rows * size + max(product, vocab * min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
+
+
+def _head_product_bytes(footprint: Footprint, rows: int) -> int:
+    """Of a quantised head: its weight dequantised; int8 as in `_activation_bytes`. 0 where it is not quantised."""
+    heads = [t for module in footprint.with_role("last") for t in module.tensors if t.linear]
+    largest = max((t.elements for t in heads), default=0)
+    if footprint.quantization != "int8":
+        return dtype_bytes(footprint.dtype) * largest
+    return 4 * largest + rows * max((3 * t.shape[-1] + 6 * t.shape[-2] for t in heads), default=0)
 
 
 def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from deployments.checkpoint import read_config
 from deployments.engine.cut import Cut
 from deployments.engine.experts import quantise_experts
+from deployments.engine.head import quantise_head
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits
 from deployments.engine.residents import resident_bytes
@@ -74,13 +75,17 @@ def load(
     model = _read(model_dir, plan, quantization, device_map(plan, device_type))
     if already:
         _check_dtype(model, plan)
+    devices = [
+        torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
+    ]
+    if len(devices) > 1:
+        _untie(model, devices)
+    if quantization is not None and plan.head:
+        quantise_head(model, quantization)
     _compute_as_planned(model, plan)
     if plan.experts:
         quantise_experts(model, plan)
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
-    devices = [
-        torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
-    ]
     copies = _own_modules(model, plan, devices)
     verify_bytes(model, plan, copies)
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
@@ -142,12 +147,15 @@ def quantized_copy(model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig
     files = [*sorted(model_dir.glob("*.safetensors")), model_dir / "config.json"]
     stats = [f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files]
     versions = [version(package) for package in ("bitsandbytes", "transformers")]
-    kind = [plan.quantization, str(plan.double_quant), plan.dtype]
+    kind = [plan.quantization, str(plan.double_quant), plan.dtype, *(["head"] if plan.head else [])]
     key = hashlib.sha256("\n".join([*stats, *versions, *kind]).encode()).hexdigest()[:16]
 
     def make(folder: Path) -> None:
         log.info("quantising %s to %s, once", model_dir, plan.quantization)
-        _read(model_dir, plan, quantization, {"": "cpu"}).save_pretrained(folder)
+        model = _read(model_dir, plan, quantization, {"": "cpu"})
+        if plan.head:
+            quantise_head(model, quantization)
+        model.save_pretrained(folder)
 
     return make_once(cache_dir / f"{plan.quantization}-{key}", make)
 
@@ -246,16 +254,18 @@ def _compute_as_planned(model: PreTrainedModel, plan: Plan) -> None:
             linear.support_avx512bf16_for_cpu = False
 
 
+def _untie(model: PreTrainedModel, devices: list[torch.device]) -> None:
+    """Give the head, where it is tied to an embedding on another device, its own weight."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        weight = embedding.weight.detach()  # on either device: the one weight has two entries in the device_map
+        embedding.weight = nn.Parameter(weight.to(devices[0]), requires_grad=False)
+        head.weight = nn.Parameter(weight.clone().to(devices[-1]), requires_grad=False)
+
+
 def _own_modules(model: PreTrainedModel, plan: Plan, devices: list[torch.device]) -> dict[str, nn.Module]:
-    """Copies that stages hold of their own, by "stage index:name": rotary tables; and the head, where it is tied to an
-    embedding on another device, gets its own weight."""
-    if len(plan.stages) > 1:
-        head: Any = model.get_output_embeddings()
-        embedding: Any = model.get_input_embeddings()
-        if head is not None and head.weight is embedding.weight:
-            weight = embedding.weight.detach()  # on either device: the one weight has two entries in the device_map
-            embedding.weight = nn.Parameter(weight.to(devices[0]), requires_grad=False)
-            head.weight = nn.Parameter(weight.clone().to(devices[-1]), requires_grad=False)
+    """Copies that stages hold of their own, by "stage index:name": rotary tables."""
     # A copied hook would still send its inputs to the original's device.
     return {
         f"{i}:{name}": remove_hook_from_module(copy.deepcopy(model.get_submodule(name)), recurse=True).to(devices[i])
