@@ -26,7 +26,7 @@ from deployments.engine.cut import Cut
 from deployments.engine.experts import quantise_experts
 from deployments.engine.head import quantise_head
 from deployments.engine.load_probe import plain_logits, probe_ids
-from deployments.engine.messages import EngineLimits
+from deployments.engine.messages import EngineLimits, Tuning
 from deployments.engine.residents import resident_bytes
 from deployments.engine.settle import expand_segments, settle_layers
 from deployments.engine.stages import Stage, find_decoder, find_layers
@@ -98,6 +98,8 @@ def load(
     else:
         if not early:
             _settle(model, plan, kernels=kernels)
+        if kernels and limits is not None and limits.tuning is not None:
+            _tune(model, limits.tuning)
         expand_segments()
     stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
     return LoadedModel(stages, int(expected.shape[-1]), attention)
@@ -193,6 +195,13 @@ def _exact_allocations() -> Iterator[None]:
 def _settle(model: PreTrainedModel, plan: Plan, *, kernels: bool) -> None:
     layers = find_layers(find_decoder(model)[1])[1]
     settle_layers(model, layers, kernels=kernels, arenas=plan.quantization in QUANTISED)
+
+
+def _tune(model: PreTrainedModel, tuning: Tuning) -> None:
+    """Before the KV cache takes what is free: the products that are timed need memory for their results."""
+    from deployments.engine.kernels.tune import tune_model, tuning_folder
+
+    tune_model(model, tuning_folder(tuning.folder), limit_s=tuning.limit_s)
 
 
 def _shorten_linears(model: nn.Module) -> None:
