@@ -16,6 +16,7 @@ doesn't. Two ways of rounding to bfloat16 differ by a few parts in ten thousand 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import sys
 from collections.abc import Callable, Sequence
@@ -55,7 +56,7 @@ def configs(dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
 
 
 def as_loaded(model: Any, _config: BitsAndBytesConfig) -> None:
-    """bitsandbytes' linears stay; in float32 without its path that rounds to bfloat16 inside, as the engine has them."""
+    """bitsandbytes' linears stay; in float32 without the path that rounds to bfloat16 inside, as in the engine."""
     for _, linear in quantised_linears(model):
         if model.dtype == torch.float32 and hasattr(linear, "support_avx512bf16_for_cpu"):
             linear.support_avx512bf16_for_cpu = False
@@ -156,9 +157,10 @@ def main(arguments: Sequence[str]) -> int:
     wrong: list[str] = []
     for quantization in options.quantization.split(","):
         found: dict[str, float] = {}
+        config = configs(dtype)[quantization]
+        loaded = load(folder, options.device, dtype, config)
         for name, finish in CONTENDERS.items():
-            config = configs(dtype)[quantization]
-            model = load(folder, options.device, dtype, config)
+            model = copy.deepcopy(loaded)  # quantising takes longer on a CPU
             finish(model, config)
             found[name] = score(model, ids, options.window, options.stride).perplexity
             del model
