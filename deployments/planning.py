@@ -37,12 +37,18 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             )
         on_gpu = bool(gpus)
         device_type: DeviceType = "cuda" if on_gpu else "cpu"
+        if pool.quantize_head and on_gpu and pool.kernels == "bitsandbytes":
+            raise ConfigError(
+                f"pool {pool.name}: quantize_head on GPUs needs `kernels: headroom`, and they are bitsandbytes', which "
+                "would dequantise the whole head at once; change one of the two"
+            )
         weighed = footprint(
             model_dir,
             name=name,
             quantization=_auto(pool.quantization),
             double_quant=pool.double_quant,
             experts=pool.quantize_experts,
+            head=pool.quantize_head,
             dtype=_dtype(pool, device_type, find_source(model_dir)),
         )
         if reason := _why_not_loaded(weighed):

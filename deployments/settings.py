@@ -69,6 +69,9 @@ class PoolSettings(_Strict):
     """NF4/FP4 only: quantise the scales too."""
     quantize_experts: bool = False
     """NF4, FP4 and int8: quantise experts that are fused into one tensor too; else they stay in `dtype`."""
+    quantize_head: bool = False
+    """NF4, FP4 and int8: quantise the head (`lm_head`) too; else it stays in `dtype`. Where it is tied to the
+    embedding, the embedding stays and the head is a quantised copy beside it."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32; of a checkpoint that
     is quantised already, the dtype in which it stores what is not."""
@@ -101,6 +104,11 @@ class PoolSettings(_Strict):
     """dtype of the KV cache; auto: the compute dtype."""
     kernels: Literal["headroom", "bitsandbytes"] = "headroom"
     """Which kernels multiply by quantised weights on GPUs; the CPU always has bitsandbytes'."""
+    tune_kernels: bool = True
+    """On GPUs, measure at the start how Headroom's kernels are the fastest for weights of shapes that no table has yet,
+    and keep the answers in HEADROOM_HOME."""
+    tune_limit_s: Annotated[float, Field(gt=0)] = 120.0
+    """For how long at most; the next start goes on with what is left."""
     prefix_cache: bool = True
     drain_s: Annotated[float, Field(ge=0)] = 60.0
     """How long a replica that is stopped may finish its streams; those left are resumed on another one."""
@@ -127,6 +135,12 @@ class PoolSettings(_Strict):
             raise ValueError(f"max_memory names device {max(self.max_memory)}, but stages is {self.stages}")
         if self.stages is None and sorted(self.max_memory) != list(range(len(self.max_memory))):
             raise ValueError("max_memory must name devices 0, 1, ... without gaps, or give `stages`")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_what_is_tuned(self) -> PoolSettings:
+        if "tune_limit_s" in self.model_fields_set and not self.tune_kernels:
+            raise ValueError("tune_limit_s is given, but tune_kernels is false; drop one of the two")
         return self
 
     @model_validator(mode="after")

@@ -112,6 +112,8 @@ class Footprint:
     """Vision and audio towers of the checkpoint that are not counted: text-only serving does without."""
     experts: bool = False
     """Fused experts are quantised too."""
+    head: bool = False
+    """The head is quantised too; where it is tied to the embedding, it is a quantised copy beside it."""
 
     @property
     def layers(self) -> tuple[Module, ...]:
@@ -175,6 +177,7 @@ def footprint(
     dtype: str | None = None,
     vision: bool = False,
     experts: bool = False,
+    head: bool = False,
     name: str | None = None,
 ) -> Footprint:
     """The bytes of every module of `model`, read without weights.
@@ -194,6 +197,8 @@ def footprint(
             leaves it out.
         experts: nf4, fp4 and int8: quantise fused experts too, as the engine can once they are loaded; transformers
             leaves them in `dtype`.
+        head: nf4, fp4 and int8: quantise the head too, as the engine can; one that is tied to the embedding becomes a
+            quantised copy beside it.
         name: what plans and errors call the model; None: its folder, file or id.
 
     Raises:
@@ -211,9 +216,10 @@ def footprint(
     from placement.reconcile import check_gguf, reconcile
     from placement.skeleton import read_skeleton
 
-    if experts:
-        _check_experts(source, recipe)
-    skeleton = read_skeleton(source, dtype, recipe, vision=vision, experts=experts)
+    for asked, setting in ((experts, "quantize_experts"), (head, "quantize_head")):
+        if asked:
+            _check_quantises(source, recipe, setting)
+    skeleton = read_skeleton(source, dtype, recipe, vision=vision, experts=experts, head=head)
     modules = tuple(_weigh(module, recipe) for module in skeleton.modules)
     if source.gguf is not None:
         check_gguf(source.name, modules, source.gguf)
@@ -229,13 +235,14 @@ def footprint(
         prequantized=recipe.prequantized,
         left_out=skeleton.left_out,
         experts=experts,
+        head=head,
     )
 
 
-def _check_experts(source: Source, recipe: Recipe) -> None:
+def _check_quantises(source: Source, recipe: Recipe, setting: str) -> None:
     if recipe.prequantized or isinstance(recipe, Plain):
         raise PlacementError(
-            f"quantize_experts needs nf4, fp4 or int8 and a checkpoint that is not quantised yet, but {source.name} is "
+            f"{setting} needs nf4, fp4 or int8 and a checkpoint that is not quantised yet, but {source.name} is "
             f"to be loaded in {recipe.name}; leave it out"
         )
 

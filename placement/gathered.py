@@ -36,6 +36,11 @@ def most_pairs(longest: int) -> int:
     return max(longest, PAIRS)
 
 
+def scores_bytes(footprint: Footprint, rows: int, longest: int) -> int:
+    """Of all pairs of a forward, in one layer, where a step has so many rows."""
+    return min(rows * longest, most_pairs(longest)) * pair_bytes(footprint)
+
+
 def pair_bytes(footprint: Footprint) -> int:
     """Of a pair, in one layer."""
     return _SCORE_BYTES * footprint.geometry.heads + _MASK_BYTES

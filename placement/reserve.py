@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from placement import arena, gathered
+from placement.experts import dequantised_bytes, largest_fused, waiting_bytes
 from placement.footprint import Footprint, Module, Tensor
 from placement.hardware import DeviceType, format_bytes
 from placement.kv import dtype_bytes, kv_dtype_bytes
@@ -203,21 +204,21 @@ def reserve(
     own = footprint.geometry.own_attention is not None
     gathers = own or not cuda or chosen == "torch"
     widest = (_activation_bytes if gathers else _compiled_activation_bytes)(footprint)
-    experts = _expert_bytes(footprint) if cuda and footprint.experts else 0
+    visited = dequantised_bytes(footprint) if cuda and footprint.experts else 0
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
-        graphs=0 if gathers else _graph_bytes(footprint) + workload.captured_rows * widest + experts,
+        graphs=0 if gathers else _graph_bytes(footprint) + workload.captured_rows * widest + visited,
         fragmentation=_fragmentation_bytes(footprint, budget_bytes) if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
-        logits=_logit_bytes(footprint, workload),
+        logits=_logit_bytes(footprint, workload, dequantises=gathers),
         prefill=_prefill_bytes(footprint, workload) if gathers and not own else 0,
-        dequantisation=max(experts, _dequantisation_bytes(footprint) if gathers else 0),
+        dequantisation=max(visited, _dequantisation_bytes(footprint) if gathers else 0),
         sampler=_WEIGHT_TABLE_BYTES,
         per_block=4 * workload.block_size,
-        gather_per_block=(_own_gather_bytes if own else _gather_bytes)(footprint, workload) if gathers else 0,
+        gather_per_block=_gather_bytes(footprint, workload) if gathers else 0,
         load_peak=_cuda_load_peak_bytes(footprint, devices) if cuda else _cpu_load_peak_bytes(footprint, devices),
-        scores=_score_bytes(footprint, workload) if own else 0,
+        scores=gathered.scores_bytes(footprint, workload.max_batch_tokens, workload.max_context) if own else 0,
         gathered_blocks=-(-gathered.most_tokens(workload.max_context) // workload.block_size) if own else None,
     )
 
@@ -316,14 +317,28 @@ def _activation_bytes(footprint: Footprint) -> int:
     return per_token
 
 
-def _logit_bytes(footprint: Footprint, workload: Workload) -> int:
-    """A step's last hidden states, those of the sampled rows and their logits in the compute dtype, and the sampler's
-    scratch for `SAMPLE_ROWS` of them."""
+def _logit_bytes(footprint: Footprint, workload: Workload, *, dequantises: bool) -> int:
+    """A step's last hidden states, those of the sampled rows and their logits in the compute dtype, and the larger of
+    what makes them and what samples them: a quantised head's product, and the sampler's scratch for `SAMPLE_ROWS`.
+
+    Args:
+        dequantises: linears take a dequantised weight of their own, and share no buffer.
+    """
     size, step = dtype_bytes(footprint.dtype), workload.max_batch_tokens
     rows = min(workload.max_sequences, step)
     vocab = -(-footprint.geometry.vocab // _SEGMENT) * _SEGMENT
     hidden = (step + rows) * footprint.geometry.hidden * size
-    return hidden + vocab * (rows * size + min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
+    product = _head_product_bytes(footprint, rows) if dequantises else 0
+    return hidden + vocab * rows * size + max(product, vocab * min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
+
+
+def _head_product_bytes(footprint: Footprint, rows: int) -> int:
+    """Of a quantised head: its weight dequantised; int8 as in `_activation_bytes`. 0 where it is not quantised."""
+    heads = [t for module in footprint.with_role("last") for t in module.tensors if t.linear]
+    largest = max((t.elements for t in heads), default=0)
+    if footprint.quantization != "int8":
+        return dtype_bytes(footprint.dtype) * largest
+    return 4 * largest + rows * max((3 * t.shape[-1] + 6 * t.shape[-2] for t in heads), default=0)
 
 
 def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
@@ -348,21 +363,12 @@ def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
 def _gather_bytes(footprint: Footprint, workload: Workload) -> int:
     """Keys, values and mask of one block in one layer, gathered for a decode step and padded."""
     geometry, size = footprint.geometry, kv_dtype_bytes(workload.kv_dtype)
+    if geometry.own_attention:
+        return workload.block_size * gathered.token_bytes(footprint)
     per_token = max(kv.elements_per_token for kv in geometry.kv) * size + 1 + size
     if geometry.softcap:
         per_token += geometry.heads * (2 * size + 2 * 4)
     return _PADDING * workload.block_size * per_token
-
-
-def _own_gather_bytes(footprint: Footprint, workload: Workload) -> int:
-    """One block in one layer, gathered for a model that attends in code of its own."""
-    return workload.block_size * gathered.token_bytes(footprint)
-
-
-def _score_bytes(footprint: Footprint, workload: Workload) -> int:
-    """The same: the pairs of a forward."""
-    pairs = workload.max_batch_tokens * workload.max_context
-    return min(pairs, gathered.most_pairs(workload.max_context)) * gathered.pair_bytes(footprint)
 
 
 def _dequantisation_bytes(footprint: Footprint) -> int:
@@ -371,27 +377,14 @@ def _dequantisation_bytes(footprint: Footprint) -> int:
     return size * _largest_quantised(footprint)
 
 
-def _expert_bytes(footprint: Footprint) -> int:
-    """Fused experts of the layer that has most, dequantised for a step on a GPU: all projections of a layer are there
-    at once, beside what the last one is made from (4 bits: its codes and scales; int8: itself in float32)."""
-    fused = [_fused(layer) for layer in footprint.layers]
-    size, source = dtype_bytes(footprint.dtype), 5 if footprint.quantization == "int8" else 1
-    layers = ([tensor.elements for tensor in tensors] for tensors in fused if tensors)
-    return max((size * sum(counts) + source * max(counts) for counts in layers), default=0)
-
-
-def _fused(layer: Module) -> list[Tensor]:
-    """Its quantised experts, where they are fused into one tensor."""
-    return [tensor for tensor in layer.tensors if tensor.linear and len(tensor.shape) == 3]
-
-
 def _cpu_load_peak_bytes(footprint: Footprint, devices: int) -> int:
     """The largest weight while it is quantised: in the compute dtype, and with what bitsandbytes computes it from.
     transformers quantises one tensor at a time; what stays as it is is mapped from the checkpoint, not read. Fused
     experts are quantised once all are loaded: until then they are in the compute dtype, as if in equal shares."""
     scratch = _QUANTISE_BYTES.get(footprint.quantization, 0)
-    waiting = sum(t.elements * t.itemsize - t.bytes for layer in footprint.layers for t in _fused(layer))
-    return -(-waiting // devices) + _largest_quantised(footprint) * (dtype_bytes(footprint.dtype) + scratch)
+    return -(-waiting_bytes(footprint) // devices) + _largest_quantised(footprint) * (
+        dtype_bytes(footprint.dtype) + scratch
+    )
 
 
 def _cuda_load_peak_bytes(footprint: Footprint, devices: int) -> int:
@@ -401,8 +394,8 @@ def _cuda_load_peak_bytes(footprint: Footprint, devices: int) -> int:
     quantised = sum(t.bytes for module in footprint.modules for t in module.tensors if t.linear)
     holes = quantised * _HOLES.get(footprint.quantization, 0) // 100 // devices
     copied = max((size for _, size in _arenas(footprint)), default=0)
-    fused = 3 * max((t.elements for layer in footprint.layers for t in _fused(layer)), default=0)
-    return holes + max(copied, max(fused, _largest_quantised(footprint)) * dtype_bytes(footprint.dtype))
+    largest = max(3 * largest_fused(footprint), _largest_quantised(footprint))
+    return holes + max(copied, largest * dtype_bytes(footprint.dtype))
 
 
 def _largest_quantised(footprint: Footprint) -> int:

@@ -68,12 +68,13 @@ class Skeleton:
     """Vision and audio towers that text-only serving does without."""
 
 
-def read_skeleton(source: Source, dtype: str, recipe: Recipe, *, vision: bool, experts: bool) -> Skeleton:
+def read_skeleton(source: Source, dtype: str, recipe: Recipe, *, vision: bool, experts: bool, head: bool) -> Skeleton:
     """The modules of a model, those that `recipe` converts marked.
 
     Args:
         vision: count the vision or audio tower, which lives with the first layers; otherwise it is left out.
         experts: `recipe` converts fused experts too, as the engine can; transformers leaves them in 16 bits.
+        head: the same of the head.
 
     Raises:
         PlacementError: transformers can't build it, or its parts can't be told.
@@ -90,7 +91,10 @@ def read_skeleton(source: Source, dtype: str, recipe: Recipe, *, vision: bool, e
     convertible = _convertible(model, recipe, stacks)
     if experts:
         convertible |= _experts(model, source.name)
-    held = _by_unit(_tensors(model, dtype, convertible), {unit.name for unit in units})
+    own = _head(model, source.name) if head else None
+    if own is not None:
+        convertible[own] = False
+    held = _by_unit(_tensors(model, dtype, convertible, own), {unit.name for unit in units})
     if homeless := held.pop(""):
         names = ", ".join(tensor.name for tensor in homeless[:3])
         raise PlacementError(f"{type(model).__name__}: no stage would hold {names}")
@@ -263,8 +267,12 @@ def _max_context(config: PreTrainedConfig) -> int:
     )
 
 
-def _tensors(model: PreTrainedModel, dtype: str, convertible: Mapping[str, bool]) -> list[Tensor]:
-    """Every parameter and buffer under each of its names, with the dtype that loading gives it."""
+def _tensors(model: PreTrainedModel, dtype: str, convertible: Mapping[str, bool], head: str | None) -> list[Tensor]:
+    """Every parameter and buffer under each of its names, with the dtype that loading gives it.
+
+    Args:
+        head: the weight that gets storage of its own, whatever it is tied to: no checkpoint has it then.
+    """
     # transformers matches the keys of its dtype plan (what stays float32) so, against the names in a checkpoint.
     plan = model._get_dtype_plan(getattr(torch, dtype))
     kept = re.compile("|".join(key.replace("*", ".*") for key in plan) or r"(?!)")
@@ -272,17 +280,18 @@ def _tensors(model: PreTrainedModel, dtype: str, convertible: Mapping[str, bool]
     first_name: dict[int, str] = {}
     found = []
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    shared = [tensor for name, tensor in named if name != head]
     for name, tensor in named:
         itemsize = 4 if name in loaded and kept.search(name) else tensor.element_size()
         found.append(
             Tensor(
                 name=name,
-                storage=first_name.setdefault(id(tensor), name),
+                storage=name if name == head else first_name.setdefault(id(tensor), name),
                 shape=_out_in(tensor.shape, transposed=convertible.get(name, False)),
                 itemsize=itemsize,
                 linear=name in convertible,
                 bytes=tensor.numel() * itemsize,
-                stored=name in loaded,
+                stored=name in loaded and not (name == head and any(tensor is other for other in shared)),
             )
         )
     return found
@@ -322,6 +331,15 @@ def _experts(model: PreTrainedModel, name: str) -> dict[str, bool]:
     if not found:
         raise PlacementError(f"{name} has no fused experts to quantise; leave quantize_experts out")
     return dict.fromkeys(found, False)
+
+
+def _head(model: PreTrainedModel, name: str) -> str:
+    """Dotted name of the head's weight."""
+    head = model.get_output_embeddings()
+    found = next((path for path, module in model.named_modules() if module is head and type(module) is nn.Linear), None)
+    if found is None:
+        raise PlacementError(f"{name} has no linear head to quantise; leave quantize_head out")
+    return f"{found}.weight"
 
 
 def _check_kv(model: PreTrainedModel, modules: tuple[Module, ...], geometry: Geometry) -> None:

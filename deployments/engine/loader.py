@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from deployments.checkpoint import read_config
 from deployments.engine.cut import Cut
 from deployments.engine.expert_loading import quantising_experts, settle_experts
+from deployments.engine.head import quantise_head
 from deployments.engine.load_probe import plain_logits, probe_ids
-from deployments.engine.messages import EngineLimits
+from deployments.engine.messages import EngineLimits, Tuning
 from deployments.engine.residents import resident_bytes
 from deployments.engine.settle import expand_segments, settle_layers
 from deployments.engine.stages import Stage, find_decoder, find_layers
@@ -75,13 +76,17 @@ def load(
         model = _read(model_dir, plan, quantization, device_map(plan, device_type))
     if already:
         _check_dtype(model, plan)
+    devices = [
+        torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
+    ]
+    if len(devices) > 1:
+        _untie(model, devices)
+    if quantization is not None and plan.head:
+        quantise_head(model, quantization)
     _compute_as_planned(model, plan)
     if plan.experts:
         settle_experts(model, plan, on_gpu=device_type == "cuda")
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
-    devices = [
-        torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
-    ]
     copies = _own_modules(model, plan, devices)
     verify_bytes(model, plan, copies)
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
@@ -94,6 +99,8 @@ def load(
     else:
         if not early:
             _settle(model, plan, kernels=kernels)
+        if kernels and limits is not None and limits.tuning is not None:
+            _tune(model, limits.tuning)
         expand_segments()
     stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
     return LoadedModel(stages, int(expected.shape[-1]), attention)
@@ -143,12 +150,15 @@ def quantized_copy(model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig
     files = [*sorted(model_dir.glob("*.safetensors")), model_dir / "config.json"]
     stats = [f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files]
     versions = [version(package) for package in ("bitsandbytes", "transformers")]
-    kind = [plan.quantization, str(plan.double_quant), plan.dtype]
+    kind = [plan.quantization, str(plan.double_quant), plan.dtype, *(["head"] if plan.head else [])]
     key = hashlib.sha256("\n".join([*stats, *versions, *kind]).encode()).hexdigest()[:16]
 
     def make(folder: Path) -> None:
         log.info("quantising %s to %s, once", model_dir, plan.quantization)
-        _read(model_dir, plan, quantization, {"": "cpu"}).save_pretrained(folder)
+        model = _read(model_dir, plan, quantization, {"": "cpu"})
+        if plan.head:
+            quantise_head(model, quantization)
+        model.save_pretrained(folder)
 
     return make_once(cache_dir / f"{plan.quantization}-{key}", make)
 
@@ -186,6 +196,13 @@ def _exact_allocations() -> Iterator[None]:
 def _settle(model: PreTrainedModel, plan: Plan, *, kernels: bool) -> None:
     layers = find_layers(find_decoder(model)[1])[1]
     settle_layers(model, layers, kernels=kernels, arenas=plan.quantization in QUANTISED)
+
+
+def _tune(model: PreTrainedModel, tuning: Tuning) -> None:
+    """Before the KV cache takes what is free: the products that are timed need memory for their results."""
+    from deployments.engine.kernels.tune import tune_model, tuning_folder
+
+    tune_model(model, tuning_folder(tuning.folder), limit_s=tuning.limit_s)
 
 
 def _shorten_linears(model: nn.Module) -> None:
@@ -247,16 +264,18 @@ def _compute_as_planned(model: PreTrainedModel, plan: Plan) -> None:
             linear.support_avx512bf16_for_cpu = False
 
 
+def _untie(model: PreTrainedModel, devices: list[torch.device]) -> None:
+    """Give the head, where it is tied to an embedding on another device, its own weight."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        weight = embedding.weight.detach()  # on either device: the one weight has two entries in the device_map
+        embedding.weight = nn.Parameter(weight.to(devices[0]), requires_grad=False)
+        head.weight = nn.Parameter(weight.clone().to(devices[-1]), requires_grad=False)
+
+
 def _own_modules(model: PreTrainedModel, plan: Plan, devices: list[torch.device]) -> dict[str, nn.Module]:
-    """Copies that stages hold of their own, by "stage index:name": rotary tables; and the head, where it is tied to an
-    embedding on another device, gets its own weight."""
-    if len(plan.stages) > 1:
-        head: Any = model.get_output_embeddings()
-        embedding: Any = model.get_input_embeddings()
-        if head is not None and head.weight is embedding.weight:
-            weight = embedding.weight.detach()  # on either device: the one weight has two entries in the device_map
-            embedding.weight = nn.Parameter(weight.to(devices[0]), requires_grad=False)
-            head.weight = nn.Parameter(weight.clone().to(devices[-1]), requires_grad=False)
+    """Copies that stages hold of their own, by "stage index:name": rotary tables."""
     # A copied hook would still send its inputs to the original's device.
     return {
         f"{i}:{name}": remove_hook_from_module(copy.deepcopy(model.get_submodule(name)), recurse=True).to(devices[i])

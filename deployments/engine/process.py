@@ -20,7 +20,16 @@ from transformers.utils.logging import disable_progress_bar
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.memory_watch import MemoryWatch
-from deployments.engine.messages import Commands, EngineLimits, EngineSpec, Failed, Measured, Started, StepReport
+from deployments.engine.messages import (
+    Commands,
+    EngineLimits,
+    EngineSpec,
+    Failed,
+    Measured,
+    Started,
+    StepReport,
+    Tuning,
+)
 from deployments.errors import HeadroomError
 from deployments.planning import plan_pool
 from deployments.protocol import TokenChunk
@@ -117,7 +126,14 @@ def _limits(spec: EngineSpec, plan: Plan, device_type: str) -> EngineLimits:
         threads=spec.pool.threads or share,
         prefill_chunk_tokens=spec.pool.prefill_chunk_tokens,
         kernels=spec.pool.kernels == "headroom",
+        tuning=_tuning(spec),
     )
+
+
+def _tuning(spec: EngineSpec) -> Tuning | None:
+    if spec.kernels_dir is None or not spec.pool.tune_kernels:
+        return None
+    return Tuning(spec.kernels_dir, spec.pool.tune_limit_s)
 
 
 def _take_commands(connection: Connection, engine: Engine) -> list[TokenChunk]:
