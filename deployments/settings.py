@@ -72,6 +72,10 @@ class PoolSettings(_Strict):
     quantize_head: bool = False
     """NF4, FP4 and int8: quantise the head (`lm_head`) too; else it stays in `dtype`. Where it is tied to the
     embedding, the embedding stays and the head is a quantised copy beside it."""
+    int8_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """int8 as LLM.int8() computes it: activations in 8 bits too, save features with a value of more than this, which
+    stay in 16 bits (6 in the paper). On GPUs steps then wait for the host in every product and run without CUDA graphs.
+    0: no such features are looked for; activations are in `dtype` on Headroom's kernels, in 8 bits on bitsandbytes'."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32; of a checkpoint that
     is quantised already, the dtype in which it stores what is not."""
@@ -138,6 +142,14 @@ class PoolSettings(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _threshold_of_int8(self) -> PoolSettings:
+        if self.int8_threshold and self.quantization not in ("auto", "int8"):
+            raise ValueError(
+                f"int8_threshold is for int8, and quantization is {self.quantization}; drop one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _limits_what_is_tuned(self) -> PoolSettings:
         if "tune_limit_s" in self.model_fields_set and not self.tune_kernels:
             raise ValueError("tune_limit_s is given, but tune_kernels is false; drop one of the two")
@@ -155,6 +167,11 @@ class PoolSettings(_Strict):
         if isinstance(values, dict) and "replicas" in values and values.get("autoscaling") is not None:
             raise ValueError("replicas and autoscaling are both given; autoscaling has min_replicas and max_replicas")
         return values
+
+    @property
+    def own_kernels(self) -> bool:
+        """Whether products by quantised weights run on Headroom's kernels, where there is a GPU."""
+        return self.kernels == "headroom" and not self.int8_threshold
 
     @property
     def fewest_replicas(self) -> int:

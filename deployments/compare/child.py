@@ -161,7 +161,8 @@ def _limits(job: Job, plan: Plan, device_type: str) -> EngineLimits:
         max_sequences=job.pool.max_sequences,
         prefix_cache=job.pool.prefix_cache,
         threads=job.pool.threads or max(1, probe.cpu_cores() // len(plan.stages)),
-        kernels=job.pool.kernels == "headroom",
+        kernels=job.pool.own_kernels,
+        int8_threshold=job.pool.int8_threshold,
         tuning=Tuning(state_folder() / "kernels", job.pool.tune_limit_s) if job.pool.tune_kernels else None,
     )
 

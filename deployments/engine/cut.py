@@ -85,7 +85,8 @@ class Cut:
     ) -> tuple[Stage, ...]:
         self._config._attn_implementation = self.model.config._attn_implementation = implementation
         stages = tuple(self._stage(index, each) for index, each in enumerate(attention))
-        probe(type(self.model).__name__, stages, self.plan, ids, expected)
+        rounds = self.limits is not None and self.limits.int8_threshold > 0
+        probe(type(self.model).__name__, stages, self.plan, ids, expected, rounds_by_batch=rounds)
         return stages
 
     @property

@@ -83,7 +83,7 @@ def load(
         _untie(model, devices)
     if quantization is not None and plan.head:
         quantise_head(model, quantization)
-    _compute_as_planned(model, plan)
+    _compute_as_planned(model, plan, limits.int8_threshold if limits else 0.0)
     if plan.experts:
         settle_experts(model, plan, on_gpu=device_type == "cuda")
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
@@ -109,8 +109,8 @@ def load(
 def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
     """What `from_pretrained` is told of the plan's quantisation; None for 16-bit and 32-bit weights.
 
-    int8 runs without an outlier threshold: a threshold waits for the device in each linear, and lets one request's
-    outliers change another's output.
+    An outlier threshold of int8 is set once it is loaded, where one is asked for: it waits for the device in each
+    linear, and lets one request's outliers change another's output.
     """
     if plan.quantization in ("nf4", "fp4"):
         return BitsAndBytesConfig(
@@ -248,8 +248,8 @@ def _check_dtype(model: PreTrainedModel, plan: Plan) -> None:
         )
 
 
-def _compute_as_planned(model: PreTrainedModel, plan: Plan) -> None:
-    """Give bitsandbytes' linears the plan's dtype and no outlier threshold, whatever a quantised checkpoint says.
+def _compute_as_planned(model: PreTrainedModel, plan: Plan, threshold: float) -> None:
+    """Give bitsandbytes' linears the plan's dtype and this outlier threshold, whatever a quantised checkpoint says.
 
     In float32, its AVX512-BF16 path is switched off, which rounds activations and scales to bfloat16 inside.
     """
@@ -259,7 +259,7 @@ def _compute_as_planned(model: PreTrainedModel, plan: Plan) -> None:
         if hasattr(module, "compute_type_is_set"):  # 4 bits
             linear.compute_dtype, linear.compute_type_is_set = dtype, True
         elif hasattr(getattr(module, "state", None), "threshold"):  # 8 bits
-            linear.state.threshold = 0.0
+            linear.state.threshold = threshold
         if plan.dtype == "float32" and hasattr(module, "support_avx512bf16_for_cpu"):
             linear.support_avx512bf16_for_cpu = False
 

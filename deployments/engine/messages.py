@@ -35,6 +35,8 @@ class EngineLimits:
     """Prompt tokens in a step while other sequences decode; None: as the pipeline finds best."""
     kernels: bool = True
     """Quantised linears on CUDA run on this project's kernels; False: on bitsandbytes'."""
+    int8_threshold: float = 0.0
+    """Above 0: LLM.int8(), by bitsandbytes, with this outlier threshold."""
     tuning: Tuning | None = None
     """None: the shipped tables are used as they are."""
     lookahead: Literal[0, 1] | None = None

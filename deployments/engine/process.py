@@ -47,6 +47,8 @@ def main(argv: list[str]) -> int:
     disable_progress_bar()
     # It recommends a package that fetches kernels from a hub at run time.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # It says at each int8 product that it casts to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     with Connection(int(argv[1])) as connection:
         return serve(connection)
 
@@ -125,7 +127,8 @@ def _limits(spec: EngineSpec, plan: Plan, device_type: str) -> EngineLimits:
         granule_tokens=spec.granule_tokens,
         threads=spec.pool.threads or share,
         prefill_chunk_tokens=spec.pool.prefill_chunk_tokens,
-        kernels=spec.pool.kernels == "headroom",
+        kernels=spec.pool.own_kernels,
+        int8_threshold=spec.pool.int8_threshold,
         tuning=_tuning(spec),
     )
 
