@@ -1,12 +1,17 @@
 """Checkpoints of real shapes with random weights, written once: `write(shape, folder)`.
 
-Time and memory do not depend on what the weights are, as long as they are not zeros.
+    python -m benchmarks.checkpoint 8b                    writes one, and says where it is
+
+Time and memory do not depend on what the weights are, as long as they are not zeros. Its tokenizer knows bytes alone:
+`headroom compare` takes such a folder too (its perplexities then compare with each other, and say nothing else).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +19,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 _LLAMA3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -58,6 +71,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Configs by name; of Llama models where they name no other type."""
+FOLDER = Path("/tmp/headroom-checkpoints")
 _SHARD_BYTES = 4 * 10**9
 _SCALE = 0.02
 """Standard deviation of the weights, as models are initialised: activations stay in range."""
@@ -85,7 +99,28 @@ def write(shape: str, folder: Path) -> Path:
             done.result()
     (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config.save_pretrained(partial)
+    _byte_tokenizer().save_pretrained(partial)
     return partial.rename(target)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the checkpoint of a shape."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    path = write(options.shape, options.folder)
+    _byte_tokenizer().save_pretrained(path)  # those written before have none
+    print(path)
+    return 0
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Each byte is a token."""
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def shape_config(shape: str) -> PreTrainedConfig:
@@ -117,3 +152,7 @@ def _random(size: torch.Size) -> torch.Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return (_SCALE * torch.randn(size, dtype=torch.bfloat16, device=device)).cpu()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

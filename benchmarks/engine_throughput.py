@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoint import SHAPES, write
+from benchmarks.checkpoint import FOLDER, SHAPES, write
 from deployments.compare.throughput import Burst, Step, burst, random_prompts
 from deployments.engine.loader import load, quantization_config
 from deployments.engine.loop import Engine
@@ -82,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="The engine alone, without Serve and HTTP.")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("/tmp/headroom-checkpoints"), help="where the checkpoint is kept"
-    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the checkpoint is kept")
     parser.add_argument(
         "--quantization", default="nf4", help="one or several, with commas between; nf4+experts: fused experts too"
     )

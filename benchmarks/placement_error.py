@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoint import SHAPES, write
+from benchmarks.checkpoint import FOLDER, SHAPES, write
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases; exit code 1 when one is below what was measured."""
     parser = argparse.ArgumentParser(description="Predicted against measured bytes.")
     parser.add_argument("--case", action="append", help="SHAPE:QUANTISATION[:CAPS]; may be repeated")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/headroom-checkpoints"))
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -53,8 +53,8 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
         )
         if pool.int8_threshold and weighed.quantization != "int8":
             raise ConfigError(
-                f"pool {pool.name}: int8_threshold is for int8, and {name} is served in {weighed.quantization}; drop it, or "
-                "set `quantization: int8`"
+                f"pool {pool.name}: int8_threshold is for int8, and {name} is served in {weighed.quantization}; "
+                "drop it, or set `quantization: int8`"
             )
         if reason := _why_not_loaded(weighed):
             raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
