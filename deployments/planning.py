@@ -73,15 +73,18 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             max_memory=pool.max_memory if on_gpu else None,
             goal=pool.goal,
             kv_dtype=None if pool.kv_dtype == "auto" else pool.kv_dtype,
-            attention=_attention(weighed, pool.kv_dtype) if on_gpu else None,
+            attention=_attention(weighed, pool) if on_gpu else None,
         )
     except PlacementError as error:
         raise ConfigError(f"pool {pool.name}: {error}") from error
     return plan, device_type
 
 
-def _attention(weighed: Footprint, kv_dtype: str) -> Attention:
+def _attention(weighed: Footprint, pool: PoolSettings) -> Attention:
     """What the engine will compute attention with on this machine's GPUs; the two need different memory."""
+    if pool.batch_invariant:
+        return "torch"
+    kv_dtype = pool.kv_dtype
     import torch
 
     from deployments.engine.flashinfer_fit import Kind, why_not, why_not_here

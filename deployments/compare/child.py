@@ -162,6 +162,7 @@ def _limits(job: Job, plan: Plan, device_type: str) -> EngineLimits:
         prefix_cache=job.pool.prefix_cache,
         threads=job.pool.threads or max(1, probe.cpu_cores() // len(plan.stages)),
         kernels=job.pool.kernels == "headroom",
+        batch_invariant=job.pool.batch_invariant,
         tuning=Tuning(state_folder() / "kernels", job.pool.tune_limit_s) if job.pool.tune_kernels else None,
     )
 

@@ -35,6 +35,8 @@ class EngineLimits:
     """Prompt tokens in a step while other sequences decode; None: as the pipeline finds best."""
     kernels: bool = True
     """Quantised linears on CUDA run on this project's kernels; False: on bitsandbytes'."""
+    batch_invariant: bool = False
+    """A row's bits don't depend on what else is in its step; see `deployments.engine.invariant`."""
     tuning: Tuning | None = None
     """None: the shipped tables are used as they are."""
     lookahead: Literal[0, 1] | None = None

@@ -126,6 +126,7 @@ def _limits(spec: EngineSpec, plan: Plan, device_type: str) -> EngineLimits:
         threads=spec.pool.threads or share,
         prefill_chunk_tokens=spec.pool.prefill_chunk_tokens,
         kernels=spec.pool.kernels == "headroom",
+        batch_invariant=spec.pool.batch_invariant,
         tuning=_tuning(spec),
     )
 
