@@ -82,6 +82,9 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
 
 def _attention(weighed: Footprint, pool: PoolSettings) -> Attention:
     """What the engine will compute attention with on this machine's GPUs; the two need different memory."""
+    if pool.batch_invariant:
+        return "torch"
+    kv_dtype = pool.kv_dtype
     import torch
 
     from deployments.engine.flashinfer_fit import Kind, why_not, why_not_here

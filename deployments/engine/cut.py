@@ -19,6 +19,7 @@ from deployments.engine.attention import IMPLEMENTATION, Attention, PagedKv
 from deployments.engine.attention_choice import choose
 from deployments.engine.flashinfer_fit import Kind
 from deployments.engine.gather import GatherAttention
+from deployments.engine.invariant import InvariantAttention, check_rows_are_apart
 from deployments.engine.load_probe import ProbeFailed, probe
 from deployments.engine.messages import EngineLimits
 from deployments.engine.stages import Stage, detach_kv, find_decoder, find_layers
@@ -58,6 +59,8 @@ class Cut:
             ConfigError: no way of attending gives these logits.
         """
         name, own = type(self.model).__name__, self.model.config._attn_implementation
+        if self.limits is not None and self.limits.batch_invariant:
+            return self._invariant(ids, expected)
         reason = own_attention(self.model, self._shapes())
         if reason is None:
             choice = choose(self.plan, self._kinds(), self.devices, self.limits)
@@ -77,6 +80,18 @@ class Cut:
         except ProbeFailed as error:
             raise ConfigError(
                 f"{name} can't be served: on paged attention {reason}; on the gather cache {error}; "
+                "choose a model of another architecture"
+            ) from error
+
+    def _invariant(self, ids: list[int], expected: Tensor) -> tuple[tuple[Stage, ...], str]:
+        name = type(self.model).__name__
+        check_rows_are_apart(self.model)
+        backends = [InvariantAttention(self.plan.num_blocks, device) for device in self.devices]
+        try:
+            return self._probed(backends, IMPLEMENTATION, ids, expected), InvariantAttention.name
+        except ProbeFailed as error:
+            raise ConfigError(
+                f"batch_invariant needs paged attention, and on it {name} can't be served: {error}; leave it out, or "
                 "choose a model of another architecture"
             ) from error
 

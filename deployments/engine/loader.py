@@ -73,7 +73,7 @@ def load(
     if quantization is not None and device_type == "cpu" and cache_dir is not None:
         model_dir, quantization = quantized_copy(model_dir, plan, quantization, cache_dir), None
     with quantising_experts(plan) if plan.experts else nullcontext():
-        model = _read(model_dir, plan, quantization, device_map(plan, device_type))
+        model = _read(model_dir, plan.dtype, quantization, device_map(plan, device_type))
     if already:
         _check_dtype(model, plan)
     devices = [
@@ -107,19 +107,24 @@ def load(
 
 
 def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
-    """What `from_pretrained` is told of the plan's quantisation; None for 16-bit and 32-bit weights.
+    """What `from_pretrained` is told of the plan's quantisation; None for 16-bit and 32-bit weights."""
+    return bitsandbytes_config(plan.quantization, double_quant=plan.double_quant, dtype=plan.dtype)
+
+
+def bitsandbytes_config(quantization: str, *, double_quant: bool, dtype: str) -> BitsAndBytesConfig | None:
+    """How transformers quantises to `quantization`; None for what isn't.
 
     An outlier threshold of int8 is set once it is loaded, where one is asked for: it waits for the device in each
     linear, and lets one request's outliers change another's output.
     """
-    if plan.quantization in ("nf4", "fp4"):
+    if quantization in ("nf4", "fp4"):
         return BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=plan.quantization,
-            bnb_4bit_use_double_quant=plan.double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, plan.dtype),
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
-    if plan.quantization == "int8":
+    if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return None
 
@@ -155,16 +160,28 @@ def quantized_copy(model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig
 
     def make(folder: Path) -> None:
         log.info("quantising %s to %s, once", model_dir, plan.quantization)
-        model = _read(model_dir, plan, quantization, {"": "cpu"})
-        if plan.head:
-            quantise_head(model, quantization)
-        model.save_pretrained(folder)
+        read_quantised(model_dir, quantization, plan.dtype, "cpu", head=plan.head).save_pretrained(folder)
 
     return make_once(cache_dir / f"{plan.quantization}-{key}", make)
 
 
+def read_quantised(
+    model_dir: Path, quantization: BitsAndBytesConfig, dtype: str, device: int | str, *, head: bool
+) -> PreTrainedModel:
+    """The checkpoint quantised on one device, for `save_pretrained`.
+
+    Args:
+        dtype: of what is not quantised.
+        head: quantise the head too.
+    """
+    model = _read(model_dir, dtype, quantization, {"": device})
+    if head:
+        quantise_head(model, quantization)
+    return model
+
+
 def _read(
-    model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig | None, devices: dict[str, int | str]
+    model_dir: Path, dtype: str, quantization: BitsAndBytesConfig | None, devices: dict[str, int | str]
 ) -> PreTrainedModel:
     options = {} if quantization is None else {"quantization_config": quantization}
     with _exact_allocations():
@@ -173,7 +190,7 @@ def _read(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            dtype=getattr(torch, plan.dtype),
+            dtype=getattr(torch, dtype),
             device_map=devices,
             **options,
         )

@@ -37,6 +37,8 @@ class EngineLimits:
     """Quantised linears on CUDA run on this project's kernels; False: on bitsandbytes'."""
     int8_threshold: float = 0.0
     """Above 0: LLM.int8(), by bitsandbytes, with this outlier threshold."""
+    batch_invariant: bool = False
+    """A row's bits don't depend on what else is in its step; see `deployments.engine.invariant`."""
     tuning: Tuning | None = None
     """None: the shipped tables are used as they are."""
     lookahead: Literal[0, 1] | None = None

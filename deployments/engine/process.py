@@ -129,6 +129,7 @@ def _limits(spec: EngineSpec, plan: Plan, device_type: str) -> EngineLimits:
         prefill_chunk_tokens=spec.pool.prefill_chunk_tokens,
         kernels=spec.pool.own_kernels,
         int8_threshold=spec.pool.int8_threshold,
+        batch_invariant=spec.pool.batch_invariant,
         tuning=_tuning(spec),
     )
 
