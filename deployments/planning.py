@@ -49,6 +49,7 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             double_quant=pool.double_quant,
             experts=pool.quantize_experts,
             head=pool.quantize_head,
+            embeddings=pool.quantize_embeddings,
             dtype=_dtype(pool, device_type, find_source(model_dir)),
         )
         if pool.int8_threshold and weighed.quantization != "int8":
@@ -84,7 +85,6 @@ def _attention(weighed: Footprint, pool: PoolSettings) -> Attention:
     """What the engine will compute attention with on this machine's GPUs; the two need different memory."""
     if pool.batch_invariant:
         return "torch"
-    kv_dtype = pool.kv_dtype
     import torch
 
     from deployments.engine.flashinfer_fit import Kind, why_not, why_not_here

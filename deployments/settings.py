@@ -72,6 +72,9 @@ class PoolSettings(_Strict):
     quantize_head: bool = False
     """NF4, FP4 and int8: quantise the head (`lm_head`) too; else it stays in `dtype`. Where it is tied to the
     embedding, the embedding stays and the head is a quantised copy beside it."""
+    quantize_embeddings: bool = False
+    """NF4, FP4 and int8: quantise the input embedding too; else it stays in `dtype`. Where the head is tied to it, the
+    head stays (or is quantised by `quantize_head`), so it pays where the two are on different devices."""
     int8_threshold: Annotated[float, Field(ge=0)] = 0.0
     """int8 as LLM.int8() computes it: activations in 8 bits too, save features with a value of more than this, which
     stay in 16 bits (6 in the paper). On GPUs steps then wait for the host in every product and run without CUDA graphs.
@@ -149,6 +152,10 @@ class PoolSettings(_Strict):
         if self.int8_threshold and self.quantization not in ("auto", "int8"):
             raise ValueError(
                 f"int8_threshold is for int8, and quantization is {self.quantization}; drop one of the two"
+            )
+        if self.int8_threshold and self.batch_invariant:
+            raise ValueError(
+                "int8_threshold lets outliers change all rows of a step, and batch_invariant is set; drop one"
             )
         return self
 

@@ -114,6 +114,8 @@ class Footprint:
     """Fused experts are quantised too."""
     head: bool = False
     """The head is quantised too; where it is tied to the embedding, it is a quantised copy beside it."""
+    embeddings: bool = False
+    """The input embedding is quantised too, apart from a head that is tied to it."""
 
     @property
     def layers(self) -> tuple[Module, ...]:
@@ -178,6 +180,7 @@ def footprint(
     vision: bool = False,
     experts: bool = False,
     head: bool = False,
+    embeddings: bool = False,
     name: str | None = None,
 ) -> Footprint:
     """The bytes of every module of `model`, read without weights.
@@ -199,6 +202,7 @@ def footprint(
             leaves them in `dtype`.
         head: nf4, fp4 and int8: quantise the head too, as the engine can; one that is tied to the embedding becomes a
             quantised copy beside it.
+        embeddings: the same of the input embedding; a head that is tied to it is apart then.
         name: what plans and errors call the model; None: its folder, file or id.
 
     Raises:
@@ -216,10 +220,10 @@ def footprint(
     from placement.reconcile import check_gguf, reconcile
     from placement.skeleton import read_skeleton
 
-    for asked, setting in ((experts, "quantize_experts"), (head, "quantize_head")):
+    for asked, setting in ((experts, "quantize_experts"), (head, "quantize_head"), (embeddings, "quantize_embeddings")):
         if asked:
             _check_quantises(source, recipe, setting)
-    skeleton = read_skeleton(source, dtype, recipe, vision=vision, experts=experts, head=head)
+    skeleton = read_skeleton(source, dtype, recipe, vision=vision, experts=experts, head=head, embeddings=embeddings)
     modules = tuple(_weigh(module, recipe) for module in skeleton.modules)
     if source.gguf is not None:
         check_gguf(source.name, modules, source.gguf)
@@ -236,6 +240,7 @@ def footprint(
         left_out=skeleton.left_out,
         experts=experts,
         head=head,
+        embeddings=embeddings,
     )
 
 

@@ -89,6 +89,8 @@ class Plan:
     """Fused experts are quantised too, once they are loaded."""
     head: bool = False
     """The head is quantised too, apart from an embedding that it is tied to."""
+    embeddings: bool = False
+    """The input embedding is quantised too, apart from a head that is tied to it."""
 
     @property
     def capacity_tokens(self) -> int:
@@ -173,6 +175,7 @@ def _price(problem: Problem, split: Split) -> Plan:
         window_aware_bytes=window_aware,
         experts=footprint.experts,
         head=footprint.head,
+        embeddings=footprint.embeddings,
     )
 
 

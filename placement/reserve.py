@@ -402,4 +402,5 @@ def _largest_quantised(footprint: Footprint) -> int:
     """Elements of the largest weight that the quantisation converts."""
     if footprint.quantization not in _QUANTISE_BYTES:
         return 0
-    return max((t.elements for module in footprint.modules for t in module.tensors if t.linear), default=0)
+    linears = (t for module in footprint.modules if module.role != "first" for t in module.tensors if t.linear)
+    return max((tensor.elements for tensor in linears), default=0)  # an embedding is quantised part by part

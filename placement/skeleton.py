@@ -68,13 +68,16 @@ class Skeleton:
     """Vision and audio towers that text-only serving does without."""
 
 
-def read_skeleton(source: Source, dtype: str, recipe: Recipe, *, vision: bool, experts: bool, head: bool) -> Skeleton:
+def read_skeleton(
+    source: Source, dtype: str, recipe: Recipe, *, vision: bool, experts: bool, head: bool, embeddings: bool
+) -> Skeleton:
     """The modules of a model, those that `recipe` converts marked.
 
     Args:
         vision: count the vision or audio tower, which lives with the first layers; otherwise it is left out.
         experts: `recipe` converts fused experts too, as the engine can; transformers leaves them in 16 bits.
         head: the same of the head.
+        embeddings: the same of the input embedding.
 
     Raises:
         PlacementError: transformers can't build it, or its parts can't be told.
@@ -91,9 +94,13 @@ def read_skeleton(source: Source, dtype: str, recipe: Recipe, *, vision: bool, e
     convertible = _convertible(model, recipe, stacks)
     if experts:
         convertible |= _experts(model, source.name)
-    own = _head(model, source.name) if head else None
-    if own is not None:
+    own = _head(model) if head or embeddings else None
+    if head:
+        if own is None:
+            raise PlacementError(f"{source.name} has no linear head to quantise; leave quantize_head out")
         convertible[own] = False
+    if embeddings:
+        convertible[_embedding(model, source.name)] = False
     held = _by_unit(_tensors(model, dtype, convertible, own), {unit.name for unit in units})
     if homeless := held.pop(""):
         names = ", ".join(tensor.name for tensor in homeless[:3])
@@ -333,13 +340,24 @@ def _experts(model: PreTrainedModel, name: str) -> dict[str, bool]:
     return dict.fromkeys(found, False)
 
 
-def _head(model: PreTrainedModel, name: str) -> str:
-    """Dotted name of the head's weight."""
+def _head(model: PreTrainedModel) -> str | None:
+    """Dotted name of the head's weight; None: it is no plain linear."""
     head = model.get_output_embeddings()
     found = next((path for path, module in model.named_modules() if module is head and type(module) is nn.Linear), None)
-    if found is None:
-        raise PlacementError(f"{name} has no linear head to quantise; leave quantize_head out")
-    return f"{found}.weight"
+    return None if found is None else f"{found}.weight"
+
+
+def _embedding(model: PreTrainedModel, name: str) -> str:
+    """Dotted name of the input embedding's weight, whose rows are whole blocks."""
+    embedding: Any = model.get_input_embeddings()
+    path = next(path for path, module in model.named_modules() if module is embedding)
+    if model.config.is_encoder_decoder or type(embedding) is not nn.Embedding or embedding.embedding_dim % BLOCK:
+        kind = "of two stacks" if model.config.is_encoder_decoder else type(embedding).__name__
+        raise PlacementError(
+            f"{name} has an embedding that is not quantised ({kind}, of {embedding.weight.shape[-1]} elements a row; a "
+            f"plain one with a multiple of {BLOCK} is needed); leave quantize_embeddings out"
+        )
+    return f"{path}.weight"
 
 
 def _check_kv(model: PreTrainedModel, modules: tuple[Module, ...], geometry: Geometry) -> None:

@@ -45,7 +45,8 @@ def plain_logits(model: PreTrainedModel, plan: Plan, ids: list[int]) -> Tensor:
     Raises:
         ConfigError: it fails.
     """
-    device = next(model.get_input_embeddings().parameters()).device
+    embedding = model.get_input_embeddings()
+    device = next(itertools.chain(embedding.parameters(), embedding.buffers())).device
     try:
         logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
     except Exception as error:

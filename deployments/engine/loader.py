@@ -19,10 +19,11 @@ from typing import Any, Literal
 import torch
 from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, modeling_utils
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, modeling_utils
 
 from deployments.checkpoint import read_config
 from deployments.engine.cut import Cut
+from deployments.engine.embedding import quantising_embedding, settle_embedding, untied_config
 from deployments.engine.expert_loading import quantising_experts, settle_experts
 from deployments.engine.head import quantise_head
 from deployments.engine.load_probe import plain_logits, probe_ids
@@ -72,8 +73,12 @@ def load(
     quantization = None if already else quantization_config(plan)
     if quantization is not None and device_type == "cpu" and cache_dir is not None:
         model_dir, quantization = quantized_copy(model_dir, plan, quantization, cache_dir), None
-    with quantising_experts(plan) if plan.experts else nullcontext():
-        model = _read(model_dir, plan.dtype, quantization, device_map(plan, device_type))
+    where = device_map(plan, device_type)
+    if quantization is None:
+        model = _read(model_dir, plan.dtype, None, where)
+    else:
+        with _quantising(plan, model_dir, where) as config:
+            model = _read(model_dir, plan.dtype, quantization, where, config)
     if already:
         _check_dtype(model, plan)
     devices = [
@@ -83,6 +88,8 @@ def load(
         _untie(model, devices)
     if quantization is not None and plan.head:
         quantise_head(model, quantization)
+    if plan.embeddings:
+        settle_embedding(model, plan)
     _compute_as_planned(model, plan, limits.int8_threshold if limits else 0.0)
     if plan.experts:
         settle_experts(model, plan, on_gpu=device_type == "cuda")
@@ -180,10 +187,27 @@ def read_quantised(
     return model
 
 
+@contextmanager
+def _quantising(plan: Plan, model_dir: Path, devices: dict[str, int | str]) -> Iterator[PreTrainedConfig | None]:
+    """While a checkpoint is read: quantise as planned what transformers leaves. Yields the config to read it with."""
+    with quantising_experts(plan) if plan.experts else nullcontext():
+        if not plan.embeddings:
+            yield None
+            return
+        with quantising_embedding(plan, model_dir, devices):
+            yield untied_config(model_dir)
+
+
 def _read(
-    model_dir: Path, dtype: str, quantization: BitsAndBytesConfig | None, devices: dict[str, int | str]
+    model_dir: Path,
+    dtype: str,
+    quantization: BitsAndBytesConfig | None,
+    devices: dict[str, int | str],
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    options = {} if quantization is None else {"quantization_config": quantization}
+    options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    if config is not None:
+        options["config"] = config
     with _exact_allocations():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_dir,
