@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.nn import modules
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.base import HfQuantizer
 
 bitsandbytes: Any = modules
 
@@ -23,7 +23,7 @@ def quantise_head(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
     if type(head) is not nn.Linear:
         return
     name = next(path for path, module in model.named_modules() if module is head)
-    skipped = sorted(set(get_keys_to_not_convert(model)) - {name})
+    skipped = sorted(set(HfQuantizer.get_modules_to_not_convert(model)) - {name})
     new = _four_bit(head, config) if config.load_in_4bit else _eight_bit(head, config)
     new.bias = head.bias
     model.set_submodule(name, new.train(head.training))

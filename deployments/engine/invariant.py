@@ -61,6 +61,49 @@ def passes(spans: Sequence[RowSpan], rows: int) -> tuple[tuple[Piece, ...], ...]
     return tuple(map(tuple, found))
 
 
+class LaidOut:
+    """A pass as tensors, made once for all layers.
+
+    Args:
+        pieces: of the pass.
+        block_size: tokens per KV block.
+        scratch: the block id that pads tables.
+    """
+
+    def __init__(self, pieces: tuple[Piece, ...], block_size: int, scratch: int, device: torch.device) -> None:
+        rows = [piece.first + i for piece in pieces for i in range(piece.count)]
+        slots = [
+            piece.table[position // block_size] * block_size + position % block_size
+            for piece in pieces
+            for position in range(piece.start, piece.start + piece.count)
+        ]
+        self.pieces = pieces
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        """Those of the pieces, and by `slots` where their keys and values go."""
+        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
+        self.tables = tuple(torch.tensor(_table(each, block_size, scratch), device=device) for each in pieces)
+        """int64 [blocks] per piece, covering its keys."""
+        self._device = device
+        self._unseen: dict[tuple[int, int | None, int], Tensor] = {}
+
+    def unseen(self, piece: Piece, window: int | None, shared: int) -> Tensor:
+        """bool [shared * ROWS, keys]: what the rows do not see, for all query heads of one KV head."""
+        key = (piece.keys, window, shared)
+        if key not in self._unseen:
+            position = torch.arange(piece.keys - ROWS, piece.keys, device=self._device)[:, None]
+            other = torch.arange(piece.keys, device=self._device)
+            hidden = other > position
+            if window is not None:
+                hidden |= other <= position - window
+            self._unseen[key] = hidden.repeat(shared, 1)
+        return self._unseen[key]
+
+
+def _table(piece: Piece, block_size: int, scratch: int) -> list[int]:
+    need = -(-piece.keys // block_size)
+    return [*piece.table[:need], *[scratch] * (need - len(piece.table))]
+
+
 class InvariantAttention(AttentionBackend):
     """Paged attention whose rows don't depend on each other, in PyTorch's own operators.
 
@@ -77,10 +120,10 @@ class InvariantAttention(AttentionBackend):
         super().__init__()
         self._scratch = num_blocks
         self._device = device
-        self._block_size = 0
+        self._block_size = 1
         self._spans: tuple[RowSpan, ...] = ()
-        self._pieces: tuple[Piece, ...] = ()
-        """Of the pass that runs."""
+        self._pass: LaidOut | None = None
+        """The one that runs."""
 
     def prepare(self, layout: StepLayout) -> None:
         """See `Attention.prepare`. Rows that pad a step pad its passes too: they belong to no piece."""
@@ -91,72 +134,51 @@ class InvariantAttention(AttentionBackend):
     ) -> Tensor:
         """One forward of `ROWS` rows for each pass; see `Attention.run`."""
         del kv
-        rows = positions.shape[1]
-        out = []
-        for pieces, part, place in zip(
-            passes(self._spans, rows), in_runs(source, ROWS), in_runs(positions, ROWS), strict=True
-        ):
-            self._pieces = pieces
+        rows, out = positions.shape[1], []
+        parts = zip(passes(self._spans, rows), in_runs(source, ROWS), in_runs(positions, ROWS), strict=True)
+        for pieces, part, places in parts:
+            self._pass = LaidOut(pieces, self._block_size, self._scratch, self._device)
             self.runs += 1
             with self.step():
-                out.append(forward(part, place, use_cache=False))
+                out.append(forward(part, places, use_cache=False))
         return torch.cat(out, dim=1)[:, :rows]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, how: Scoring) -> Tensor:
         """See `AttentionBackend.attend`."""
-        self._write(keys, key)
-        self._write(values, value)
+        if (laid := self._pass) is None:
+            raise RuntimeError("paged attention was called before its step was prepared")
+        for blocks, rows in ((keys, key), (values, value)):
+            written = indexable(rows[0].transpose(0, 1)).index_select(0, laid.rows)
+            indexable(blocks).flatten(0, 1).index_copy_(0, laid.slots, written)
         out = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
-        for piece in self._pieces:
-            rows = slice(piece.first, piece.first + piece.count)
-            out[rows] = self._attend(piece, query[0, :, rows], keys, values, how)
+        for piece, table in zip(laid.pieces, laid.tables, strict=True):
+            span = slice(piece.first, piece.first + piece.count)
+            seen, said = (_gather(blocks, piece, table, query.dtype) for blocks in (keys, values))
+            unseen = laid.unseen(piece, how.window, query.shape[1] // seen.shape[0])
+            out[span] = _attend(piece, query[0, :, span], seen, said, unseen, how)
         return out[None]
 
-    def _write(self, blocks: Tensor, rows: Tensor) -> None:
-        """Store the pieces' rows of [1, kv_heads, T, head_dim]."""
-        size = self._block_size
-        which = [piece.first + i for piece in self._pieces for i in range(piece.count)]
-        if not which:
-            return
-        slots = [
-            piece.table[p // size] * size + p % size
-            for piece in self._pieces
-            for p in range(piece.start, piece.start + piece.count)
-        ]
-        taken = indexable(rows[0].transpose(0, 1))[torch.tensor(which, device=self._device)]
-        indexable(blocks).flatten(0, 1).index_copy_(0, torch.tensor(slots, device=self._device), taken)
 
-    def _attend(self, piece: Piece, query: Tensor, keys: Tensor, values: Tensor, how: Scoring) -> Tensor:
-        """[heads, count, head_dim] -> [count, heads, head_dim]; shapes by the piece's run alone."""
-        heads, count, head_dim = query.shape
-        whole = query.new_zeros(heads, ROWS, head_dim)
-        whole[:, piece.place : piece.place + count] = query
-        seen, said = self._gather(keys, piece, query.dtype), self._gather(values, piece, query.dtype)
-        grouped = whole.reshape(seen.shape[0], -1, head_dim)
-        scores = torch.matmul(grouped.float(), seen.float().transpose(-1, -2)) * how.scale
-        if how.softcap is not None:
-            scores = torch.tanh(scores / how.softcap) * how.softcap
-        scores = scores.masked_fill(~self._visible(piece, how.window, heads // seen.shape[0]), float("-inf"))
-        out = torch.matmul(scores.softmax(-1), said.float()).to(query.dtype)
-        return out.reshape(heads, ROWS, -1)[:, piece.place : piece.place + count].transpose(0, 1)
+def _attend(piece: Piece, query: Tensor, keys: Tensor, values: Tensor, unseen: Tensor, how: Scoring) -> Tensor:
+    """[heads, count, head_dim] x [kv_heads, keys, head_dim] -> [count, heads, head_dim], in float32; all shapes inside
+    follow from the piece's run alone."""
+    heads, count, head_dim = query.shape
+    whole = query.new_zeros(heads, ROWS, head_dim)
+    whole[:, piece.place : piece.place + count] = query
+    grouped = whole.reshape(keys.shape[0], -1, head_dim)
+    scores = torch.matmul(grouped.float(), keys.float().transpose(-1, -2)) * how.scale
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
+    weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
+    out = torch.matmul(weights, values.float()).to(query.dtype).reshape(heads, ROWS, -1)
+    return out[:, piece.place : piece.place + count].transpose(0, 1)
 
-    def _gather(self, blocks: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
-        """[kv_heads, keys, head_dim]; zeros behind the piece, where others may have left what is not a number."""
-        need = -(-piece.keys // self._block_size)
-        table = [*piece.table[:need], *[self._scratch] * (need - len(piece.table))]
-        found = indexable(blocks).index_select(0, torch.tensor(table, device=self._device)).view(blocks.dtype).to(dtype)
-        rows = found.flatten(0, 1)[: piece.keys]
-        rows[piece.start + piece.count :] = 0
-        return rows.transpose(0, 1)
 
-    def _visible(self, piece: Piece, window: int | None, shared: int) -> Tensor:
-        """bool [shared * ROWS, keys]: the rows of all query heads of one KV head."""
-        position = torch.arange(piece.keys - ROWS, piece.keys, device=self._device)[:, None]
-        key = torch.arange(piece.keys, device=self._device)
-        visible = key <= position
-        if window is not None:
-            visible &= key > position - window
-        return visible.repeat(shared, 1)
+def _gather(blocks: Tensor, piece: Piece, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """[kv_heads, keys, head_dim]; zeros behind the piece, where others may have left what is not a number."""
+    found = indexable(blocks).index_select(0, table).view(blocks.dtype).to(dtype).flatten(0, 1)[: piece.keys]
+    found[piece.start + piece.count :] = 0
+    return found.transpose(0, 1)
 
 
 def in_runs(rows: Tensor, size: int) -> Iterator[Tensor]:

@@ -90,8 +90,8 @@ def test_rows_have_the_same_bits_in_any_step(name: str, options: dict[str, Any],
     assert torch.equal(middle, whole[7:30])
     assert torch.equal(ahead, whole[29:])
     for position, others in ((30, 0), (32, 3), (37, 1), (44, 2)):
-        mates = [(p, p + 1, 24) for p in range(others)]  # they write what is there already
-        *_, one = compute(model, *mates, (position, position + 1, 12))
+        mates = [(p, p + 1, 0) for p in range(others)]  # all write what is there already
+        *_, one = compute(model, *mates, (position, position + 1, 24))
         assert torch.equal(one[0], whole[position]), position
 
 
