@@ -90,9 +90,9 @@ def sequential_max_memory(plan: Plan, footprint: Footprint) -> dict[int, int]:
     Raises:
         PlacementError: transformers can't split the model so whatever the caps; load with `device_map` instead.
     """
-    if footprint.head:
+    if footprint.head or footprint.embeddings:
         raise PlacementError(
-            f"{footprint.model} has a quantised head, which transformers does not load so; leave it out"
+            f"{footprint.model} has a quantised head or embedding, which transformers does not load so; leave it out"
         )
     _check_devices(plan, footprint)
     units = sorted(footprint.modules, key=lambda module: module.order)
