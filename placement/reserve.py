@@ -126,6 +126,8 @@ class Reserve:
     gather_per_block: int
     """Of decode attention, per KV block held by the running sequences."""
     load_peak: int
+    last_load_peak: int = 0
+    """Of loading where the last stage is, with the head."""
     scores: int = 0
     """Of the gather cache: what it takes beside the tokens that it gathers."""
     gathered_blocks: int | None = None
@@ -135,7 +137,7 @@ class Reserve:
         """Everything but weights while `blocks` KV blocks (and the scratch block) are there."""
         kv = (blocks + 1) * kv_block_bytes
         running = self._kept(last, blocks) + self.activations + self._workspace(last, blocks) + kv
-        return self.context + self.graphs + self.fragmentation + max(running, self.load_peak)
+        return self.context + self.graphs + self.fragmentation + max(running, self._load_peak(last))
 
     def terms(self, *, last: bool, blocks: int, kv_block_bytes: int) -> tuple[Term, ...]:
         """The same, less the KV, named. A term of 0 bytes is left out."""
@@ -147,7 +149,7 @@ class Reserve:
         ]
         parts += [("logits and sampling above activations", self._above_activations())] if last else []
         largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
-        loading = self.load_peak - kept - self.activations - workspace - (blocks + 1) * kv_block_bytes
+        loading = self._load_peak(last) - kept - self.activations - workspace - (blocks + 1) * kv_block_bytes
         terms = (
             Term(CONTEXT, self.context, "CUDA context, and the code of libraries and kernels"),
             Term("graphs", self.graphs, "CUDA graphs, and the activations of the largest of them"),
@@ -166,6 +168,9 @@ class Reserve:
         """What a step takes beside activations."""
         inside = max(self.prefill, self.dequantisation, self._gathered(blocks))
         return max(inside, self._above_activations()) if last else inside
+
+    def _load_peak(self, last: bool) -> int:
+        return max(self.load_peak, self.last_load_peak) if last else self.load_peak
 
     def _gathered(self, blocks: int) -> int:
         most = blocks if self.gathered_blocks is None else min(blocks, self.gathered_blocks)
@@ -203,6 +208,7 @@ def reserve(
     chosen = workload.attention or ("torch" if why_not_flashinfer(footprint, workload) else "flashinfer")
     own = footprint.geometry.own_attention is not None
     gathers = own or not cuda or chosen == "torch"
+    load_peak = _cuda_load_peak_bytes if cuda else _cpu_load_peak_bytes
     widest = (_activation_bytes if gathers else _compiled_activation_bytes)(footprint)
     visited = dequantised_bytes(footprint) if cuda and footprint.experts else 0
     return Reserve(
@@ -211,13 +217,14 @@ def reserve(
         fragmentation=_fragmentation_bytes(footprint, budget_bytes) if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
-        logits=_logit_bytes(footprint, workload, dequantises=gathers),
+        logits=_logit_bytes(footprint, workload, dequantises=not cuda),
         prefill=_prefill_bytes(footprint, workload) if gathers and not own else 0,
         dequantisation=max(visited, _dequantisation_bytes(footprint) if gathers else 0),
         sampler=_WEIGHT_TABLE_BYTES,
         per_block=4 * workload.block_size,
         gather_per_block=_gather_bytes(footprint, workload) if gathers else 0,
-        load_peak=_cuda_load_peak_bytes(footprint, devices) if cuda else _cpu_load_peak_bytes(footprint, devices),
+        load_peak=load_peak(footprint, devices, head=False),
+        last_load_peak=load_peak(footprint, devices, head=True),
         scores=gathered.scores_bytes(footprint, workload.max_batch_tokens, workload.max_context) if own else 0,
         gathered_blocks=-(-gathered.most_tokens(workload.max_context) // workload.block_size) if own else None,
     )
@@ -275,7 +282,9 @@ def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gat
     rows = 2 * workload.captured_rows + (devices * step if devices > 1 else 0)
     kept = 24 * step + rows * footprint.geometry.hidden * dtype_bytes(footprint.dtype) + _CUBLAS_BYTES
     if footprint.quantization in _QUANTISE_BYTES:
-        kept += _KERNEL_BYTES + min(_DEQUANTISED_MOST, 2 * dtype_bytes(footprint.dtype) * _largest_quantised(footprint))
+        kept += _KERNEL_BYTES + min(
+            _DEQUANTISED_MOST, 2 * dtype_bytes(footprint.dtype) * _largest_quantised(footprint, head=True)
+        )
     return kept if gathers else kept + _flashinfer_bytes(footprint, workload)
 
 
@@ -374,33 +383,34 @@ def _gather_bytes(footprint: Footprint, workload: Workload) -> int:
 def _dequantisation_bytes(footprint: Footprint) -> int:
     """The largest quantised weight, back in the compute dtype (int8: in float32) for one product."""
     size = 4 if footprint.quantization == "int8" else dtype_bytes(footprint.dtype)
-    return size * _largest_quantised(footprint)
+    return size * _largest_quantised(footprint, head=False)
 
 
-def _cpu_load_peak_bytes(footprint: Footprint, devices: int) -> int:
+def _cpu_load_peak_bytes(footprint: Footprint, devices: int, *, head: bool) -> int:
     """The largest weight while it is quantised: in the compute dtype, and with what bitsandbytes computes it from.
     transformers quantises one tensor at a time; what stays as it is is mapped from the checkpoint, not read. Fused
     experts are quantised once all are loaded: until then they are in the compute dtype, as if in equal shares."""
     scratch = _QUANTISE_BYTES.get(footprint.quantization, 0)
-    return -(-waiting_bytes(footprint) // devices) + _largest_quantised(footprint) * (
+    return -(-waiting_bytes(footprint) // devices) + _largest_quantised(footprint, head=head) * (
         dtype_bytes(footprint.dtype) + scratch
     )
 
 
-def _cuda_load_peak_bytes(footprint: Footprint, devices: int) -> int:
+def _cuda_load_peak_bytes(footprint: Footprint, devices: int, *, head: bool) -> int:
     """Holes between quantised weights, counted as if the devices held equal shares of the model; and beside them the
     largest weight in the compute dtype while it is quantised, or later a layer that is copied to its arena. Experts
     that a checkpoint has one by one are there three times while they are fused: as read, as stacked, as joined."""
-    quantised = sum(t.bytes for module in footprint.modules for t in module.tensors if t.linear)
+    quantised = sum(t.bytes for layer in footprint.layers for t in layer.tensors if t.linear)
     holes = quantised * _HOLES.get(footprint.quantization, 0) // 100 // devices
     copied = max((size for _, size in _arenas(footprint)), default=0)
-    largest = max(3 * largest_fused(footprint), _largest_quantised(footprint))
+    largest = max(3 * largest_fused(footprint), _largest_quantised(footprint, head=head))
     return holes + max(copied, largest * dtype_bytes(footprint.dtype))
 
 
-def _largest_quantised(footprint: Footprint) -> int:
-    """Elements of the largest weight that the quantisation converts."""
+def _largest_quantised(footprint: Footprint, *, head: bool) -> int:
+    """Elements of the largest weight in a layer, or beside the last one too, that the quantisation converts. An
+    embedding is quantised part by part."""
     if footprint.quantization not in _QUANTISE_BYTES:
         return 0
-    linears = (t for module in footprint.modules if module.role != "first" for t in module.tensors if t.linear)
-    return max((tensor.elements for tensor in linears), default=0)  # an embedding is quantised part by part
+    modules = (*footprint.layers, *(footprint.with_role("last") if head else ()))
+    return max((t.elements for module in modules for t in module.tensors if t.linear), default=0)
