@@ -91,8 +91,9 @@ def sequential_max_memory(plan: Plan, footprint: Footprint) -> dict[int, int]:
         PlacementError: transformers can't split the model so whatever the caps; load with `device_map` instead.
     """
     if footprint.head or footprint.embeddings:
+        part = "head" if footprint.head else "embedding"
         raise PlacementError(
-            f"{footprint.model} has a quantised head or embedding, which transformers does not load so; leave it out"
+            f"{footprint.model} has a quantised {part}, which transformers does not load so; leave it out"
         )
     _check_devices(plan, footprint)
     units = sorted(footprint.modules, key=lambda module: module.order)
