@@ -123,7 +123,7 @@ def test_float32_does_not_round_inside(folder: Path, dtype: str, rounds: bool, m
     """bitsandbytes would take its AVX512-BF16 path wherever the CPU has one."""
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     monkeypatch.setattr(loader, "plain_logits", lambda *_: torch.zeros(1, VOCAB))  # a CPU without the path would crash
-    monkeypatch.setattr(cut, "probe", lambda *_: None)
+    monkeypatch.setattr(cut, "probe", lambda *_, **__: None)
     found = linears(load(folder, plan_of(folder, dtype=dtype), device_type="cpu").stages)
     assert len(found) == 14
     assert {module.support_avx512bf16_for_cpu for module in found} == {rounds}
