@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,6 +148,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print a line per contender; 1 where something does not hold."""
     options = _parser().parse_args(arguments)
     disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # LLM.int8() logs each product
     folder = store.fetch(options.model, home=state_folder(), progress=lambda line: print(line, file=sys.stderr)).path
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids: list[int] = tokenizer(options.text.read_text(encoding="utf-8"))["input_ids"][: options.tokens]

@@ -235,6 +235,11 @@ def _exact_allocations() -> Iterator[None]:
 
 
 def _settle(model: PreTrainedModel, plan: Plan, *, kernels: bool) -> None:
+    if kernels and plan.dtype == "float32" and plan.quantization in QUANTISED:
+        log.warning(
+            "weights are dequantised for every product: the kernels multiply 16-bit activations, and %s computes in "
+            "float32; set dtype to bfloat16 or float16", plan.model
+        )  # fmt: skip
     layers = find_layers(find_decoder(model)[1])[1]
     settle_layers(model, layers, kernels=kernels, arenas=plan.quantization in QUANTISED)
 

@@ -211,3 +211,20 @@ def test_a_shortened_linear_gives_the_same_bits(bias: bool) -> None:
         again = linear(rows)
     assert ("forward" in vars(linear)) == getattr(linear.weight.quant_state, "packing_format_for_cpu", False)
     assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernels", "told"), [("float32", True, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+)
+def test_float32_on_the_kernels_is_told(
+    folder: Path,
+    dtype: str,
+    kernels: bool,
+    told: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(loader, "settle_layers", lambda *_, **__: None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    loader._settle(model, plan_of(folder, dtype=dtype), kernels=kernels)
+    assert caplog.text.count("weights are dequantised for every product") == told
