@@ -1,12 +1,17 @@
 """Checkpoints of real shapes with random weights, written once: `write(shape, folder)`.
 
-Time and memory do not depend on what the weights are, as long as they are not zeros.
+    python -m benchmarks.checkpoint 8b                    writes one, and says where it is
+
+Time and memory do not depend on what the weights are, as long as they are not zeros. Its tokenizer knows bytes alone:
+`headroom compare` takes such a folder too (its perplexities then compare with each other, and say nothing else).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +19,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 _LLAMA3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -40,8 +53,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     "70b": {  # Llama-3.1-70B
         **_LLAMA3, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     },
+    "bloom-3b": {  # which attends in code of its own, with a tied embedding of 1.28 GB
+        "model_type": "bloom", "vocab_size": 250880, "hidden_size": 2560, "n_layer": 30, "n_head": 32,
+        "seq_length": 2048, "max_position_embeddings": 2048,
+    },
+    "moe-7b": {  # as Qwen3-30B-A3B, with 12 of its 48 layers: 128 experts of 768, 8 of them for a token
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 12,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "max_position_embeddings": 32768, "tie_word_embeddings": False,
+    },
+    "moe-tiny": {
+        "model_type": "qwen3_moe", "vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512,
+        "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True,
+        "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
-"""Configs of Llama models, by name."""
+"""Configs by name; of Llama models where they name no other type."""
+FOLDER = Path("/tmp/headroom-checkpoints")
 _SHARD_BYTES = 4 * 10**9
 _SCALE = 0.02
 """Standard deviation of the weights, as models are initialised: activations stay in range."""
@@ -55,8 +85,7 @@ def write(shape: str, folder: Path) -> Path:
     partial = folder / f"random-{shape}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    config = LlamaConfig(**SHAPES[shape], rope_theta=500000.0, tie_word_embeddings=False)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    config = shape_config(shape)
     shards = list(_shards(config))
     index = {}
     with ThreadPoolExecutor(4) as pool:
@@ -70,10 +99,41 @@ def write(shape: str, folder: Path) -> Path:
             done.result()
     (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config.save_pretrained(partial)
+    _byte_tokenizer().save_pretrained(partial)
     return partial.rename(target)
 
 
-def _shards(config: LlamaConfig) -> Iterator[dict[str, torch.Size]]:
+def main(arguments: list[str]) -> int:
+    """Write the checkpoint of a shape."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    path = write(options.shape, options.folder)
+    _byte_tokenizer().save_pretrained(path)  # those written before have none
+    print(path)
+    return 0
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Each byte is a token."""
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def shape_config(shape: str) -> PreTrainedConfig:
+    """transformers' config of a shape."""
+    sizes = {"model_type": "llama", **SHAPES[shape]}
+    if sizes["model_type"] == "llama":
+        sizes |= {"rope_theta": 500000.0, "tie_word_embeddings": False}
+    config = AutoConfig.for_model(**sizes)
+    config.architectures, config.dtype = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__], "bfloat16"
+    return config
+
+
+def _shards(config: PreTrainedConfig) -> Iterator[dict[str, torch.Size]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     shard: dict[str, torch.Size] = {}
@@ -92,3 +152,7 @@ def _random(size: torch.Size) -> torch.Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return (_SCALE * torch.randn(size, dtype=torch.bfloat16, device=device)).cpu()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoint import SHAPES, write
+from benchmarks.checkpoint import FOLDER, SHAPES, write
 from deployments.compare.throughput import Burst, Step, burst, random_prompts
 from deployments.engine.loader import load, quantization_config
 from deployments.engine.loop import Engine
@@ -82,10 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="The engine alone, without Serve and HTTP.")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the checkpoint is kept")
     parser.add_argument(
-        "--folder", type=Path, default=Path("/tmp/headroom-checkpoints"), help="where the checkpoint is kept"
+        "--quantization", default="nf4", help="one or several, with commas between; nf4+experts: fused experts too"
     )
-    parser.add_argument("--quantization", default="nf4", help="one or several, with commas between")
     parser.add_argument("--concurrency", default="1,8,32,64,128,256")
     parser.add_argument("--input", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens that each request produces")
@@ -153,7 +153,9 @@ def _plan(folder: Path, quantization: str, options: argparse.Namespace, most: in
         stages = [stage for stage, count in enumerate(counts) for _ in range(count)]
         pins = {"pins": {f"model.layers.{layer}": stage for layer, stage in enumerate(stages)}}
     return solve(
-        footprint(folder, quantization=quantization),
+        footprint(
+            folder, quantization=quantization.removesuffix("+experts"), experts=quantization.endswith("+experts")
+        ),
         devices,
         block_size=16,
         max_batch_tokens=options.max_batch_tokens,

@@ -3,9 +3,9 @@
     python -m benchmarks.placement_error                                 the cases below that the visible GPUs allow
     python -m benchmarks.placement_error --case 8b:nf4 --case 8b:int8:0=20GiB,1=40GiB
 
-A case is SHAPE:QUANTISATION[:CAPS]; `nf4+dq` has double quantisation, caps name devices. Each case runs in a process
-of its own. The measured peak is what the device has taken from it at the end, CUDA context and libraries included
-(the allocator gives nothing back), against everything that the plan accounts for.
+A case is SHAPE:QUANTISATION[:CAPS]; `nf4+dq` has double quantisation, `nf4+experts` quantised experts, caps name
+devices. Each case runs in a process of its own. The measured peak is what the device has taken from it at the end, CUDA
+context and libraries included (the allocator gives nothing back), against everything that the plan accounts for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoint import SHAPES, write
+from benchmarks.checkpoint import FOLDER, SHAPES, write
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
@@ -42,8 +42,16 @@ ONE_GPU = (
     "8b:nf4:0=83.2GiB",
     "8b:bf16:0=83.2GiB",
     "14b:nf4:0=60GiB",
+    "bloom-3b:nf4",
+    "bloom-3b:int8:0=12GiB",
+    "moe-7b:nf4+experts",
 )
-TWO_GPUS = ("8b:nf4:0=20GiB,1=20GiB", "8b:bf16:0=16GiB,1=60GiB", "14b:int8:0=20GiB,1=40GiB")
+TWO_GPUS = (
+    "8b:nf4:0=20GiB,1=20GiB",
+    "8b:bf16:0=16GiB,1=60GiB",
+    "14b:int8:0=20GiB,1=40GiB",
+    "bloom-3b:nf4:0=5GiB,1=8GiB",
+)
 MAX_SEQUENCES, MAX_BATCH_TOKENS = 256, 2048
 _PROMPT = 4096
 """Tokens of the longest prompt: more than a step takes, so the chunks after the first attend over a context too."""
@@ -53,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases; exit code 1 when one is below what was measured."""
     parser = argparse.ArgumentParser(description="Predicted against measured bytes.")
     parser.add_argument("--case", action="append", help="SHAPE:QUANTISATION[:CAPS]; may be repeated")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/headroom-checkpoints"))
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -87,13 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(case: str, folder: Path) -> dict[str, Any]:
     """Plan, load and run one case in this process."""
     shape, quantization, *rest = case.split(":")
+    name, *options = quantization.split("+")
     caps = dict(part.split("=") for part in rest[0].split(",")) if rest else {}
     path = write(shape, folder)
     torch.cuda.empty_cache()  # of what was written
     devices = probe.cuda_gpus()[: max(1, len(caps))]
     parts = [_used("context alone", devices_count=len(devices))]
     plan = solve(
-        footprint(path, quantization=quantization.removesuffix("+dq"), double_quant=quantization.endswith("+dq")),
+        footprint(path, quantization=name, double_quant="dq" in options, experts="experts" in options),
         devices,
         block_size=16,
         max_batch_tokens=MAX_BATCH_TOKENS,

@@ -31,6 +31,7 @@ _COMMANDS = {
     "compare": ("deployments.compare.command", "a model in several quantisations"),
     "k8s": ("deployments.k8s_command", "files for Kubernetes"),
     "key": ("deployments.key_command", "a new API key"),
+    "quantize": ("deployments.quantize_command", "a checkpoint that bitsandbytes quantises, for here or elsewhere"),
 }
 """Name -> (module with a `main` of its own, what it is for). Imported when asked for: some are slow to import."""
 

@@ -40,10 +40,10 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             )
         on_gpu = bool(gpus)
         device_type: DeviceType = "cuda" if on_gpu else "cpu"
-        if pool.quantize_experts and on_gpu:
+        if pool.quantize_head and on_gpu and not pool.own_kernels:
             raise ConfigError(
-                f"pool {pool.name}: quantize_experts is for the CPU yet, and this pool runs on GPUs; leave it out, or "
-                "set `device: cpu`"
+                f"pool {pool.name}: quantize_head on GPUs needs `kernels: headroom` and no int8_threshold; "
+                "bitsandbytes' kernels would dequantise the whole head at once; change one of the two"
             )
         source = find_source(model_dir)
         weighed = footprint(
@@ -52,8 +52,15 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             quantization=_auto(pool.quantization),
             double_quant=pool.double_quant,
             experts=pool.quantize_experts,
+            head=pool.quantize_head,
+            embeddings=pool.quantize_embeddings,
             dtype=_dtype(pool, device_type, source),
         )
+        if pool.int8_threshold and weighed.quantization != "int8":
+            raise ConfigError(
+                f"pool {pool.name}: int8_threshold is for int8, and {name} is served in {weighed.quantization}; "
+                "drop it, or set `quantization: int8`"
+            )
         if reason := _why_not_loaded(weighed, source, device_type):
             raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
         if "encoder" in weighed.stacks:
@@ -73,7 +80,7 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             max_memory=pool.max_memory if on_gpu else None,
             goal=pool.goal,
             kv_dtype=None if pool.kv_dtype == "auto" else pool.kv_dtype,
-            attention=_attention(weighed, pool.kv_dtype) if on_gpu else None,
+            attention=_attention(weighed, pool) if on_gpu else None,
         )
     except PlacementError as error:
         raise ConfigError(f"pool {pool.name}: {error}") from error
@@ -119,14 +126,18 @@ def _check_encoder_decoder(name: str, model_dir: Path, pool: PoolSettings, *, on
     raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
 
 
-def _attention(weighed: Footprint, kv_dtype: str) -> Attention:
+def _attention(weighed: Footprint, pool: PoolSettings) -> Attention:
     """What the engine will compute attention with on this machine's GPUs; the two need different memory."""
+    if pool.batch_invariant:
+        return "torch"
     import torch
 
     from deployments.engine.flashinfer_fit import Kind, why_not, why_not_here
 
+    if weighed.geometry.own_attention or pool.int8_threshold:
+        return "torch"
     dtype = getattr(torch, weighed.dtype)
-    stored = dtype if kv_dtype == "auto" else getattr(torch, kv_dtype_name(kv_dtype))
+    stored = dtype if pool.kv_dtype == "auto" else getattr(torch, kv_dtype_name(pool.kv_dtype))
     heads = weighed.geometry.heads
     kinds = (Kind(heads, kv.kv_heads, kv.head_dim, dtype, stored, None, None) for kv in weighed.geometry.kv)
     return "torch" if why_not_here() or any(why_not(kind) for kind in kinds) else "flashinfer"

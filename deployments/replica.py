@@ -80,7 +80,15 @@ class Replica:
         )
         cache_dir = state_folder() / "quantized"
         granule_tokens = self._model.granule_tokens
-        spec = EngineSpec(self._model.name, local.path, self._pool, self._replicas_here, cache_dir, granule_tokens)
+        spec = EngineSpec(
+            self._model.name,
+            local.path,
+            self._pool,
+            self._replicas_here,
+            cache_dir,
+            kernels_dir=state_folder() / "kernels",
+            granule_tokens=granule_tokens,
+        )
         started = await self._engine.start(spec)
         plan = started.plan
         self._plan, self._attention = plan, started.attention

@@ -68,7 +68,17 @@ class PoolSettings(_Strict):
     double_quant: bool = False
     """NF4/FP4 only: quantise the scales too."""
     quantize_experts: bool = False
-    """NF4, FP4 and int8 on the CPU: quantise experts that are fused into one tensor too; else they stay in `dtype`."""
+    """NF4, FP4 and int8: quantise experts that are fused into one tensor too; else they stay in `dtype`."""
+    quantize_head: bool = False
+    """NF4, FP4 and int8: quantise the head (`lm_head`) too; else it stays in `dtype`. Where it is tied to the
+    embedding, the embedding stays and the head is a quantised copy beside it."""
+    quantize_embeddings: bool = False
+    """NF4, FP4 and int8: quantise the input embedding too; else it stays in `dtype`. Where the head is tied to it, the
+    head stays (or is quantised by `quantize_head`), so it pays where the two are on different devices."""
+    int8_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """int8 as LLM.int8() computes it: activations in 8 bits too, save features with a value of more than this, which
+    stay in 16 bits (6 in the paper). On GPUs steps then wait for the host in every product and run without CUDA graphs.
+    0: no such features are looked for; activations are in `dtype` on Headroom's kernels, in 8 bits on bitsandbytes'."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute and KV dtype. auto: bfloat16 where the device computes in it natively, else float32; of a checkpoint that
     is quantised already, the dtype in which it stores what is not."""
@@ -101,6 +111,14 @@ class PoolSettings(_Strict):
     """dtype of the KV cache; auto: the compute dtype."""
     kernels: Literal["headroom", "bitsandbytes"] = "headroom"
     """Which kernels multiply by quantised weights on GPUs; the CPU always has bitsandbytes'."""
+    tune_kernels: bool = True
+    """On GPUs, measure at the start how Headroom's kernels are the fastest for weights of shapes that no table has yet,
+    and keep the answers in HEADROOM_HOME."""
+    tune_limit_s: Annotated[float, Field(gt=0)] = 120.0
+    """For how long at most; the next start goes on with what is left."""
+    batch_invariant: bool = False
+    """A request's tokens and log-probabilities are the same, bit for bit, whatever runs beside it. Several times
+    slower: 16 rows at once, on GPUs without CUDA graphs and FlashInfer; no mixtures of experts."""
     prefix_cache: bool = True
     drain_s: Annotated[float, Field(ge=0)] = 60.0
     """How long a replica that is stopped may finish its streams; those left are resumed on another one."""
@@ -130,6 +148,24 @@ class PoolSettings(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _threshold_of_int8(self) -> PoolSettings:
+        if self.int8_threshold and self.quantization not in ("auto", "int8"):
+            raise ValueError(
+                f"int8_threshold is for int8, and quantization is {self.quantization}; drop one of the two"
+            )
+        if self.int8_threshold and self.batch_invariant:
+            raise ValueError(
+                "int8_threshold lets outliers change all rows of a step, and batch_invariant is set; drop one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _limits_what_is_tuned(self) -> PoolSettings:
+        if "tune_limit_s" in self.model_fields_set and not self.tune_kernels:
+            raise ValueError("tune_limit_s is given, but tune_kernels is false; drop one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _accelerators_are_gpus(self) -> PoolSettings:
         if self.accelerator_type and self.device == "cpu":
             raise ValueError(f"accelerator_type is {self.accelerator_type}, but device is cpu; drop one of the two")
@@ -141,6 +177,11 @@ class PoolSettings(_Strict):
         if isinstance(values, dict) and "replicas" in values and values.get("autoscaling") is not None:
             raise ValueError("replicas and autoscaling are both given; autoscaling has min_replicas and max_replicas")
         return values
+
+    @property
+    def own_kernels(self) -> bool:
+        """Whether products by quantised weights run on Headroom's kernels, where there is a GPU."""
+        return self.kernels == "headroom" and not self.int8_threshold
 
     @property
     def fewest_replicas(self) -> int:

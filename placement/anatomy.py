@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import get_args
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from placement.errors import PlacementError
 from placement.footprint import Role
+from placement.kv import LayerKv
 
 _HEADS = (
     "lm_head",
@@ -58,10 +60,44 @@ def fused_experts(model: nn.Module, block_size: int) -> dict[str, nn.Parameter]:
     return {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
-        if hasattr(module, "has_gate")
+        for name, parameter in own_fused_experts(module, block_size).items()
+    }
+
+
+def own_fused_experts(module: nn.Module, block_size: int) -> dict[str, nn.Parameter]:
+    """The same of one module, by the names of its own parameters."""
+    if not hasattr(module, "has_gate"):
+        return {}
+    return {
+        name: parameter
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3 and parameter[0].numel() % block_size == 0
     }
+
+
+def own_attention(model: nn.Module, kv: Iterable[LayerKv]) -> str | None:
+    """Why the attention of a decoder-only model can't be given to another function, as the end of a sentence; None: it
+    can, as far as its code tells. The engine's probe at load has the last word.
+
+    transformers' models look the function up by a name in `ALL_ATTENTION_FUNCTIONS`; BLOOM, Falcon, MPT, GPT-J and
+    others compute attention in code of their own. MLA attends to what it expands from the cached latent.
+
+    Args:
+        kv: what its layers cache.
+    """
+    callers = [module for module in model.modules() if _looks_up_attention(module)]
+    if not callers:
+        return "its layers do not call transformers' attention function"
+    if any(getattr(module, "sinks", None) is not None for module in callers):
+        return "its attention has sinks"
+    if any(layer.latent for layer in kv):
+        return "latent attention is computed otherwise"
+    return None
+
+
+def _looks_up_attention(module: nn.Module) -> bool:
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 def find_stacks(model: PreTrainedModel, encoder_layers: int, layers: int) -> tuple[Stack, ...]:

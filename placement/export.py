@@ -158,6 +158,8 @@ def _longest(plan: Plan) -> str:
 def title(plan: Plan) -> str:
     """The model and its numbers' formats, in a line."""
     quantization = plan.quantization + (" with double quantisation" if plan.double_quant else "")
+    quantization += ", the head too" if plan.head else ""
+    quantization += ", the embedding too" if plan.embeddings else ""
     return f"{plan.model}: {quantization}, computes in {plan.dtype}, KV cache in {plan.kv_dtype}"
 
 

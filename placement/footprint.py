@@ -103,6 +103,8 @@ class Geometry:
     """Attention scores pass a tanh, so they exist as a tensor."""
     kv: tuple[LayerKv, ...]
     """Per layer, parallel to `Footprint.layers` (an encoder's layers included)."""
+    own_attention: str | None = None
+    """Why attention can't run over the KV blocks themselves, as the end of a sentence; None: it can."""
 
 
 @dataclass(frozen=True)  # no slots: see Module
@@ -123,6 +125,10 @@ class Footprint:
     """Vision and audio towers of the checkpoint that are not counted: text-only serving does without."""
     experts: bool = False
     """Fused experts are quantised too."""
+    head: bool = False
+    """The head is quantised too; where it is tied to the embedding, it is a quantised copy beside it."""
+    embeddings: bool = False
+    """The input embedding is quantised too, apart from a head that is tied to it."""
 
     @cached_property
     def layers(self) -> tuple[Module, ...]:
@@ -204,6 +210,8 @@ def footprint(
     dtype: str | None = None,
     vision: bool = False,
     experts: bool = False,
+    head: bool = False,
+    embeddings: bool = False,
     name: str | None = None,
 ) -> Footprint:
     """The bytes of every module of `model`, read without weights.
@@ -223,6 +231,9 @@ def footprint(
             leaves it out.
         experts: nf4, fp4 and int8: quantise fused experts too, as the engine can once they are loaded; transformers
             leaves them in `dtype`.
+        head: nf4, fp4 and int8: quantise the head too, as the engine can; one that is tied to the embedding becomes a
+            quantised copy beside it.
+        embeddings: the same of the input embedding; a head that is tied to it is apart then.
         name: what plans and errors call the model; None: its folder, file or id.
 
     Raises:
@@ -240,9 +251,10 @@ def footprint(
     from placement.reconcile import check_gguf, reconcile
     from placement.skeleton import read_skeleton
 
-    if experts:
-        _check_experts(source, recipe)
-    skeleton = read_skeleton(source, dtype, recipe, vision=vision, experts=experts)
+    for asked, setting in ((experts, "quantize_experts"), (head, "quantize_head"), (embeddings, "quantize_embeddings")):
+        if asked:
+            _check_quantises(source, recipe, setting)
+    skeleton = read_skeleton(source, dtype, recipe, vision=vision, experts=experts, head=head, embeddings=embeddings)
     modules = tuple(_weigh(module, recipe) for module in skeleton.modules)
     if source.gguf is not None:
         check_gguf(source.name, modules, source.gguf)
@@ -258,13 +270,15 @@ def footprint(
         prequantized=recipe.prequantized,
         left_out=skeleton.left_out,
         experts=experts,
+        head=head,
+        embeddings=embeddings,
     )
 
 
-def _check_experts(source: Source, recipe: Recipe) -> None:
+def _check_quantises(source: Source, recipe: Recipe, setting: str) -> None:
     if recipe.prequantized or isinstance(recipe, Plain):
         raise PlacementError(
-            f"quantize_experts needs nf4, fp4 or int8 and a checkpoint that is not quantised yet, but {source.name} is "
+            f"{setting} needs nf4, fp4 or int8 and a checkpoint that is not quantised yet, but {source.name} is "
             f"to be loaded in {recipe.name}; leave it out"
         )
 

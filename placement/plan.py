@@ -87,6 +87,10 @@ class Plan:
     """The same in a cache that frees blocks behind sliding windows. The engine's does not: no capacity counts on it."""
     experts: bool = False
     """Fused experts are quantised too, once they are loaded."""
+    head: bool = False
+    """The head is quantised too, apart from an embedding that it is tied to."""
+    embeddings: bool = False
+    """The input embedding is quantised too, apart from a head that is tied to it."""
 
     @property
     def capacity_tokens(self) -> int:
@@ -170,6 +174,8 @@ def _price(problem: Problem, split: Split) -> Plan:
         sequence_bytes=one,
         window_aware_bytes=window_aware,
         experts=footprint.experts,
+        head=footprint.head,
+        embeddings=footprint.embeddings,
     )
 
 

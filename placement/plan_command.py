@@ -68,6 +68,8 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     quantizations = get_args(Quantization)
     parser.add_argument("--quantization", choices=quantizations, help="default: the checkpoint's own, else nf4")
     parser.add_argument("--double-quant", action="store_true", help="nf4 and fp4: quantise the scales too")
+    parser.add_argument("--quantize-embeddings", action="store_true", help="the input embedding too")
+    parser.add_argument("--quantize-head", action="store_true", help="the head too; from a tied embedding a copy")
     parser.add_argument("--dtype", choices=DTYPE_BYTES, help="compute dtype")
     parser.add_argument("--kv-dtype", metavar="DTYPE", help="fp8, bfloat16, ...; default: the compute dtype")
     parser.add_argument(
@@ -101,6 +103,8 @@ def run(options: argparse.Namespace) -> str:
         options.model,
         quantization=options.quantization,
         double_quant=options.double_quant,
+        head=options.quantize_head,
+        embeddings=options.quantize_embeddings,
         dtype=options.dtype,
         vision=options.vision,
         experts=options.quantize_experts,

@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from placement import arena
+from placement import arena, gathered
+from placement.experts import dequantised_bytes, largest_fused, waiting_bytes
 from placement.footprint import Footprint, Geometry, Module, Tensor
 from placement.hardware import DeviceType, format_bytes
 from placement.kv import dtype_bytes, kv_dtype_bytes
@@ -90,7 +91,8 @@ class Workload:
     """Tokens of the longest sequence, prompt and output."""
     kv_dtype: str
     attention: Attention | None = None
-    """None: FlashInfer on GPUs, where it has kernels for the model."""
+    """None: FlashInfer on GPUs, where it has kernels for the model. Models that attend in code of their own get the
+    gather cache whatever is said here."""
 
     @property
     def most_blocks(self) -> int:
@@ -124,24 +126,30 @@ class Reserve:
     gather_per_block: int
     """Of decode attention, per KV block held by the running sequences."""
     load_peak: int
+    last_load_peak: int = 0
+    """Of loading where the last stage is, with the head."""
+    scores: int = 0
+    """Of the gather cache: what it takes beside the tokens that it gathers."""
+    gathered_blocks: int | None = None
+    """KV blocks gathered at once at most; None: all."""
 
     def held(self, *, last: bool, blocks: int, kv_block_bytes: int) -> int:
         """Everything but weights while `blocks` KV blocks (and the scratch block) are there."""
         kv = (blocks + 1) * kv_block_bytes
         running = self._kept(last, blocks) + self.activations + self._workspace(last, blocks) + kv
-        return self.context + self.graphs + self.fragmentation + max(running, self.load_peak)
+        return self.context + self.graphs + self.fragmentation + max(running, self._load_peak(last))
 
     def terms(self, *, last: bool, blocks: int, kv_block_bytes: int) -> tuple[Term, ...]:
         """The same, less the KV, named. A term of 0 bytes is left out."""
         kept, workspace = self._kept(last, blocks), self._workspace(last, blocks)
         parts = [
-            ("decode attention", blocks * self.gather_per_block),
+            ("attention" if self.scores else "decode attention", self._gathered(blocks)),
             ("prefill attention", self.prefill),
             ("dequantisation", self.dequantisation),
         ]
         parts += [("logits and sampling above activations", self._above_activations())] if last else []
         largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
-        loading = self.load_peak - kept - self.activations - workspace - (blocks + 1) * kv_block_bytes
+        loading = self._load_peak(last) - kept - self.activations - workspace - (blocks + 1) * kv_block_bytes
         terms = (
             Term(CONTEXT, self.context, "CUDA context, and the code of libraries and kernels"),
             Term("graphs", self.graphs, "CUDA graphs, and the activations of the largest of them"),
@@ -158,8 +166,15 @@ class Reserve:
 
     def _workspace(self, last: bool, blocks: int) -> int:
         """What a step takes beside activations."""
-        inside = max(self.prefill, self.dequantisation, blocks * self.gather_per_block)
+        inside = max(self.prefill, self.dequantisation, self._gathered(blocks))
         return max(inside, self._above_activations()) if last else inside
+
+    def _load_peak(self, last: bool) -> int:
+        return max(self.load_peak, self.last_load_peak) if last else self.load_peak
+
+    def _gathered(self, blocks: int) -> int:
+        most = blocks if self.gathered_blocks is None else min(blocks, self.gathered_blocks)
+        return self.scores + most * self.gather_per_block
 
     def _above_activations(self) -> int:
         """Of sampling, which comes when the layers' activations are gone."""
@@ -169,6 +184,8 @@ class Reserve:
 def why_not_flashinfer(footprint: Footprint, workload: Workload) -> str | None:
     """Why FlashInfer can't compute a model's attention on any GPU, as the end of a sentence; None: it can."""
     dtype, kv_dtype = footprint.dtype, workload.kv_dtype
+    if footprint.geometry.own_attention:
+        return footprint.geometry.own_attention
     if dtype_bytes(dtype) != 2:
         return f"its kernels compute in 16 bits, not {dtype}"
     if kv_dtype != dtype and kv_dtype_bytes(kv_dtype) != 1:
@@ -189,21 +206,27 @@ def reserve(
     """The reserve of one of the replica's `devices`."""
     cuda = device_type == "cuda"
     chosen = workload.attention or ("torch" if why_not_flashinfer(footprint, workload) else "flashinfer")
-    gathers = not cuda or chosen == "torch"
+    own = footprint.geometry.own_attention is not None
+    gathers = own or not cuda or chosen == "torch"
+    load_peak = _cuda_load_peak_bytes if cuda else _cpu_load_peak_bytes
     widest = (_activation_bytes if gathers else _compiled_activation_bytes)(footprint)
+    visited = dequantised_bytes(footprint) if cuda and footprint.experts else 0
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
-        graphs=0 if gathers else _graph_bytes(footprint) + workload.captured_rows * widest,
+        graphs=0 if gathers else _graph_bytes(footprint) + workload.captured_rows * widest + visited,
         fragmentation=_fragmentation_bytes(footprint, budget_bytes) if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
-        logits=_logit_bytes(footprint, workload),
-        prefill=_prefill_bytes(footprint, workload) if gathers else 0,
-        dequantisation=_dequantisation_bytes(footprint) if gathers else 0,
+        logits=_logit_bytes(footprint, workload, dequantises=not cuda),
+        prefill=_prefill_bytes(footprint, workload) if gathers and not own else 0,
+        dequantisation=max(visited, _dequantisation_bytes(footprint) if gathers else 0),
         sampler=_WEIGHT_TABLE_BYTES,
         per_block=4 * workload.block_size,
         gather_per_block=_gather_bytes(footprint, workload) if gathers else 0,
-        load_peak=_cuda_load_peak_bytes(footprint, devices) if cuda else _cpu_load_peak_bytes(footprint, devices),
+        load_peak=load_peak(footprint, devices, head=False),
+        last_load_peak=load_peak(footprint, devices, head=True),
+        scores=gathered.scores_bytes(footprint, workload.max_batch_tokens, workload.max_context) if own else 0,
+        gathered_blocks=-(-gathered.most_tokens(workload.max_context) // workload.block_size) if own else None,
     )
 
 
@@ -259,7 +282,9 @@ def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gat
     rows = 2 * workload.captured_rows + (devices * step if devices > 1 else 0)
     kept = 24 * step + rows * footprint.geometry.hidden * dtype_bytes(footprint.dtype) + _CUBLAS_BYTES
     if footprint.quantization in _QUANTISE_BYTES:
-        kept += _KERNEL_BYTES + min(_DEQUANTISED_MOST, 2 * dtype_bytes(footprint.dtype) * _largest_quantised(footprint))
+        kept += _KERNEL_BYTES + min(
+            _DEQUANTISED_MOST, 2 * dtype_bytes(footprint.dtype) * _largest_quantised(footprint, head=True)
+        )
     return kept if gathers else kept + _flashinfer_bytes(footprint, workload)
 
 
@@ -301,14 +326,28 @@ def _activation_bytes(footprint: Footprint) -> int:
     return per_token
 
 
-def _logit_bytes(footprint: Footprint, workload: Workload) -> int:
-    """A step's last hidden states, those of the sampled rows and their logits in the compute dtype, and the sampler's
-    scratch for `SAMPLE_ROWS` of them."""
+def _logit_bytes(footprint: Footprint, workload: Workload, *, dequantises: bool) -> int:
+    """A step's last hidden states, those of the sampled rows and their logits in the compute dtype, and the larger of
+    what makes them and what samples them: a quantised head's product, and the sampler's scratch for `SAMPLE_ROWS`.
+
+    Args:
+        dequantises: linears take a dequantised weight of their own, and share no buffer.
+    """
     size, step = dtype_bytes(footprint.dtype), workload.max_batch_tokens
     rows = min(workload.max_sequences, step)
     vocab = -(-footprint.geometry.vocab // _SEGMENT) * _SEGMENT
     hidden = (step + rows) * footprint.geometry.hidden * size
-    return hidden + vocab * (rows * size + min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
+    product = _head_product_bytes(footprint, rows) if dequantises else 0
+    return hidden + vocab * rows * size + max(product, vocab * min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
+
+
+def _head_product_bytes(footprint: Footprint, rows: int) -> int:
+    """Of a quantised head: its weight dequantised; int8 as in `_activation_bytes`. 0 where it is not quantised."""
+    heads = [t for module in footprint.with_role("last") for t in module.tensors if t.linear]
+    largest = max((t.elements for t in heads), default=0)
+    if footprint.quantization != "int8":
+        return dtype_bytes(footprint.dtype) * largest
+    return 4 * largest + rows * max((3 * t.shape[-1] + 6 * t.shape[-2] for t in heads), default=0)
 
 
 def _scored(geometry: Geometry) -> bool:
@@ -338,6 +377,8 @@ def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
 def _gather_bytes(footprint: Footprint, workload: Workload) -> int:
     """Keys, values and mask of one block in one layer, gathered for a decode step and padded."""
     geometry, size = footprint.geometry, kv_dtype_bytes(workload.kv_dtype)
+    if geometry.own_attention:
+        return workload.block_size * gathered.token_bytes(footprint)
     per_token = max(kv.elements_per_token for kv in geometry.kv) * size + 1 + size
     if _scored(geometry):
         per_token += geometry.heads * (2 * size + 2 * 4)
@@ -347,30 +388,34 @@ def _gather_bytes(footprint: Footprint, workload: Workload) -> int:
 def _dequantisation_bytes(footprint: Footprint) -> int:
     """The largest quantised weight, back in the compute dtype (int8: in float32) for one product."""
     size = 4 if footprint.quantization == "int8" else dtype_bytes(footprint.dtype)
-    return size * _largest_quantised(footprint)
+    return size * _largest_quantised(footprint, head=False)
 
 
-def _cpu_load_peak_bytes(footprint: Footprint, devices: int) -> int:
+def _cpu_load_peak_bytes(footprint: Footprint, devices: int, *, head: bool) -> int:
     """The largest weight while it is quantised: in the compute dtype, and with what bitsandbytes computes it from.
     transformers quantises one tensor at a time; what stays as it is is mapped from the checkpoint, not read. Fused
     experts are quantised once all are loaded: until then they are in the compute dtype, as if in equal shares."""
     scratch = _QUANTISE_BYTES.get(footprint.quantization, 0)
-    fused = [t for layer in footprint.layers for t in layer.tensors if t.linear and len(t.shape) == 3]
-    waiting = sum(t.elements * t.itemsize - t.bytes for t in fused)
-    return -(-waiting // devices) + _largest_quantised(footprint) * (dtype_bytes(footprint.dtype) + scratch)
+    return -(-waiting_bytes(footprint) // devices) + _largest_quantised(footprint, head=head) * (
+        dtype_bytes(footprint.dtype) + scratch
+    )
 
 
-def _cuda_load_peak_bytes(footprint: Footprint, devices: int) -> int:
+def _cuda_load_peak_bytes(footprint: Footprint, devices: int, *, head: bool) -> int:
     """Holes between quantised weights, counted as if the devices held equal shares of the model; and beside them the
-    largest weight in the compute dtype while it is quantised, or later a layer that is copied to its arena."""
-    quantised = sum(t.bytes for module in footprint.modules for t in module.tensors if t.linear)
+    largest weight in the compute dtype while it is quantised, or later a layer that is copied to its arena. Experts
+    that a checkpoint has one by one are there three times while they are fused: as read, as stacked, as joined."""
+    quantised = sum(t.bytes for layer in footprint.layers for t in layer.tensors if t.linear)
     holes = quantised * _HOLES.get(footprint.quantization, 0) // 100 // devices
     copied = max((size for _, size in _arenas(footprint)), default=0)
-    return holes + max(copied, _largest_quantised(footprint) * dtype_bytes(footprint.dtype))
+    largest = max(3 * largest_fused(footprint), _largest_quantised(footprint, head=head))
+    return holes + max(copied, largest * dtype_bytes(footprint.dtype))
 
 
-def _largest_quantised(footprint: Footprint) -> int:
-    """Elements of the largest weight that the quantisation converts."""
+def _largest_quantised(footprint: Footprint, *, head: bool) -> int:
+    """Elements of the largest weight in a layer, or beside the last one too, that the quantisation converts. An
+    embedding is quantised part by part."""
     if footprint.quantization not in _QUANTISE_BYTES:
         return 0
-    return max((t.elements for module in footprint.modules for t in module.tensors if t.linear), default=0)
+    modules = (*footprint.layers, *(footprint.with_role("last") if head else ()))
+    return max((t.elements for module in modules for t in module.tensors if t.linear), default=0)

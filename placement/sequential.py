@@ -90,6 +90,11 @@ def sequential_max_memory(plan: Plan, footprint: Footprint) -> dict[int, int]:
     Raises:
         PlacementError: transformers can't split the model so whatever the caps; load with `device_map` instead.
     """
+    if footprint.head or footprint.embeddings:
+        part = "head" if footprint.head else "embedding"
+        raise PlacementError(
+            f"{footprint.model} has a quantised {part}, which transformers does not load so; leave it out"
+        )
     _check_devices(plan, footprint)
     units = sorted(footprint.modules, key=lambda module: module.order)
     stages = {name: i for i, stage in enumerate(plan.stages) for name in stage.modules}

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from placement.anatomy import Stack, find_stacks, find_units, fused_experts
+from placement.anatomy import Stack, find_stacks, find_units, fused_experts, own_attention
 from placement.errors import PlacementError
 from placement.footprint import Geometry, Module, Tensor
 from placement.headers import Gguf
@@ -68,12 +68,16 @@ class Skeleton:
     """Vision and audio towers that text-only serving does without."""
 
 
-def read_skeleton(source: Source, dtype: str, recipe: Recipe, *, vision: bool, experts: bool) -> Skeleton:
+def read_skeleton(
+    source: Source, dtype: str, recipe: Recipe, *, vision: bool, experts: bool, head: bool, embeddings: bool
+) -> Skeleton:
     """The modules of a model, those that `recipe` converts marked.
 
     Args:
         vision: count the vision or audio tower, which lives with the first layers; otherwise it is left out.
         experts: `recipe` converts fused experts too, as the engine can; transformers leaves them in 16 bits.
+        head: the same of the head.
+        embeddings: the same of the input embedding.
 
     Raises:
         PlacementError: transformers can't build it, or its parts can't be told.
@@ -90,7 +94,14 @@ def read_skeleton(source: Source, dtype: str, recipe: Recipe, *, vision: bool, e
     convertible = _convertible(model, recipe, stacks)
     if experts:
         convertible |= _experts(model, source.name)
-    held = _by_unit(_tensors(model, dtype, convertible), {unit.name for unit in units})
+    own = _head(model) if head or embeddings else None
+    if head:
+        if own is None:
+            raise PlacementError(f"{source.name} has no linear head to quantise; leave quantize_head out")
+        convertible[own] = False
+    if embeddings:
+        convertible[_embedding(model, source.name)] = False
+    held = _by_unit(_tensors(model, dtype, convertible, own), {unit.name for unit in units})
     if homeless := held.pop(""):
         names = ", ".join(tensor.name for tensor in homeless[:3])
         raise PlacementError(f"{type(model).__name__}: no stage would hold {names}")
@@ -211,13 +222,15 @@ def _geometry(model: PreTrainedModel, facts: Mapping[str, Any]) -> Geometry:
             f"{type(model).__name__} has no attention layers, and its state is not planned yet; serve a model with "
             "attention in its layers"
         )
+    kv = _kv(facts)
     return Geometry(
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         heads=facts["num_attention_heads"],
         max_context=_max_context(config),
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
-        kv=_kv(facts),
+        kv=kv,
+        own_attention=None if facts["is_encoder_decoder"] else own_attention(model, kv),
     )
 
 
@@ -261,8 +274,12 @@ def _max_context(config: PreTrainedConfig) -> int:
     )
 
 
-def _tensors(model: PreTrainedModel, dtype: str, convertible: Mapping[str, bool]) -> list[Tensor]:
-    """Every parameter and buffer under each of its names, with the dtype that loading gives it."""
+def _tensors(model: PreTrainedModel, dtype: str, convertible: Mapping[str, bool], head: str | None) -> list[Tensor]:
+    """Every parameter and buffer under each of its names, with the dtype that loading gives it.
+
+    Args:
+        head: the weight that gets storage of its own, whatever it is tied to: no checkpoint has it then.
+    """
     # transformers matches the keys of its dtype plan (what stays float32) so, against the names in a checkpoint.
     plan = model._get_dtype_plan(getattr(torch, dtype))
     kept = re.compile("|".join(key.replace("*", ".*") for key in plan) or r"(?!)")
@@ -270,17 +287,18 @@ def _tensors(model: PreTrainedModel, dtype: str, convertible: Mapping[str, bool]
     first_name: dict[int, str] = {}
     found = []
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    shared = [tensor for name, tensor in named if name != head]
     for name, tensor in named:
         itemsize = 4 if name in loaded and kept.search(name) else tensor.element_size()
         found.append(
             Tensor(
                 name=name,
-                storage=first_name.setdefault(id(tensor), name),
+                storage=name if name == head else first_name.setdefault(id(tensor), name),
                 shape=_out_in(tensor.shape, transposed=convertible.get(name, False)),
                 itemsize=itemsize,
                 linear=name in convertible,
                 bytes=tensor.numel() * itemsize,
-                stored=name in loaded,
+                stored=name in loaded and not (name == head and any(tensor is other for other in shared)),
             )
         )
     return found
@@ -320,6 +338,26 @@ def _experts(model: PreTrainedModel, name: str) -> dict[str, bool]:
     if not found:
         raise PlacementError(f"{name} has no fused experts to quantise; leave quantize_experts out")
     return dict.fromkeys(found, False)
+
+
+def _head(model: PreTrainedModel) -> str | None:
+    """Dotted name of the head's weight; None: it is no plain linear."""
+    head = model.get_output_embeddings()
+    found = next((path for path, module in model.named_modules() if module is head and type(module) is nn.Linear), None)
+    return None if found is None else f"{found}.weight"
+
+
+def _embedding(model: PreTrainedModel, name: str) -> str:
+    """Dotted name of the input embedding's weight, whose rows are whole blocks."""
+    embedding: Any = model.get_input_embeddings()
+    path = next(path for path, module in model.named_modules() if module is embedding)
+    if model.config.is_encoder_decoder or type(embedding) is not nn.Embedding or embedding.embedding_dim % BLOCK:
+        kind = "of two stacks" if model.config.is_encoder_decoder else type(embedding).__name__
+        raise PlacementError(
+            f"{name} has an embedding that is not quantised ({kind}, of {embedding.weight.shape[-1]} elements a row; a "
+            f"plain one with a multiple of {BLOCK} is needed); leave quantize_embeddings out"
+        )
+    return f"{path}.weight"
 
 
 def _check_kv(model: PreTrainedModel, modules: tuple[Module, ...], geometry: Geometry) -> None:

@@ -22,10 +22,11 @@ from deployments.compare.values import Failed, Job, Level, Measured, Memory, Qua
 from deployments.engine.loader import LoadedModel, load, quantised_already, quantization_config, quantized_copy
 from deployments.engine.loop import Engine
 from deployments.engine.memory_watch import MemoryWatch
-from deployments.engine.messages import EngineLimits
+from deployments.engine.messages import EngineLimits, Tuning
 from deployments.engine.perplexity import score
 from deployments.engine.process import end_with
 from deployments.errors import ConfigError, HeadroomError
+from deployments.home import state_folder
 from deployments.planning import plan_pool
 from placement import probe
 from placement.hardware import format_bytes
@@ -163,7 +164,10 @@ def _limits(job: Job, plan: Plan, device_type: str) -> EngineLimits:
         max_sequences=job.pool.max_sequences,
         prefix_cache=job.pool.prefix_cache,
         threads=job.pool.threads or max(1, probe.cpu_cores() // len(plan.stages)),
-        kernels=job.pool.kernels == "headroom",
+        kernels=job.pool.own_kernels,
+        int8_threshold=job.pool.int8_threshold,
+        batch_invariant=job.pool.batch_invariant,
+        tuning=Tuning(state_folder() / "kernels", job.pool.tune_limit_s) if job.pool.tune_kernels else None,
     )
 
 

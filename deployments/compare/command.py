@@ -31,6 +31,7 @@ from placement.plan_command import OneLineParser, parse_caps
 TEXT = Path(__file__).parent / "text" / "darwin_1859_introduction.txt"
 """The introduction of Charles Darwin's On the Origin of Species (1859), which is in the public domain."""
 _WINDOW = 1024
+_BITSANDBYTES = ("nf4", "fp4", "int8")
 _ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
 
 Measure = Callable[[Job], Row]
@@ -179,6 +180,10 @@ def refuse_idle_options(options: argparse.Namespace, names: Sequence[str], devic
         raise ConfigError(
             "--threads is for the CPU, and this machine's GPUs are used; leave it out, or use --device cpu"
         )
+    if options.quantize_experts and not set(_BITSANDBYTES) & set(names):
+        raise ConfigError("--quantize-experts is for nf4, fp4 and int8; add one to --quantization, or leave it out")
+    if options.int8_threshold is not None and "int8" not in names:
+        raise ConfigError("--int8-threshold is for int8; add it to --quantization, or leave it out")
     if options.double_quant and not {"nf4", "fp4"} & set(names):
         raise ConfigError("--double-quant is for nf4 and fp4; add one to --quantization, or leave it out")
     if options.hourly_price is not None and not options.hourly_price > 0:
@@ -215,11 +220,13 @@ def _pool(options: argparse.Namespace, name: Quantization, device_type: DeviceTy
     given: dict[str, object] = {
         "quantization": name,
         "double_quant": options.double_quant and name in ("nf4", "fp4"),
+        "quantize_experts": options.quantize_experts and name in _BITSANDBYTES,
         "device": device_type,
         "stages": options.stages,
         "max_memory": _caps(options.max_memory),
         "threads": options.threads,
         "kernels": options.kernels or "headroom",
+        "int8_threshold": (options.int8_threshold or 0.0) if name == "int8" else 0.0,
         "max_sequences": max(256, *_numbers(options.concurrency)),
     }
     try:
@@ -308,6 +315,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     parser.add_argument("--quantization", default="nf4,fp4,int8,bf16", metavar="NAMES", help="default: %(default)s")
     parser.add_argument("--double-quant", action="store_true", help="nf4 and fp4: quantise the scales too")
+    parser.add_argument("--quantize-experts", action="store_true", help="nf4, fp4, int8: fused experts too")
+    parser.add_argument(
+        "--int8-threshold",
+        type=float,
+        metavar="VALUE",
+        help="int8: as LLM.int8() with this outlier threshold, such as 6",
+    )
     parser.add_argument(
         "--concurrency", default="1,4,16", metavar="N,N,...", help="requests at once; default: %(default)s"
     )

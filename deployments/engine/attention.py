@@ -115,6 +115,8 @@ class Attention(ABC):
     """Whether a run may be captured in a CUDA graph, and replayed after another `prepare` of as many rows."""
     compilable: ClassVar[bool] = True
     """Whether torch.compile may have the layers."""
+    fixed_rows: ClassVar[int | None] = None
+    """Layers and head always run on so many rows, whatever the step; None: on the step's."""
 
     def __init__(self) -> None:
         self.calls: Counter[int] = Counter()

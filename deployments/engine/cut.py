@@ -19,10 +19,12 @@ from deployments.engine.attention import IMPLEMENTATION, Attention, PagedKv
 from deployments.engine.attention_choice import choose
 from deployments.engine.flashinfer_fit import Kind
 from deployments.engine.gather import GatherAttention
+from deployments.engine.invariant import InvariantAttention, check_rows_are_apart
 from deployments.engine.load_probe import ProbeFailed, probe
 from deployments.engine.messages import EngineLimits
 from deployments.engine.stages import Stage, detach_kv, find_decoder, find_layers
 from deployments.errors import ConfigError
+from placement.anatomy import own_attention
 from placement.kv import LayerKv, layer_kv
 from placement.plan import Plan
 
@@ -57,16 +59,22 @@ class Cut:
             ConfigError: no way of attending gives these logits.
         """
         name, own = type(self.model).__name__, self.model.config._attn_implementation
-        choice = choose(self.plan, self._kinds(), self.devices, self.limits)
-        try:
-            return self._probed(choice.backends, IMPLEMENTATION, ids, expected), choice.shown
-        except ProbeFailed as error:
-            reason = str(error)
-        del choice
-        detach_kv(self.model)  # with the stages that failed goes their KV cache
-        gc.collect()
+        if self.limits is not None and self.limits.batch_invariant:
+            return self._invariant(ids, expected)
+        reason = own_attention(self.model, self._shapes())
+        if reason is None:
+            choice = choose(self.plan, self._kinds(), self.devices, self.limits)
+            try:
+                return self._probed(choice.backends, IMPLEMENTATION, ids, expected), choice.shown
+            except ProbeFailed as error:
+                reason = str(error)
+            del choice
+            detach_kv(self.model)  # with the stages that failed goes their KV cache
+            gc.collect()
+            log.warning("the plan of %s counted on paged attention, and holds nothing back for the gather cache", name)
         log.warning("%s runs on the gather cache, which is slower: on paged attention %s", name, reason)
-        gathers = [GatherAttention(self.plan.num_blocks, device) for device in self.devices]
+        plan = self.plan
+        gathers = [GatherAttention(plan.num_blocks, device, plan.max_context) for device in self.devices]
         try:
             return self._probed(gathers, own, ids, expected), f"gather cache (on paged attention {reason})"
         except ProbeFailed as error:
@@ -75,12 +83,25 @@ class Cut:
                 "choose a model of another architecture"
             ) from error
 
+    def _invariant(self, ids: list[int], expected: Tensor) -> tuple[tuple[Stage, ...], str]:
+        name = type(self.model).__name__
+        check_rows_are_apart(self.model)
+        backends = [InvariantAttention(self.plan.num_blocks, device) for device in self.devices]
+        try:
+            return self._probed(backends, IMPLEMENTATION, ids, expected), InvariantAttention.name
+        except ProbeFailed as error:
+            raise ConfigError(
+                f"batch_invariant needs paged attention, and on it {name} can't be served: {error}; leave it out, or "
+                "choose a model of another architecture"
+            ) from error
+
     def _probed(
         self, attention: Sequence[Attention], implementation: str, ids: list[int], expected: Tensor
     ) -> tuple[Stage, ...]:
         self._config._attn_implementation = self.model.config._attn_implementation = implementation
         stages = tuple(self._stage(index, each) for index, each in enumerate(attention))
-        probe(type(self.model).__name__, stages, self.plan, ids, expected)
+        rounds = self.limits is not None and self.limits.int8_threshold > 0
+        probe(type(self.model).__name__, stages, self.plan, ids, expected, rounds_by_batch=rounds)
         return stages
 
     @property

@@ -1,99 +1,173 @@
 """Experts that transformers fuses into one tensor, quantised: bitsandbytes knows linears alone.
 
 A fused weight is [experts, a, b]. Where it was, its module finds a `QuantisedExperts`, which answers `weight[expert]`
-with that expert's weights in the compute dtype; so the model's own forward stays as it is.
+with that expert's weights in the compute dtype; so the model's own forward stays as it is. That forward asks the host
+which experts are hit. On GPUs `experts_forward` takes its place, which asks nothing: every shape in it is known
+beforehand, so that a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn.modules import Params4bit
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, grouped_mm_experts_forward
 
-from placement.anatomy import fused_experts
-from placement.plan import Plan
+from deployments.errors import ConfigError
 from placement.recipe import BLOCK
 
+IMPLEMENTATION = "headroom_experts"
+"""By this name transformers' experts run `experts_forward`."""
+_MOST_ELEMENTS = 2**31
+"""bitsandbytes' kernels count in 32 bits."""
 
-class FourBitExperts(nn.Module):
+
+class QuantisedExperts(nn.Module, ABC):
+    """Weights [experts, a, b] in 4 or 8 bits, and `dtype`, in which they are handed out."""
+
+    dtype: torch.dtype
+
+    def __getitem__(self, expert: Tensor | int) -> Tensor:
+        """[a, b] of one expert, or [n, a, b] of the experts in an int64 tensor [n]."""
+        if isinstance(expert, Tensor) and expert.dim():
+            return self._dequantised(expert)
+        index = int(expert)
+        return self._dequantised(slice(index, index + 1))[0]
+
+    def whole(self) -> Tensor:
+        """[experts, a, b]."""
+        return self._dequantised(slice(None))
+
+    @abstractmethod
+    def _dequantised(self, which: Tensor | slice) -> Tensor:
+        """[n, a, b]."""
+
+
+class FourBitExperts(QuantisedExperts):
     """NF4 or FP4, in bitsandbytes' format: what it makes of the weight [experts * a, b], with one state for all.
 
     Args:
-        weight: [experts, a, b], of which each expert is whole blocks.
-        kind: nf4 or fp4.
-        double_quant: the scales are quantised too.
+        packed: as `four_bits` makes it; each expert is whole blocks.
     """
 
-    def __init__(self, weight: Tensor, kind: str, *, double_quant: bool) -> None:
+    def __init__(self, packed: Any) -> None:
         super().__init__()
-        self.dtype, self.shape = weight.dtype, weight.shape
-        packed: Any = Params4bit(
-            weight.detach(), requires_grad=False, blocksize=BLOCK, quant_type=kind, compress_statistics=double_quant
-        )
-        self.weight = packed.to(weight.device)
-        own: Any = self.weight.quant_state
-        own.code = own.code.clone()  # bitsandbytes hands out one for all
-        if own.nested:
-            own.state2.code = own.state2.code.clone()
+        state = packed.quant_state
+        self.dtype, self.shape = state.dtype, state.shape
+        self.weight = packed
 
-    def __getitem__(self, expert: Tensor | int) -> Tensor:
-        """[a, b] of one expert, in the dtype that the weight had."""
-        state, index = self.weight.quant_state, int(expert)
-        blocks = self.shape[1] * self.shape[2] // BLOCK
-        of = slice(index * blocks, (index + 1) * blocks)
-        scales = state.absmax[of]
+    def _dequantised(self, which: Tensor | slice) -> Tensor:
+        experts, rows, columns = self.shape
+        state: Any = self.weight.quant_state
+        scales = state.absmax.view(experts, -1)[which]
         if state.nested:
-            outer = torch.arange(of.start, of.stop, device=scales.device) // state.state2.blocksize
-            scales = state.state2.code[scales.long()] * state.state2.absmax[outer] + state.offset
-        one = QuantState(scales, self.shape[1:], state.code, BLOCK, state.quant_type, self.dtype)  # type: ignore[no-untyped-call]  # untyped
-        half = BLOCK // 2
-        weight: Tensor = dequantize_4bit(self.weight.data.view(-1, 1)[of.start * half : of.stop * half], one)
+            blocks = torch.arange(state.absmax.numel(), device=scales.device).view(experts, -1)[which]
+            scales = state.state2.code[scales.long()] * state.state2.absmax[blocks // state.state2.blocksize]
+            scales = scales + state.offset
+        packed = self.weight.data.view(experts, -1)[which]
+        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            packed.reshape(-1, 1),
+            scales.reshape(-1),
+            BLOCK,
+            state.quant_type,
+            (packed.shape[0], rows, columns),
+            self.dtype,
+        )
         return weight
 
 
-class EightBitExperts(nn.Module):
+class EightBitExperts(QuantisedExperts):
     """int8 with a scale for each row of each expert.
 
     Args:
-        weight: [experts, a, b].
+        rounded: as `eight_bits` makes it.
+        dtype: in which weights are handed out.
     """
 
     weight: Tensor
     scales: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, rounded: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = weight.dtype
-        rounded, scales = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(weight.shape[:2]).float()
-        for expert, rows in enumerate(weight.detach()):
-            scales[expert] = rows.abs().amax(-1)
-            scale = scales[expert].clamp(min=torch.finfo(torch.float32).tiny)  # rows of zeros
-            rounded[expert] = (rows * (127 / scale)[:, None]).round().to(torch.int8)
-        self.register_buffer("weight", rounded)
-        self.register_buffer("scales", scales)
+        self.dtype = dtype
+        self.register_buffer("weight", rounded.data)
+        self.register_buffer("scales", rounded.scales)
 
-    def __getitem__(self, expert: Tensor | int) -> Tensor:
-        """[a, b] of one expert, in the dtype that the weight had."""
-        rounded: Tensor = self.weight[int(expert)]
-        return (rounded * (self.scales[int(expert)] / 127)[:, None]).to(self.dtype)
+    def _dequantised(self, which: Tensor | slice) -> Tensor:
+        return (self.weight[which] * (self.scales[which] / 127)[..., None]).to(self.dtype)
 
 
-def quantise_experts(model: PreTrainedModel, plan: Plan) -> None:
-    """Quantise all fused experts of `model` as `plan` says, one after the other; each is freed before the next."""
-    found = fused_experts(model, BLOCK)
-    for name in list(found):
-        weight = found.pop(name)
-        path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(path)
-        delattr(owner, attribute)
-        if plan.quantization == "int8":
-            experts: nn.Module = EightBitExperts(weight)
-        else:
-            experts = FourBitExperts(weight, plan.quantization, double_quant=plan.double_quant)
-        setattr(owner, attribute, experts)
-        del weight
-    model.set_experts_implementation("eager")  # the others take all experts' weights as one tensor
+def four_bits(weight: Tensor, kind: str, *, double_quant: bool) -> Any:
+    """bitsandbytes' parameter of a weight [experts, a, b]: packed, with its state.
+
+    Args:
+        kind: nf4 or fp4.
+        double_quant: the scales are quantised too.
+
+    Raises:
+        ConfigError: it is larger than bitsandbytes' kernels count.
+    """
+    if weight.numel() >= _MOST_ELEMENTS:
+        raise ConfigError(
+            f"experts of {weight.numel():,} weights in one tensor are more than bitsandbytes quantises to {kind} "
+            f"({_MOST_ELEMENTS:,}); use int8, or leave quantize_experts out"
+        )
+    unpacked: Any = Params4bit(
+        weight.detach(), requires_grad=False, blocksize=BLOCK, quant_type=kind, compress_statistics=double_quant
+    )
+    packed: Any = unpacked.to(weight.device)
+    own: Any = packed.quant_state
+    own.code = own.code.clone()  # bitsandbytes hands out one for all
+    if own.nested:
+        own.state2.code = own.state2.code.clone()
+    return packed
+
+
+def eight_bits(weight: Tensor) -> Any:
+    """A parameter int8 [experts, a, b] with `scales`, float32 [experts, a], of a weight [experts, a, b]."""
+    rounded = torch.empty_like(weight, dtype=torch.int8)
+    scales = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
+    for expert, rows in enumerate(weight.detach()):
+        scales[expert] = rows.abs().amax(-1)
+        scale = scales[expert].clamp(min=torch.finfo(torch.float32).tiny)  # rows of zeros
+        rounded[expert] = (rows * (127 / scale)[:, None]).round().to(torch.int8)
+    parameter: Any = nn.Parameter(rounded, requires_grad=False)
+    parameter.scales = scales
+    return parameter
+
+
+def experts_forward(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """A layer's experts on all tokens of a step, without asking the host which of them are hit.
+
+    Where tokens visit no more experts than there are, weights are dequantised visit by visit; else all of them, once.
+
+    Args:
+        experts: transformers' module, whose weights are `QuantisedExperts`.
+        hidden: [T, hidden].
+        top_k_index: int64 [T, k], the experts that each token visits.
+        top_k_weights: [T, k], of their results.
+
+    Returns:
+        [T, hidden].
+    """
+    if top_k_index.numel() <= experts.num_experts:  # type: ignore[operator]  # an int
+        return batched_mm_experts_forward(experts, hidden, top_k_index, top_k_weights)
+    dequantised: Any = _Dequantised(experts)
+    return grouped_mm_experts_forward(dequantised, hidden, top_k_index, top_k_weights)
+
+
+class _Dequantised:
+    """A module of experts as transformers' grouped product takes it: with weights that are whole tensors."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        self._experts = experts
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._experts, name)
+        return value.whole() if isinstance(value, QuantisedExperts) else value
+
+
+ExpertsInterface.register(IMPLEMENTATION, experts_forward)

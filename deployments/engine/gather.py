@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from deployments.engine.attention import (
     indexable,
     stored,
 )
+from placement.gathered import most_pairs, most_tokens
 
 _WASTE = 2
 """The longest sequence of a batch is at most so many times the shortest: what is gathered is padded to the longest."""
@@ -58,21 +59,23 @@ class GatherAttention(Attention):
     Args:
         num_blocks: blocks of sequences, and so the id of the scratch block behind them.
         device: where the blocks are.
+        longest: tokens of the longest sequence, by which a plan bounds a forward (`placement.gathered`).
     """
 
     name = "gather cache"
     capturable = False
     compilable = False
 
-    def __init__(self, num_blocks: int, device: torch.device) -> None:
+    def __init__(self, num_blocks: int, device: torch.device, longest: int) -> None:
         super().__init__()
+        self._bounds = most_tokens(longest), most_pairs(longest)
         self._scratch = num_blocks
         self._device = device
         self._batches: tuple[Batch, ...] = ()
 
     def prepare(self, layout: StepLayout) -> None:
         """Lay the step out as batches."""
-        groups = group_spans(layout.padded(self._scratch), self._scratch * layout.block_size)
+        groups = group_spans(layout.padded(self._scratch), *self._bounds)
         self._batches = tuple(make_batch(group, layout.block_size, self._device) for group in groups)
 
     def run(
@@ -152,7 +155,8 @@ class GatherLayer(CacheLayerMixin):
         rows = stored(new[:, ::shared].transpose(1, 2).flatten(0, 1), blocks.dtype)
         flat.index_copy_(0, self._batch.written, indexable(rows))
         found = flat.index_select(0, self._batch.gathered).view(blocks.dtype).to(new.dtype)
-        return found.view(batch, -1, kv_heads, size).transpose(1, 2).repeat_interleave(shared, dim=1)
+        whole = found.view(batch, -1, kv_heads, size).transpose(1, 2)
+        return whole if shared == 1 else whole.repeat_interleave(shared, dim=1)
 
     def get_seq_length(self) -> int:
         """Tokens before the forward, padding included, and once it has written also its own."""
@@ -170,24 +174,47 @@ class GatherLayer(CacheLayerMixin):
         """The blocks are there already."""
 
 
-def group_spans(spans: Sequence[RowSpan], limit: int) -> Iterator[list[tuple[int, RowSpan]]]:
-    """Batches of (first row, span): spans of equally many rows, that gather at most `limit` tokens unless one alone
-    does, and of which the longest is at most twice as long as the shortest."""
+def group_spans(spans: Sequence[RowSpan], tokens: int, pairs: int) -> Iterator[list[tuple[int, RowSpan]]]:
+    """Batches of (first row, span), to be run in this order: spans of equally many rows, of which the longest is at
+    most twice as long as the shortest.
+
+    Args:
+        tokens: gathered by a batch at most, unless a sequence alone has more.
+        pairs: of a row and a token that it attends to, in a batch at most, unless a row alone has more. Spans with
+            more are divided, and a part comes in no earlier batch than those before it.
+    """
     firsts = accumulate((span.count for span in spans), initial=0)
-    by_count: dict[int, list[tuple[int, RowSpan]]] = {}
-    for first, span in zip(firsts, spans, strict=False):
-        if span.count:
-            by_count.setdefault(span.count, []).append((first, span))
-    for members in by_count.values():
-        batch: list[tuple[int, RowSpan]] = []
-        for member in sorted(members, key=lambda each: each[1].start):
-            longest = member[1].start + member[1].count
-            shortest = batch[0][1].start + batch[0][1].count if batch else longest
-            if longest > _WASTE * shortest or (batch and longest * (len(batch) + 1) > limit):
-                yield batch
-                batch = []
-            batch.append(member)
-        yield batch
+    divided = [list(_divide(first, span, pairs)) for first, span in zip(firsts, spans, strict=False)]
+    for parts in zip_longest(*divided):
+        by_count: dict[int, list[tuple[int, RowSpan]]] = {}
+        for part in filter(None, parts):
+            by_count.setdefault(part[1].count, []).append(part)
+        for count, members in by_count.items():
+            yield from _batches(sorted(members, key=lambda each: each[1].start), min(tokens, pairs // count))
+
+
+def _divide(first: int, span: RowSpan, pairs: int) -> Iterator[tuple[int, RowSpan]]:
+    """The span's rows in parts that have so many pairs at most, one row at least."""
+    start, end = span.start, span.start + span.count
+    while start < end:
+        count = end - start
+        while count > 1 and count * (start + count) > pairs:
+            count = -(-count // 2)
+        yield first + start - span.start, RowSpan(start, count, span.block_table)
+        start += count
+
+
+def _batches(members: Sequence[tuple[int, RowSpan]], limit: int) -> Iterator[list[tuple[int, RowSpan]]]:
+    """Neighbours that together gather so many tokens at most."""
+    batch: list[tuple[int, RowSpan]] = []
+    for member in members:
+        longest = member[1].start + member[1].count
+        shortest = batch[0][1].start + batch[0][1].count if batch else longest
+        if longest > _WASTE * shortest or (batch and longest * (len(batch) + 1) > limit):
+            yield batch
+            batch = []
+        batch.append(member)
+    yield batch
 
 
 def make_batch(members: Sequence[tuple[int, RowSpan]], block_size: int, device: torch.device) -> Batch:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,18 +23,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     modeling_utils,
 )
 
 from deployments.checkpoint import is_encoder_decoder, read_config
 from deployments.engine.cut import Cut
+from deployments.engine.embedding import quantising_embedding, settle_embedding, untied_config
 from deployments.engine.encoder_decoder import EncoderDecoderStage
 from deployments.engine.encoder_decoder_load import ATTENTION, proven, samples, untie
-from deployments.engine.experts import quantise_experts
+from deployments.engine.expert_loading import quantising_experts, settle_experts
 from deployments.engine.grouped import grouped_options, settle_grouped
+from deployments.engine.head import quantise_head
 from deployments.engine.load_probe import plain_logits, probe_ids
-from deployments.engine.messages import EngineLimits
+from deployments.engine.messages import EngineLimits, Tuning
 from deployments.engine.residents import resident_bytes
 from deployments.engine.settle import expand_segments, settle_layers
 from deployments.engine.stages import Stage, find_decoder, find_layers
@@ -93,20 +96,31 @@ def load(
     quantization = None if already else quantization_config(plan)
     if quantization is not None and device_type == "cpu" and cache_dir is not None:
         model_dir, quantization = quantized_copy(model_dir, plan, quantization, cache_dir), None
-    model = _read(model_dir, plan, quantization, device_map(plan, device_type))
+    where = device_map(plan, device_type)
+    if quantization is None:
+        model = _read(model_dir, plan.dtype, None, where)
+    else:
+        with _quantising(plan, model_dir, where) as config:
+            model = _read(model_dir, plan.dtype, quantization, where, config)
     if already:
         _check_dtype(model, plan)
-    _compute_as_planned(model, plan)
-    settle_grouped(model)
-    if plan.experts:
-        quantise_experts(model, plan)
     devices = [
         torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
     ]
+    if len(devices) > 1 and not model.config.is_encoder_decoder:
+        _untie(model, devices)
+    if quantization is not None and plan.head:
+        quantise_head(model, quantization)
+    if plan.embeddings:
+        settle_embedding(model, plan)
+    _compute_as_planned(model, plan, limits.int8_threshold if limits else 0.0)
+    settle_grouped(model)
+    if plan.experts:
+        settle_experts(model, plan, on_gpu=device_type == "cuda")
     if model.config.is_encoder_decoder:
         return _encoder_decoder(model, plan, devices)
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
-    copies = _own_modules(model, plan, devices)
+    copies = _copies(model, plan, devices)
     verify_bytes(model, plan, copies)
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
     if early := kernels and plan.quantization == "int8":
@@ -118,6 +132,8 @@ def load(
     else:
         if not early:
             _settle(model, plan, kernels=kernels)
+        if kernels and limits is not None and limits.tuning is not None:
+            _tune(model, limits.tuning)
         expand_segments()
     stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
     return LoadedModel(stages, int(expected.shape[-1]), attention)
@@ -135,19 +151,24 @@ def _encoder_decoder(model: PreTrainedModel, plan: Plan, devices: list[torch.dev
 
 
 def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
-    """What `from_pretrained` is told of the plan's quantisation; None for 16-bit and 32-bit weights.
+    """What `from_pretrained` is told of the plan's quantisation; None for 16-bit and 32-bit weights."""
+    return bitsandbytes_config(plan.quantization, double_quant=plan.double_quant, dtype=plan.dtype)
 
-    int8 runs without an outlier threshold: a threshold waits for the device in each linear, and lets one request's
-    outliers change another's output.
+
+def bitsandbytes_config(quantization: str, *, double_quant: bool, dtype: str) -> BitsAndBytesConfig | None:
+    """How transformers quantises to `quantization`; None for what isn't.
+
+    An outlier threshold of int8 is set once it is loaded, where one is asked for: it waits for the device in each
+    linear, and lets one request's outliers change another's output.
     """
-    if plan.quantization in ("nf4", "fp4"):
+    if quantization in ("nf4", "fp4"):
         return BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=plan.quantization,
-            bnb_4bit_use_double_quant=plan.double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, plan.dtype),
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
-    if plan.quantization == "int8":
+    if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return None
 
@@ -178,20 +199,52 @@ def quantized_copy(model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig
     files = [*sorted(model_dir.glob("*.safetensors")), model_dir / "config.json"]
     stats = [f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files]
     versions = [version(package) for package in ("bitsandbytes", "transformers")]
-    kind = [plan.quantization, str(plan.double_quant), plan.dtype]
+    kind = [plan.quantization, str(plan.double_quant), plan.dtype, *(["head"] if plan.head else [])]
     key = hashlib.sha256("\n".join([*stats, *versions, *kind]).encode()).hexdigest()[:16]
 
     def make(folder: Path) -> None:
         log.info("quantising %s to %s, once", model_dir, plan.quantization)
-        _read(model_dir, plan, quantization, {"": "cpu"}).save_pretrained(folder)
+        read_quantised(model_dir, quantization, plan.dtype, "cpu", head=plan.head).save_pretrained(folder)
 
     return make_once(cache_dir / f"{plan.quantization}-{key}", make)
 
 
-def _read(
-    model_dir: Path, plan: Plan, quantization: BitsAndBytesConfig | None, devices: dict[str, int | str]
+def read_quantised(
+    model_dir: Path, quantization: BitsAndBytesConfig, dtype: str, device: int | str, *, head: bool
 ) -> PreTrainedModel:
-    options = grouped_options(model_dir) if quantization is None else {"quantization_config": quantization}
+    """The checkpoint quantised on one device, for `save_pretrained`.
+
+    Args:
+        dtype: of what is not quantised.
+        head: quantise the head too.
+    """
+    model = _read(model_dir, dtype, quantization, {"": device})
+    if head:
+        quantise_head(model, quantization)
+    return model
+
+
+@contextmanager
+def _quantising(plan: Plan, model_dir: Path, devices: dict[str, int | str]) -> Iterator[PreTrainedConfig | None]:
+    """While a checkpoint is read: quantise as planned what transformers leaves. Yields the config to read it with."""
+    with quantising_experts(plan) if plan.experts else nullcontext():
+        if not plan.embeddings:
+            yield None
+            return
+        with quantising_embedding(plan, model_dir, devices):
+            yield untied_config(model_dir)
+
+
+def _read(
+    model_dir: Path,
+    dtype: str,
+    quantization: BitsAndBytesConfig | None,
+    devices: dict[str, int | str],
+    config: PreTrainedConfig | None = None,
+) -> PreTrainedModel:
+    options: dict[str, Any] = grouped_options(model_dir) if quantization is None else {"quantization_config": quantization}
+    if config is not None:
+        options["config"] = config
     auto = AutoModelForSeq2SeqLM if is_encoder_decoder(model_dir) else AutoModelForCausalLM
     with _exact_allocations():
         model: PreTrainedModel = auto.from_pretrained(
@@ -199,7 +252,7 @@ def _read(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            dtype=getattr(torch, plan.dtype),
+            dtype=getattr(torch, dtype),
             device_map=devices,
             **options,
         )
@@ -220,8 +273,20 @@ def _exact_allocations() -> Iterator[None]:
 
 
 def _settle(model: PreTrainedModel, plan: Plan, *, kernels: bool) -> None:
+    if kernels and plan.dtype == "float32" and plan.quantization in QUANTISED:
+        log.warning(
+            "weights are dequantised for every product: the kernels multiply 16-bit activations, and %s computes in "
+            "float32; set dtype to bfloat16 or float16", plan.model
+        )  # fmt: skip
     layers = find_layers(find_decoder(model)[1])[1]
     settle_layers(model, layers, kernels=kernels, arenas=plan.quantization in QUANTISED)
+
+
+def _tune(model: PreTrainedModel, tuning: Tuning) -> None:
+    """Before the KV cache takes what is free: the products that are timed need memory for their results."""
+    from deployments.engine.kernels.tune import tune_model, tuning_folder
+
+    tune_model(model, tuning_folder(tuning.folder), limit_s=tuning.limit_s)
 
 
 def _shorten_linears(model: nn.Module) -> None:
@@ -267,8 +332,8 @@ def _check_dtype(model: PreTrainedModel, plan: Plan) -> None:
         )
 
 
-def _compute_as_planned(model: PreTrainedModel, plan: Plan) -> None:
-    """Give bitsandbytes' linears the plan's dtype and no outlier threshold, whatever a quantised checkpoint says.
+def _compute_as_planned(model: PreTrainedModel, plan: Plan, threshold: float) -> None:
+    """Give bitsandbytes' linears the plan's dtype and this outlier threshold, whatever a quantised checkpoint says.
 
     In float32, its AVX512-BF16 path is switched off, which rounds activations and scales to bfloat16 inside.
     """
@@ -278,26 +343,23 @@ def _compute_as_planned(model: PreTrainedModel, plan: Plan) -> None:
         if hasattr(module, "compute_type_is_set"):  # 4 bits
             linear.compute_dtype, linear.compute_type_is_set = dtype, True
         elif hasattr(getattr(module, "state", None), "threshold"):  # 8 bits
-            linear.state.threshold = 0.0
+            linear.state.threshold = threshold
         if plan.dtype == "float32" and hasattr(module, "support_avx512bf16_for_cpu"):
             linear.support_avx512bf16_for_cpu = False
 
 
-def _own_modules(model: PreTrainedModel, plan: Plan, devices: list[torch.device]) -> dict[str, nn.Module]:
-    """Copies that stages hold of their own, by "stage index:name": rotary tables; and the head, where it is tied to an
-    embedding on another device, gets its own weight."""
-    if len(plan.stages) > 1:
-        head: Any = model.get_output_embeddings()
-        embedding: Any = model.get_input_embeddings()
-        if head is not None and head.weight is embedding.weight:
-            weight = embedding.weight.detach()  # on either device: the one weight has two entries in the device_map
-            embedding.weight = nn.Parameter(weight.to(devices[0]), requires_grad=False)
-            head.weight = nn.Parameter(weight.clone().to(devices[-1]), requires_grad=False)
-    return _copies(model, plan, devices)
+def _untie(model: PreTrainedModel, devices: list[torch.device]) -> None:
+    """Give the head, where it is tied to an embedding on another device, its own weight."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        weight = embedding.weight.detach()  # on either device: the one weight has two entries in the device_map
+        embedding.weight = nn.Parameter(weight.to(devices[0]), requires_grad=False)
+        head.weight = nn.Parameter(weight.clone().to(devices[-1]), requires_grad=False)
 
 
 def _copies(model: PreTrainedModel, plan: Plan, devices: list[torch.device]) -> dict[str, nn.Module]:
-    """A copy of each of the plan's `copies`, by "stage index:name"."""
+    """Copies that stages hold of their own (rotary tables, position biases), by "stage index:name"."""
     # A copied hook would still send its inputs to the original's device.
     return {
         f"{i}:{name}": remove_hook_from_module(copy.deepcopy(model.get_submodule(name)), recurse=True).to(devices[i])

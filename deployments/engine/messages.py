@@ -12,6 +12,15 @@ from placement.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
+class Tuning:
+    """Kernels are tuned for shapes of weights that no table of this GPU has."""
+
+    folder: Path
+    """Where the tables are kept, below it by version."""
+    limit_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLimits:
     """What one replica's scheduler may do."""
 
@@ -26,6 +35,12 @@ class EngineLimits:
     """Prompt tokens in a step while other sequences decode; None: as the pipeline finds best."""
     kernels: bool = True
     """Quantised linears on CUDA run on this project's kernels; False: on bitsandbytes'."""
+    int8_threshold: float = 0.0
+    """Above 0: LLM.int8(), by bitsandbytes, with this outlier threshold."""
+    batch_invariant: bool = False
+    """A row's bits don't depend on what else is in its step; see `deployments.engine.invariant`."""
+    tuning: Tuning | None = None
+    """None: the shipped tables are used as they are."""
     lookahead: Literal[0, 1] | None = None
     """Steps of a slot launched while the one before is unread; None is what is best on the device. CUDA has 1 always,
     and refuses 0."""
@@ -43,6 +58,8 @@ class EngineSpec:
     """Replicas that share this machine's cores."""
     cache_dir: Path
     """Where checkpoints quantised on the CPU are kept."""
+    kernels_dir: Path | None = None
+    """Where measured kernel configurations are kept; None: none are measured."""
     granule_tokens: int | None = None
     """In which cached prefixes are reported; a multiple of the pool's block size. None: they aren't."""
 

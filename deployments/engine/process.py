@@ -20,7 +20,16 @@ from transformers.utils.logging import disable_progress_bar
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.memory_watch import MemoryWatch
-from deployments.engine.messages import Commands, EngineLimits, EngineSpec, Failed, Measured, Started, StepReport
+from deployments.engine.messages import (
+    Commands,
+    EngineLimits,
+    EngineSpec,
+    Failed,
+    Measured,
+    Started,
+    StepReport,
+    Tuning,
+)
 from deployments.errors import HeadroomError
 from deployments.planning import plan_pool, step_tokens
 from deployments.protocol import TokenChunk
@@ -39,6 +48,8 @@ def main(argv: list[str]) -> int:
     disable_progress_bar()
     # It recommends a package that fetches kernels from a hub at run time.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # It says at each int8 product that it casts to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     with Connection(int(argv[1])) as connection:
         return serve(connection)
 
@@ -117,8 +128,17 @@ def _limits(spec: EngineSpec, plan: Plan, device_type: DeviceType) -> EngineLimi
         granule_tokens=spec.granule_tokens,
         threads=spec.pool.threads or share,
         prefill_chunk_tokens=spec.pool.prefill_chunk_tokens,
-        kernels=spec.pool.kernels == "headroom",
+        kernels=spec.pool.own_kernels,
+        int8_threshold=spec.pool.int8_threshold,
+        batch_invariant=spec.pool.batch_invariant,
+        tuning=_tuning(spec),
     )
+
+
+def _tuning(spec: EngineSpec) -> Tuning | None:
+    if spec.kernels_dir is None or not spec.pool.tune_kernels:
+        return None
+    return Tuning(spec.kernels_dir, spec.pool.tune_limit_s)
 
 
 def _take_commands(connection: Connection, engine: Engine) -> list[TokenChunk]:

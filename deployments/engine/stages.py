@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deployments.engine.attention import Attention, PagedKv, RowSpan, StepLayout
+from deployments.engine.invariant import in_runs
 
 
 class Absent(nn.Module):
@@ -233,6 +234,11 @@ class Stage:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocab] of hidden states [1, rows, hidden]; on the last stage alone."""
+        if (rows := self.attention.fixed_rows) is None:
+            return self._logits(hidden)
+        return torch.cat([self._logits(part) for part in in_runs(hidden, rows)])[: hidden.shape[1]]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         assert self._head is not None, "the head is on the last stage"
         logits: Tensor = self._head(inputs_embeds=hidden, use_cache=False).logits
         return logits[0]

@@ -149,7 +149,8 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def _rows4(weight: Weight4, rows: slice) -> Weight4:
     packed = weight.packed[rows.start // 16 : rows.stop // 16]
     absmax = weight.absmax[:, rows]
-    return Weight4(rows.stop - rows.start, weight.k, weight.blocksize, packed, absmax, weight.code)
+    code = weight.code.clone()  # a checkpoint's tensors share no memory: `save_pretrained` refuses such
+    return Weight4(rows.stop - rows.start, weight.k, weight.blocksize, packed, absmax, code)
 
 
 def _rows8(weight: Weight8, rows: slice) -> Weight8:

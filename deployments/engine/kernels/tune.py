@@ -1,30 +1,39 @@
 """Measure which configuration is fastest for a weight on this GPU, and keep the answers on disk.
 
 The products are timed as they are used: as CUDA graphs, over all weights of one shape in turn, so that the cache holds
-none of them. The table goes to a folder of the caller's (`HEADROOM_HOME/kernels`), and is read before the shipped ones.
+none of them. So is the crossover: both ways of a product at the same numbers of rows. The table goes to a folder of the
+caller's (`tuning_folder`), and is read before the shipped ones; shapes that either has are not measured again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from deployments.engine.kernels.config import (
     BUCKETS,
+    Entry,
     GemmConfig,
     Kind,
     Table,
     dump_table,
     file_name,
+    parse_table,
     table_for,
     use_folder,
 )
@@ -104,73 +113,173 @@ CANDIDATES: dict[tuple[Kind, int], tuple[GemmConfig, ...]] = {
 }
 """What is tried for each bucket of rows. Of the 4-bit ones, each needs over 48 KiB of dynamic shared memory beside the
 table of pairs: Triton raises the driver's limit of 48 KiB in all only for such."""
-CROSSOVER_ROWS = (32, 64, 128, 256)
+CROSSOVER_ROWS = (*BUCKETS, 256)
 """Where dequantising is compared with the small-batch kernel."""
+
+Weight = Weight4 | Weight8
+Shape = tuple[Kind, int, int]
+Measure = Callable[[GemmConfig | None, int], float]
+"""Microseconds of one product with so many rows; None: the weight is dequantised for it."""
+
+
+class OutOfTime(Exception):
+    """The limit passed while a shape was being measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What tuning asks of a GPU, and of a clock."""
+
+    name: Callable[[torch.device], str]
+    microseconds: Callable[[Sequence[Weight], GemmConfig | None, int], float]
+    """Of one product with so many rows, over weights of one shape in turn."""
+    clock: Callable[[], float]
 
 
 def tune(model: nn.Module, folder: Path) -> Table:
-    """Tune the products of `model`'s quantised linears and use the result from now on.
+    """`tune_model` without a limit; the table of the current GPU, which is used from now on."""
+    tune_model(model, folder)
+    return table_for(torch.cuda.get_device_name())
 
-    A table of this GPU in `folder` is completed with the shapes that it lacks; with none lacking, nothing is measured.
+
+def tune_model(model: nn.Module, folder: Path, *, limit_s: float = math.inf, bench: Bench | None = None) -> list[Shape]:
+    """Tune the products of `model`'s quantised linears, and use the results from now on.
+
+    Each GPU's table in `folder` is completed with the shapes that neither it nor the shipped one has, those of the most
+    bytes first; with none lacking, nothing is measured. Processes that tune at once add to the same table.
+
+    Args:
+        limit_s: seconds after which no other configuration is tried. What is left stays with the table's default, and
+            is measured at the next start.
+
+    Returns:
+        What was left.
     """
-    gpu = torch.cuda.get_device_name()
+    bench = bench or GPU
+    deadline = bench.clock() + limit_s
+    found = quantised_weights(model, bench)
+    try:
+        for gpu in found:
+            discard_damaged(folder / file_name(gpu))
+    except OSError as error:
+        log.warning("kernels are not tuned: %s can't be written (%s); set HEADROOM_HOME", folder, error.strerror)
+        return [shape for shapes in found.values() for shape in shapes]
     use_folder(folder)
-    table = table_for(gpu)
-    groups: dict[tuple[Kind, int, int], list[Weight4 | Weight8]] = {}
+    left: list[Shape] = []
+    for gpu, shapes in found.items():
+        unknown = [shape for shape in shapes if not table_for(gpu).knows(*shape)]
+        left += _tune_gpu(gpu, {shape: shapes[shape] for shape in unknown}, folder, deadline, bench)
+    return left
+
+
+def quantised_weights(model: nn.Module, bench: Bench) -> dict[str, dict[Shape, list[Weight]]]:
+    """The tiled weights by name of GPU and shape, those of one device alone; shapes of the most bytes first."""
+    groups: dict[tuple[str, Shape], list[Weight]] = {}
     for module in model.modules():
         if isinstance(module, QuantLinear4 | QuantLinear8) and module.quantised.tiled:
             weight = module.quantised
             kind: Kind = "4bit" if isinstance(weight, Weight4) else "8bit"
-            groups.setdefault((kind, weight.n, weight.k), []).append(weight)
-    unknown = [shape for shape in groups if not table.knows(*shape)]
-    for shape in unknown:
-        table = table.with_shape(*shape, *tune_shape(shape[0], groups[shape]))
-    if unknown:
-        write_table(table, folder / file_name(gpu))
+            group = groups.setdefault((bench.name(weight.packed.device), (kind, weight.n, weight.k)), [])
+            if not group or group[0].packed.device == weight.packed.device:
+                group.append(weight)
+    found: dict[str, dict[Shape, list[Weight]]] = {}
+    for (gpu, shape), group in sorted(groups.items(), key=lambda item: -sum(weight.bytes for weight in item[1])):
+        found.setdefault(gpu, {})[shape] = group
+    return found
+
+
+def _tune_gpu(gpu: str, shapes: dict[Shape, list[Weight]], folder: Path, deadline: float, bench: Bench) -> list[Shape]:
+    """The shapes that there was no time for."""
+    began = bench.clock()
+    for done, (shape, weights) in enumerate(shapes.items()):
+        log.info("tuning %s for %s: shape %d of %d", _named(shape), gpu, done + 1, len(shapes))
+
+        def measure(config: GemmConfig | None, rows: int, weights: list[Weight] = weights) -> float:
+            if bench.clock() >= deadline:
+                raise OutOfTime
+            return bench.microseconds(weights, config, rows)
+
+        try:
+            entry = tune_shape(shape[0], measure, table_for(gpu).entry(*shape))
+        except OutOfTime:
+            left = list(shapes)[done:]
+            log.warning(
+                "tuning for %s ended after %.0f s with %d of %d shapes measured; %s run in the default configuration "
+                "until the next start, which goes on; raise tune_limit_s, or set tune_kernels: false",
+                gpu, bench.clock() - began, done, len(shapes), ", ".join(map(_named, left)),
+            )  # fmt: skip
+            return left
+        keep(folder / file_name(gpu), table_for(gpu), shape, entry)
         use_folder(folder)
-    return table
+    return []
 
 
-def tune_shape(kind: Kind, weights: Sequence[Weight4 | Weight8]) -> tuple[dict[int, GemmConfig], int]:
+def _named(shape: Shape) -> str:
+    kind, n, k = shape
+    return f"{kind} {n}x{k}"
+
+
+def tune_shape(kind: Kind, measure: Measure, default: Entry) -> Entry:
     """The fastest configuration of each bucket, and the most rows for which the kernel is not slower than
-    dequantising. Configurations that can't be built or launched are logged and passed over.
+    dequantising; 0 where no configuration runs.
+
+    Configurations that can't be built or launched are logged and passed over. From a bucket on of which none runs,
+    weights are dequantised, and `default`'s configurations fill the table.
 
     Raises:
-        RuntimeError: none of a bucket's configurations runs on this GPU.
+        OutOfTime: by `measure`.
     """
-    device, k = weights[0].packed.device, weights[0].k
-    best: dict[int, GemmConfig] = {}
+    configs = dict(default.configs)
+    runs = 0
     for bucket in BUCKETS:
-        x = torch.randn(bucket, k, device=device, dtype=torch.bfloat16)
-        times: dict[GemmConfig, float] = {}
-        for config in CANDIDATES[kind, bucket]:
-            try:
-                times[config] = graph_time(over(weights, partial(_small, x, config, bucket)))
-            except Exception as error:  # noqa: BLE001 - the others may well run
-                log.info("%s for %d rows does not run here: %s", config, bucket, error)
+        times = _times(kind, bucket, measure)
         if not times:
-            raise RuntimeError(
-                f"no {kind} configuration for {bucket} rows runs on {torch.cuda.get_device_name(device)}"
-            )
-        best[bucket] = min(times, key=times.__getitem__)
+            log.warning("no %s configuration for %d rows runs here; weights are dequantised for them", kind, bucket)
+            break
+        configs[bucket], runs = min(times, key=times.__getitem__), bucket
+    return Entry(configs, _crossover(configs, measure, most=math.inf if runs == BUCKETS[-1] else runs))
+
+
+def _times(kind: Kind, bucket: int, measure: Measure) -> dict[GemmConfig, float]:
+    times: dict[GemmConfig, float] = {}
+    for config in CANDIDATES[kind, bucket]:
+        try:
+            times[config] = measure(config, bucket)
+        except OutOfTime:
+            raise
+        except Exception as error:  # noqa: BLE001 - the others may well run
+            log.info("%s for %d rows does not run here: %s", config, bucket, error)
+    return times
+
+
+def _crossover(configs: dict[int, GemmConfig], measure: Measure, *, most: float) -> int:
     crossover = 0
     for rows in CROSSOVER_ROWS:
-        x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-        bucket = min(rows, BUCKETS[-1])
-        small = graph_time(over(weights, partial(_small, x, best[bucket], bucket)))
-        if small > graph_time(over(weights, partial(_whole, x))):
+        if rows > most or measure(configs[min(rows, BUCKETS[-1])], rows) > measure(None, rows):
             break
         crossover = rows
-    return best, crossover
+    return crossover
 
 
-def _small(x: Tensor, config: GemmConfig, bucket: int, weight: Weight4 | Weight8) -> Tensor:
+def time_product(weights: Sequence[Weight], config: GemmConfig | None, rows: int) -> float:
+    """`Bench.microseconds` on the weights' GPU, in bfloat16."""
+    device = weights[0].packed.device
+    x = torch.randn(rows, weights[0].k, device=device, dtype=torch.bfloat16)
+    call = partial(_whole, x) if config is None else partial(_small, x, config, min(rows, BUCKETS[-1]))
+    with torch.cuda.device(device):
+        return graph_time(over(weights, call))
+
+
+GPU = Bench(torch.cuda.get_device_name, time_product, time.monotonic)
+
+
+def _small(x: Tensor, config: GemmConfig, bucket: int, weight: Weight) -> Tensor:
     from deployments.engine.kernels.launch import small_product
 
     return small_product(x, weight, None, config, bucket=bucket)
 
 
-def _whole(x: Tensor, weight: Weight4 | Weight8) -> Tensor:
+def _whole(x: Tensor, weight: Weight) -> Tensor:
     from deployments.engine.kernels.launch import dequantised_product
 
     return dequantised_product(x, weight, None)
@@ -209,3 +318,40 @@ def write_table(table: Table, path: Path) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(dump_table(table), indent=1) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def tuning_folder(home: Path) -> Path:
+    """The folder of tables below `home`: results depend on torch, Triton, the kernels' code and the shipped tables."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*here.glob("*.py"), *here.glob("tables/*.json")]):
+        digest.update(path.read_bytes())
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return home / f"torch-{version('torch')}-triton-{triton}-{digest.hexdigest()[:8]}"
+
+
+def discard_damaged(path: Path) -> None:
+    """Remove a table that can't be read, so that it is measured again.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            return
+        try:
+            parse_table(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            log.warning("%s is damaged (%s) and is measured again", path, error)
+            path.unlink()
+
+
+def keep(path: Path, base: Table, shape: Shape, entry: Entry) -> None:
+    """Add a shape to the table at `path`, which is `base` where there is none; others may add to it meanwhile."""
+    with FileLock(path.with_suffix(".lock")):
+        have = parse_table(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else base
+        write_table(have.with_shape(*shape, entry.configs, entry.crossover), path)

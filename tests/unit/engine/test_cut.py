@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from deployments.engine import attention_torch, gather
+from deployments.engine import attention_torch, cut, gather
 from deployments.engine.loader import LoadedModel, load
 from deployments.engine.stages import run_stages
 from deployments.errors import ConfigError
@@ -42,9 +42,9 @@ def loaded(folder: Path, config: PreTrainedConfig) -> LoadedModel:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (BLOOM, r"its layers attend \[0\] times in 4 forwards"),
-        (FALCON, r"its forward fails \(TypeError"),
-        (GPT_OSS, "GptOssAttention passes s_aux, which paged attention does not compute"),
+        (BLOOM, "its layers do not call transformers' attention function"),
+        (FALCON, "its layers do not call transformers' attention function"),
+        (GPT_OSS, "its attention has sinks"),
     ],
     ids=["no hook", "needs a mask", "sinks"],
 )
@@ -55,6 +55,28 @@ def test_what_paged_attention_does_not_compute_gets_the_gather_cache(
     assert re.match(rf"gather cache \(on paged attention {reason}", model.attention)
     assert "\n" not in model.attention
     assert any("runs on the gather cache, which is slower" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (BLOOM, r"its layers attend \[0\] times in 4 forwards"),
+        (FALCON, r"its forward fails \(TypeError"),
+        (GPT_OSS, "GptOssAttention passes s_aux, which paged attention does not compute"),
+    ],
+    ids=["no hook", "needs a mask", "sinks"],
+)
+def test_the_probe_finds_what_nobody_foresaw(
+    tmp_path: Path,
+    config: PreTrainedConfig,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(cut, "own_attention", lambda *_: None)
+    model = loaded(tmp_path, config)
+    assert re.match(rf"gather cache \(on paged attention {reason}", model.attention)
+    assert any("holds nothing back for the gather cache" in message for message in caplog.messages)
 
 
 def mistral(folder: Path) -> LoadedModel:
@@ -104,7 +126,7 @@ def test_a_model_that_is_wrong_on_both_is_refused_with_both_reasons(
     see_the_padding(monkeypatch)
     with pytest.raises(
         ConfigError,
-        match=r"BloomForCausalLM can't be served: on paged attention its layers attend \[0\] times .*; on the gather "
+        match=r"BloomForCausalLM can't be served: on paged attention its layers do not call .*; on the gather "
         r"cache its logits differ from the plain forward's by .* over the bound of 0\.001",
     ) as caught:
         loaded(tmp_path, BLOOM)

@@ -18,8 +18,8 @@ def span(start: int, count: int, first_block: int = 0) -> RowSpan:
     return RowSpan(start, count, tuple(range(first_block, first_block + blocks)))
 
 
-def groups(*spans: RowSpan, limit: int = 1000) -> list[list[int]]:
-    return [[first for first, _ in group] for group in group_spans(spans, limit)]
+def groups(*spans: RowSpan, limit: int = 1000, pairs: int = 10**6) -> list[list[int]]:
+    return [[first for first, _ in group] for group in group_spans(spans, limit, pairs)]
 
 
 def test_spans_of_equally_many_rows_share_a_batch() -> None:
@@ -34,6 +34,37 @@ def test_a_batch_gathers_no_more_than_the_limit_unless_one_sequence_does() -> No
     same = [span(9, 1)] * 5
     assert groups(*same, limit=20) == [[0, 1], [2, 3], [4]]
     assert groups(*same, limit=5) == [[0], [1], [2], [3], [4]]
+
+
+def test_a_batch_scores_no_more_pairs_than_the_limit() -> None:
+    assert groups(*[span(0, 4)] * 5, pairs=32) == [[0, 4], [8, 12], [16]]
+    assert groups(*[span(9, 1)] * 5, pairs=20) == [[0, 1], [2, 3], [4]]
+    assert groups(*[span(9, 1)] * 2, pairs=5) == [[0], [1]], "a row can't be divided"
+
+
+def test_long_spans_are_divided_and_their_parts_run_in_order() -> None:
+    """Ten rows in parts of 5, 3 and 2, and another span of 3 rows that joins the second of these at the earliest."""
+    found = list(group_spans((span(0, 3), span(0, 10, 1)), 1000, 25))
+    parts = [[(first, part.start, part.count) for first, part in group] for group in found]
+    assert parts == [[(0, 0, 3)], [(3, 0, 5)], [(8, 5, 3)], [(11, 8, 2)]]
+    assert {part.block_table for group in found[1:] for _, part in group} == {(1, 2, 3)}
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 50, 400])
+def test_division_loses_no_row_and_keeps_to_the_limit(pairs: int) -> None:
+    spans = (span(5, 7), span(0, 20), span(30, 1), span(2, 7))
+    seen: dict[int, int] = {}
+    for group in group_spans(spans, 40, pairs):
+        longest = max(part.start + part.count for _, part in group)
+        count = group[0][1].count
+        assert len(group) == 1 or (longest * len(group) <= 40 and count * longest * len(group) <= pairs)
+        assert count == 1 or count * longest <= pairs
+        for first, part in group:
+            for row in range(part.count):
+                assert first + row not in seen
+                seen[first + row] = part.start + row
+    starts = [position for each in spans for position in range(each.start, each.start + each.count)]
+    assert [seen[row] for row in range(35)] == starts
 
 
 def test_spans_without_rows_are_in_no_batch() -> None:
@@ -115,7 +146,7 @@ def test_a_step_comes_back_in_row_order() -> None:
         visible = options["attention_mask"].sum(-1)[:, None]
         return torch.stack((source, positions, visible.expand_as(source)), -1).float()
 
-    attention = GatherAttention(30, CPU)
+    attention = GatherAttention(30, CPU, longest=40)
     attention.prepare(StepLayout((span(9, 1), span(0, 3, 4), span(10, 1, 8)), BLOCK))
     ids, positions = torch.tensor([[50, 60, 61, 62, 70]]), torch.tensor([[9, 0, 1, 2, 10]])
     out = attention.run(forward, ids, positions, {2: PagedKv(30, BLOCK, 1, 8, torch.float32, CPU)})

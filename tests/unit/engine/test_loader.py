@@ -123,7 +123,7 @@ def test_float32_does_not_round_inside(folder: Path, dtype: str, rounds: bool, m
     """bitsandbytes would take its AVX512-BF16 path wherever the CPU has one."""
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     monkeypatch.setattr(loader, "plain_logits", lambda *_: torch.zeros(1, VOCAB))  # a CPU without the path would crash
-    monkeypatch.setattr(cut, "probe", lambda *_: None)
+    monkeypatch.setattr(cut, "probe", lambda *_, **__: None)
     found = linears(load(folder, plan_of(folder, dtype=dtype), device_type="cpu").stages)
     assert len(found) == 14
     assert {module.support_avx512bf16_for_cpu for module in found} == {rounds}
@@ -211,3 +211,20 @@ def test_a_shortened_linear_gives_the_same_bits(bias: bool) -> None:
         again = linear(rows)
     assert ("forward" in vars(linear)) == getattr(linear.weight.quant_state, "packing_format_for_cpu", False)
     assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernels", "told"), [("float32", True, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+)
+def test_float32_on_the_kernels_is_told(
+    folder: Path,
+    dtype: str,
+    kernels: bool,
+    told: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(loader, "settle_layers", lambda *_, **__: None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    loader._settle(model, plan_of(folder, dtype=dtype), kernels=kernels)
+    assert caplog.text.count("weights are dequantised for every product") == told

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deployments.engine import process
-from deployments.engine.messages import Commands, EngineLimits, EngineSpec, Failed, Started, StepReport
+from deployments.engine.messages import Commands, EngineLimits, EngineSpec, Failed, Started, StepReport, Tuning
 from deployments.engine.process import serve
 from deployments.errors import ConfigError
 from deployments.protocol import GenerationRequest
@@ -161,3 +161,16 @@ def test_limits_are_the_pools(folder: Path, device_type: str, tokens: int) -> No
         prefill_chunk_tokens=9,
         kernels=False,
     )
+
+
+def test_kernels_are_tuned_where_their_answers_can_be_kept(folder: Path, tmp_path: Path) -> None:
+    def tuning(kernels_dir: Path | None, **options: Any) -> Tuning | None:
+        spec = EngineSpec("tiny", folder, pool(**options), 1, folder, kernels_dir)
+        return process._limits(spec, plan_of(folder), "cuda").tuning
+
+    assert tuning(tmp_path, tune_limit_s=7) == Tuning(tmp_path, 7.0)
+    assert tuning(tmp_path) == Tuning(tmp_path, 120.0)
+    assert tuning(tmp_path, tune_kernels=False) is None
+    assert tuning(None) is None
+    with pytest.raises(ValueError, match="tune_limit_s is given, but tune_kernels is false"):
+        pool(tune_kernels=False, tune_limit_s=7)

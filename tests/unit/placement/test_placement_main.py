@@ -36,6 +36,20 @@ def test_table_and_explanation(model: Path, capsys: pytest.CaptureFixture[str]) 
     assert "hidden states" in out
 
 
+def test_a_quantised_head_is_planned_beside_its_embedding(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = {}
+    for options in ((), ("--quantize-head",)):
+        assert main([str(model), "--cpu", "400MB", "--context", "64", "--json", *options]) == 0
+        (stage,) = from_json(capsys.readouterr().out).stages
+        held[options] = {term.name: term.bytes for term in stage.weights}
+    plain, head = held.values()
+    assert plain["embedding"] == head["embedding"]
+    assert "head" in head
+    assert head["head"] > plain.get("head", 0)
+    assert main([str(model), "--cpu", "400MB", "--context", "64", "--quantize-head"]) == 0
+    assert "nf4, the head too, computes in" in capsys.readouterr().out
+
+
 def test_attention_changes_the_reserve_on_gpus_alone(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Its heads are of 32: by default no FlashInfer.
     assert main([str(model), "--gpus", "L4"]) == 0

@@ -64,6 +64,7 @@ def test_keys_are_the_devices_in_use() -> None:
     ("weighed", "wanted", "reason"),
     [
         (model(9, 9, 9, 9, tied=True), {}, "head beside embed, to which it is tied"),
+        (replace(model(9, 9, 9, 9), head=True), {}, "quantised head, which transformers does not load so"),
         (model(9, 9, 9, 9), {"devices": (1, 0)}, "ascending order, and the stages run on 1, 0"),
         (model(9, 9, 9, 9), {"device_type": "cpu"}, "one CPU"),
         (

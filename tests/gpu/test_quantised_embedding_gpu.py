@@ -1,0 +1,96 @@
+"""A quantised input embedding beside a tied head, and a gather cache, on GPUs as a replica runs them.
+
+pytest tests/gpu/test_quantised_embedding_gpu.py
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from deployments.engine.embedding import QuantisedEmbedding, quantised_rows
+from deployments.engine.experts import EightBitExperts, FourBitExperts
+from deployments.engine.loader import load
+from deployments.engine.loop import Engine
+from deployments.engine.messages import EngineLimits
+from deployments.protocol import GenerationRequest, Sampling
+from placement import probe
+from placement.footprint import footprint
+from placement.plan import Plan, solve
+from tests.gpu.teacher import plain_model, shortfalls
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),  # FlashInfer's imports warn
+]
+
+LIMITS = EngineLimits(max_batch_tokens=256, max_sequences=16, prefix_cache=True, threads=1)
+BOUND = 0.1
+"""As in test_cuda_pipeline.py."""
+OUTPUT = 16
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=1024, max_position_embeddings=512, tie_word_embeddings=True,
+    ),
+    "bloom": transformers.BloomConfig(hidden_size=256, n_layer=4, n_head=4, vocab_size=1024, seq_length=512),
+}  # fmt: skip
+
+
+def oracle(folder: Path, plan: Plan) -> PreTrainedModel:
+    """transformers' own, its embedding the dequantised rows, its head as it was."""
+    model = plain_model(folder, plan)
+    embedding: Any = model.get_input_embeddings()
+    made = quantised_rows(embedding.weight.detach(), plan, embedding.weight.device)
+    eight = plan.quantization == "int8"
+    rows = QuantisedEmbedding(EightBitExperts(made, embedding.weight.dtype) if eight else FourBitExperts(made))
+    every = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
+    embedding.weight = nn.Parameter(rows(every), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize(("name", "quantization"), [("llama", "nf4"), ("llama", "int8"), ("bloom", "nf4")])
+def test_tokens_are_the_plain_forwards_argmax(name: str, quantization: str, stages: int, tmp_path: Path) -> None:
+    gpus = probe.cuda_gpus()
+    if len(gpus) < stages:
+        pytest.skip(f"needs {stages} GPUs, {len(gpus)} are visible")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(tmp_path)
+    plan = solve(
+        footprint(tmp_path, quantization=quantization, embeddings=True),
+        gpus[:stages],
+        block_size=16,
+        max_batch_tokens=LIMITS.max_batch_tokens,
+        max_sequences=LIMITS.max_sequences,
+        max_context=256,
+        max_memory=dict.fromkeys(range(stages), "4GiB"),
+    )
+    model = load(tmp_path, plan, device_type="cuda", limits=LIMITS)
+    assert model.attention.startswith("gather cache") == (name == "bloom")
+    engine = Engine(model, plan, LIMITS)
+    draw = random.Random(1)
+    prompts = [tuple(draw.randrange(3, 1024) for _ in range(draw.choice((5, 33, 90)))) for _ in range(12)]
+    for i, prompt in enumerate(prompts):
+        engine.submit(GenerationRequest(f"{i}", prompt, Sampling(max_tokens=OUTPUT, seed=0, temperature=0.0)))
+    outputs: dict[str, list[int]] = {f"{i}": [] for i in range(len(prompts))}
+    while engine.has_work():
+        for chunk in engine.step():
+            assert chunk.error is None
+            outputs[chunk.request_id] += chunk.token_ids
+    engine.close()
+    torch._dynamo.reset()
+    plain, decided = oracle(tmp_path, plan), 0
+    for i, prompt in enumerate(prompts):
+        short = shortfalls(plain, prompt, outputs[f"{i}"])
+        assert bool((short <= BOUND).all()), f"chose tokens {short.max():.3f} below the best"
+        decided += int((short == 0).sum())
+    assert decided >= 0.8 * OUTPUT * len(prompts)

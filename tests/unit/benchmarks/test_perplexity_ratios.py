@@ -1,0 +1,62 @@
+"""The perplexity of quantised weights in several ways: how a text is scored, and what is a failure."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from benchmarks.perplexity import CONTENDERS, failures, load, score
+from tests.unit.engine.tiny import IDS, llama, save
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("llama"), llama(tie_word_embeddings=True))
+
+
+def test_a_text_is_scored_by_windows(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = [(31 * i + 7) % 256 for i in range(25)]
+    found = score(model, ids, 12, 6)
+    nats = 0.0
+    for i in range(1, 25):  # the last window that begins early enough to give the most context
+        begin = 0 if i < 12 else 6 * -(-(i - 11) // 6)
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([ids[begin:i]])).logits[0, -1]
+        nats -= float(logits.log_softmax(-1)[ids[i]])
+    assert found.tokens == 24
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_all_contenders_have_the_same_weights(folder: Path, quantization: str) -> None:
+    four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    eight = {"load_in_8bit": True, "llm_int8_threshold": 6.0}
+    config = BitsAndBytesConfig(**(four if quantization == "nf4" else eight))
+    found = {}
+    for name, finish in CONTENDERS.items():
+        model = load(folder, "cpu", torch.float32, config)
+        finish(model, config)
+        found[name] = score(model, IDS, 16, 8).nats
+    assert found["headroom"] == pytest.approx(found["dequantised"], rel=1e-5)
+    bound = 1e-5 if quantization == "nf4" else 0.05  # LLM.int8() rounds activations
+    assert found["bitsandbytes"] == pytest.approx(found["dequantised"], rel=bound)
+    assert found["headroom, head too"] != pytest.approx(found["headroom"], rel=1e-5)
+
+
+def test_what_does_not_hold_is_said() -> None:
+    good = {"dequantised": 10.0, "bitsandbytes": 10.005, "headroom": 10.001}
+    assert failures("nf4", good) == []
+    assert failures("int8", good) == []
+    worse = {**good, "headroom": 10.02}
+    assert failures("fp4", worse) == ["fp4: headroom is +0.150% off bitsandbytes, over 0.1%"]
+    assert failures("int8", worse) == [
+        "int8: headroom is +0.200% off dequantised, over 0.1%",
+        "int8: headroom, 10.0200, is above LLM.int8(), 10.0050",
+    ]
+    assert len(failures("int8", {**good, "headroom": math.nan})) == 2
