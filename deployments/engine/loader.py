@@ -242,7 +242,9 @@ def _read(
     devices: dict[str, int | str],
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    options: dict[str, Any] = grouped_options(model_dir) if quantization is None else {"quantization_config": quantization}
+    options: dict[str, Any] = (
+        grouped_options(model_dir) if quantization is None else {"quantization_config": quantization}
+    )
     if config is not None:
         options["config"] = config
     auto = AutoModelForSeq2SeqLM if is_encoder_decoder(model_dir) else AutoModelForCausalLM
