@@ -235,6 +235,17 @@ def test_a_small_request_passes_a_large_one_that_waits_for_room() -> None:
     book.check_integrity()
 
 
+def test_replicas_are_asked_for_ends_the_sooner_the_fewer_they_are() -> None:
+    few, many = ledger(state("r0")), ledger(*(state(f"r{k}") for k in range(50)))
+    for built, replicas in ((few, 1), (many, 50)):
+        assert built.end_within_ms() is None
+        for k in range(5 * replicas + 1):
+            built.reserve(wish(f"q{k}"), 0.0)
+        assert built.end_within_ms() == 2 * replicas
+        built.cancel(f"q{5 * replicas}", 0.0)
+        assert built.end_within_ms() is None
+
+
 def test_what_passes_a_large_request_is_bounded_by_the_longest_request_there_can_be() -> None:
     """Small requests of 2 blocks keep coming; the large one needs 9 of the 10 blocks, and lets 10 blocks pass it."""
     book = ledger(state())
