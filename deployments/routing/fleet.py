@@ -1,9 +1,8 @@
 """The replicas that a ledger knows, indexed so that no decision looks at all of them. Integers only.
 
 Replicas that are sold, and are not kept for one request, stand in shelves: one per pool, block size, and longest
-request up to a factor of two. Within a shelf the score differs by headroom alone, so it is sorted by headroom: a sorted
-list of the distinct values, and for each the replicas that have it. The best of a shelf is one of the last value's,
-drawn at random.
+request up to a factor of two. A shelf is sorted by headroom: a sorted list of the distinct values, and for each the
+replicas that have it. The roomiest few of each shelf are compared by their score.
 """
 
 from __future__ import annotations
@@ -16,6 +15,10 @@ from typing import NamedTuple
 
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.policy import Size
+
+MOST_ROOMY = 8
+"""Of each shelf, so many replicas are compared by their score, those with the most headroom: a score is lower than the
+headroom by what is to be computed there, which is much on a few replicas at a time."""
 
 
 class ShelfKey(NamedTuple):
@@ -76,18 +79,21 @@ class Shelf:
             del self._values[bisect_left(self._values, spot.headroom)]
         return None
 
-    def best(self, size: Size, rng: random.Random) -> ReplicaAccount | None:
-        """One with the most headroom of those that could hold the request to its last token, empty or not."""
+    def roomiest(self, size: Size, rng: random.Random) -> list[ReplicaAccount]:
+        """The roomiest of those that could hold the request to its last token, empty or not: MOST_ROOMY at most."""
         total = size.prompt_tokens + size.max_tokens
         if total.bit_length() > self._key.longest_bits:
-            return None
+            return []
+        found: list[ReplicaAccount] = []
         for headroom in reversed(self._values):
             fitting = self._with[headroom]
             if total.bit_length() == self._key.longest_bits:
                 fitting = [account for account in fitting if account.longest_tokens >= total]
-            if fitting:
-                return fitting[rng.randrange(len(fitting))] if len(fitting) > 1 else fitting[0]
-        return None
+            left = MOST_ROOMY - len(found)
+            found += fitting if len(fitting) <= left else rng.sample(fitting, left)
+            if len(found) == MOST_ROOMY:
+                break
+        return found
 
     def __iter__(self) -> Iterator[tuple[int, ReplicaAccount]]:
         """(headroom, replica) of all that stand here."""
@@ -200,12 +206,12 @@ class Fleet:
                 self._open(account)
 
     def best(self, size: Size, pool: str | None, rng: random.Random) -> list[ReplicaAccount]:
-        """Open replicas, the best of each shelf: what a policy that goes by headroom would pick is among them.
+        """Open replicas, the roomiest of each shelf: what a policy that goes by headroom would pick is among them.
 
         They could hold the request to its last token; whether there is room now is for the policy to say.
         """
-        found = [shelf.best(size, rng) for key, shelf in self._shelves.items() if pool is None or key.pool == pool]
-        return [account for account in found if account is not None]
+        shelves = (shelf for key, shelf in self._shelves.items() if pool is None or key.pool == pool)
+        return [account for shelf in shelves for account in shelf.roomiest(size, rng)]
 
     def room_tokens(self, pool: str | None) -> int:
         """The largest headroom of an open replica."""

@@ -33,7 +33,6 @@ from deployments.routing.turns import Answer, Outcome, Turns
 from deployments.routing.view import LedgerView
 from deployments.routing.waiting import Waiter, WaitingQueue
 
-
 END_REPORTS_PER_S = 500
 """Most reports a second, of all replicas together, that are asked for beyond the usual ones."""
 

@@ -1,6 +1,6 @@
 """Sends a replica's reports to the ledger: on change, at most every 100 ms, and a heartbeat each second.
 
-While requests wait for room, the ledger asks for the ends of requests sooner: what they free stands empty until it knows.
+While requests wait for room, the ledger asks for the ends of others sooner: what they free stands empty until it knows.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
+
+from deployments.routing import fleet as fleet_module
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.fleet import Fleet
 from deployments.routing.policy import Size
@@ -27,7 +30,8 @@ def names(found: list[ReplicaAccount]) -> list[str]:
     return sorted(each.state.replica_id for each in found)
 
 
-def test_the_best_of_each_shelf() -> None:
+def test_the_roomiest_of_each_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "MOST_ROOMY", 1)
     built = fleet(
         account("a", 5),
         account("b", 3),
@@ -48,7 +52,15 @@ def test_one_that_is_too_short_is_passed_over() -> None:
     built.check_integrity()
 
 
-def test_equals_are_drawn_at_random() -> None:
+def test_the_few_roomiest_are_compared() -> None:
+    built = fleet(*(account(f"r{k}", k % 10) for k in range(40)))
+    found = built.best(SMALL, None, random.Random(0))
+    assert len(found) == 8
+    assert Counter(each.headroom_blocks for each in found) == {10: 4, 9: 4}
+
+
+def test_equals_are_drawn_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "MOST_ROOMY", 1)
     built = fleet(*(account(name, 2) for name in "abc"), account("d", 3))
     rng = random.Random(0)
     drawn = Counter(built.best(SMALL, None, rng)[0].state.replica_id for _ in range(300))
