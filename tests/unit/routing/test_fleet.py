@@ -3,9 +3,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-import pytest
-
-from deployments.routing import fleet as fleet_module
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.fleet import Fleet
 from deployments.routing.policy import Size
@@ -30,8 +27,7 @@ def names(found: list[ReplicaAccount]) -> list[str]:
     return sorted(each.state.replica_id for each in found)
 
 
-def test_the_roomiest_of_each_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "MOST_ROOMY", 1)
+def test_the_best_of_each_shelf() -> None:
     built = fleet(
         account("a", 5),
         account("b", 3),
@@ -52,15 +48,18 @@ def test_one_that_is_too_short_is_passed_over() -> None:
     built.check_integrity()
 
 
-def test_the_few_roomiest_are_compared() -> None:
-    built = fleet(*(account(f"r{k}", k % 10) for k in range(40)))
-    found = built.best(SMALL, None, random.Random(0))
-    assert len(found) == 8
-    assert Counter(each.headroom_blocks for each in found) == {10: 4, 9: 4}
+def test_what_is_to_be_computed_counts_like_room_taken() -> None:
+    built = fleet(*(account(name, held) for name, held in (("a", 0), ("b", 2), ("c", 3))))
+    for name, ahead, best in (("a", 31, "a"), ("a", 49, "b"), ("b", 17, "c"), ("b", 15, "b")):
+        found = built.get(name)
+        assert found is not None
+        found.ahead_tokens = ahead
+        assert names(built.best(SMALL, None, random.Random(0))) == [best]
+    large = Size(16, 16, 9 * 16)  # has room on a alone
+    assert names(built.best(large, None, random.Random(0))) == ["a"]
 
 
-def test_equals_are_drawn_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "MOST_ROOMY", 1)
+def test_equals_are_drawn_at_random() -> None:
     built = fleet(*(account(name, 2) for name in "abc"), account("d", 3))
     rng = random.Random(0)
     drawn = Counter(built.best(SMALL, None, rng)[0].state.replica_id for _ in range(300))
