@@ -242,7 +242,8 @@ NO_CHANGE = CachedGranules()
 
 @dataclass(frozen=True, slots=True)
 class ReplicaState:
-    """A replica's report to the ledger: on change, at most every 100 ms, and a heartbeat each second."""
+    """A replica's report to the ledger: on change, at most every 100 ms unless it asks for ends sooner, and a heartbeat
+    each second."""
 
     version: int = field(default=PROTOCOL_VERSION, kw_only=True)
     replica_id: str
