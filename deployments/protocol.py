@@ -243,7 +243,8 @@ NO_CHANGE = CachedGranules()
 
 @dataclass(frozen=True, slots=True)
 class ReplicaState:
-    """A replica's report to the ledger: on change, at most every 100 ms, and a heartbeat each second."""
+    """A replica's report to the ledger: on change, at most every 100 ms unless it asks for ends sooner, and a heartbeat
+    each second."""
 
     version: int = field(default=PROTOCOL_VERSION, kw_only=True)
     replica_id: str
@@ -289,6 +290,9 @@ class ReportAnswer:
     revoked: tuple[tuple[str, float], ...] = ()
     """(grant id, `expires_at`) of grants that nobody waits for and that the replica was not heard to have taken up: it
     is to refuse them, and to report them as ended unless it has taken them up. Told until it did either."""
+    end_within_ms: int | None = None
+    """How soon after its last report the replica is to report the end of a request, because requests wait for what that
+    frees; None: with its other changes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,9 @@ class Limits:
     report_delay: float = 0.005
     """From a replica to whoever listens."""
     report_every: float = 0.1
-    """Reports of one replica are at least so far apart."""
+    """Reports of one replica are at least so far apart, unless the ledger asks for ends sooner."""
+    look: float = 0.02
+    """How often a replica looks whether to report an end sooner."""
     heartbeat: float = 1.0
     ledger_call: float = 0.003
     """What asking a ledger adds to a request; the others decide in the ingress."""
@@ -68,6 +70,9 @@ class Front(Protocol):
     def hear(self, replica: int, message: object, now: float, /) -> None:
         """Its message arrives."""
 
+    def end_within(self, replica: int, /) -> float:
+        """Seconds after its last report in which the replica tells of an end; `report_every` unless requests wait."""
+
     def tick(self, now: float, /) -> None:
         """Time passes."""
 
@@ -83,6 +88,7 @@ class DirectFront:
         self._replicas = replicas
         self._actions = actions
         self._queue_limit = limits.queue_per_replica * len(replicas)
+        self._report_every = limits.report_every
         self._rng = rng
         self._known = [Known(index, replica.spec) for index, replica in enumerate(replicas)]
         self._place: dict[int, int] = {}
@@ -117,6 +123,9 @@ class DirectFront:
         assert isinstance(message, float)
         self._known[replica].kv_usage = message
 
+    def end_within(self, _replica: int, /) -> float:
+        return self._report_every
+
     def tick(self, _now: float, /) -> None:
         pass
 
@@ -141,6 +150,7 @@ class LedgerFront:
         self._admissions: list[Admission] = []
         self._cached: list[tuple[set[int], set[int]]] = [(set(), set()) for _ in replicas]
         """The granules in use and the idle ones of each replica, as of its last report."""
+        self._end_within = [limits.report_every] * len(replicas)
         for index in range(ledgers):
             share = len(range(index, len(replicas), ledgers))
             config = LedgerConfig("model", expected_replicas=share, queue_limit=limits.queue_per_replica * share)
@@ -187,6 +197,12 @@ class LedgerFront:
         epoch = ledger.report(message, now)
         self._admissions[replica].acknowledge(message.sequence, epoch)
         self._act_all(ledger.admit(now), now)
+        limits, within_ms = self._limits, ledger.end_within_ms()
+        asked = limits.report_every if within_ms is None else max(limits.look, within_ms / 1000)
+        self._end_within[replica] = min(limits.report_every, asked)
+
+    def end_within(self, replica: int, /) -> float:
+        return self._end_within[replica]
 
     def tick(self, now: float, /) -> None:
         for ledger in self._ledgers:

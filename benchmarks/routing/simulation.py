@@ -103,14 +103,15 @@ class Simulation:
                 self.front.ended(job, replica)
             self._open -= len(ended)
             if ended:
-                self._changed(replica)
+                self._changed(replica, ended=True)
             self._step(replica)
 
         self._at(due, advance)
 
-    def _changed(self, replica: int) -> None:
+    def _changed(self, replica: int, *, ended: bool = False) -> None:
         """It has something to report, at once or as soon as it may."""
-        self._due(replica, max(self.now, self._reported_at[replica] + self.limits.report_every))
+        every = self.front.end_within(replica) if ended else self.limits.report_every
+        self._due(replica, max(self.now, self._reported_at[replica] + every))
 
     def _due(self, replica: int, time: float) -> None:
         """The replica's next report is due then, if none is before."""

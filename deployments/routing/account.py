@@ -29,6 +29,8 @@ class Promise:
     """The granule that must be in use for it to share as granted; None when it shares nothing."""
     listed: bool = False
     """The replica has reported to hold it."""
+    ahead_tokens: int = 0
+    """What of its prompt is to be computed, until a second report lists it."""
     revoked: bool = False
     """Nobody waits for it: the replica is asked to refuse it, and charged until it says that it will."""
 
@@ -44,6 +46,9 @@ class ReplicaAccount:
         self.charged_blocks = 0
         self.charged_requests = 0
         """Promises, and what is reported under grant ids that are not promised."""
+        self.ahead_tokens = 0
+        """Prompt tokens granted here that are likely not computed yet: those of grants that no report has listed, or
+        only one. Reports don't say what was computed, and a prompt takes about as long as they are apart."""
         self.preempted = 0
         """Preemptions that the last report was the first to tell of."""
         self._held: dict[str, int] = {}
@@ -106,9 +111,11 @@ class ReplicaAccount:
             requests_left=self.requests_left,
         )
 
-    def promise(self, grant: Grant, size: Size, shares: int | None = None) -> None:
+    def promise(self, grant: Grant, size: Size, shares: int | None = None, *, cached_tokens: int = 0) -> None:
         """Charge a new grant, which shares blocks for as long as the granule `shares` is in use."""
-        self.promises[grant.grant_id] = Promise(grant, size, grant.blocks, shares)
+        ahead = size.prompt_tokens - cached_tokens
+        self.promises[grant.grant_id] = Promise(grant, size, grant.blocks, shares, ahead_tokens=ahead)
+        self.ahead_tokens += ahead
         self.charged_blocks += grant.blocks
         self.charged_requests += 1
 
@@ -134,6 +141,7 @@ class ReplicaAccount:
             Blocks that this freed.
         """
         promise = self.promises.pop(grant_id)
+        self.ahead_tokens -= promise.ahead_tokens
         self.charged_requests -= grant_id not in self._held
         held = self._held.get(grant_id, 0)
         freed = max(promise.blocks, held) - held
@@ -170,7 +178,9 @@ class ReplicaAccount:
         gone = {grant_id for grant_id, _, _ in state.ended if grant_id in self.promises}
         for grant_id, promise in self.promises.items():
             if grant_id in self._held:
-                if not promise.listed:  # from here on the report counts what it holds, and all that is shared once
+                if promise.listed:
+                    promise.ahead_tokens = 0
+                else:  # from here on the report counts what it holds, and all that is shared once
                     promise.listed, promise.blocks = True, promise.grant.blocks + promise.grant.shared_blocks
             elif promise.listed:
                 gone.add(grant_id)
@@ -178,6 +188,7 @@ class ReplicaAccount:
                 alone = 0 if promise.shares in used else promise.grant.shared_blocks
                 promise.blocks = promise.grant.blocks + alone
         ended = [self.promises.pop(grant_id) for grant_id in sorted(gone)]
+        self.ahead_tokens = sum(promise.ahead_tokens for promise in self.promises.values())
         self.charged_blocks, self.charged_requests = self._charge(), self._count()
         return tuple((promise.grant, promise.size) for promise in ended)
 
@@ -195,6 +206,8 @@ class ReplicaAccount:
         assert self.charged_requests == self._count(), (
             f"replica {self.state.replica_id}: {self.charged_requests} requests, a fresh count gives {self._count()}"
         )
+        ahead = sum(promise.ahead_tokens for promise in self.promises.values())
+        assert ahead == self.ahead_tokens, f"replica {self.state.replica_id}: {self.ahead_tokens} ahead, summed {ahead}"
         fresh = self._charge()
         assert fresh == self.charged_blocks, (
             f"replica {self.state.replica_id}: charged {self.charged_blocks} blocks, a fresh sum gives {fresh} "

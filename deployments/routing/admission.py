@@ -54,6 +54,8 @@ class Admission:
         """Since the start of this life; the next report tells."""
         self.changed = True
         """Whether something happened since the last report, which is then due."""
+        self.ended = False
+        """Whether a request ended since the last report."""
         self._sequence = 0
         self._held: dict[str, tuple[int, int]] = {}
         """Grant id -> (blocks granted, blocks held now), those that it shares included in both."""
@@ -131,7 +133,7 @@ class Admission:
         self.grants = self.grants.with_ended(granted, -(-(prompt_tokens + output_tokens) // self.block_size))
         self._local.discard(grant_id)
         self._ended[grant_id] = (prompt_tokens, output_tokens, 0)
-        self.changed = True
+        self.changed = self.ended = True
 
     def revoke(self, grant_id: str, expires_at: float) -> None:
         """Take this grant up no more, and report it as ended; nothing when it was taken up."""
@@ -148,7 +150,7 @@ class Admission:
     def report(self) -> ReplicaState:
         """The next report."""
         self._sequence += 1
-        self.changed = False
+        self.changed = self.ended = False
         for grant_id, (prompt, output, first) in self._ended.items():
             if first == 0:
                 self._ended[grant_id] = (prompt, output, self._sequence)

@@ -62,7 +62,7 @@ class Books:
             expires_at=now + self._config.grant_ttl_s,
             shared_blocks=shared_blocks(account, match),
         )
-        account.promise(grant, size, match.last_used)
+        account.promise(grant, size, match.last_used, cached_tokens=match.cached_tokens)
         self._place(account)
         self._grants.add(grant, account, grant.expires_at + self._config.silence_s)
         return grant

@@ -1,9 +1,9 @@
 """The replicas that a ledger knows, indexed so that no decision looks at all of them. Integers only.
 
 Replicas that are sold, and are not kept for one request, stand in shelves: one per pool, block size, and longest
-request up to a factor of two. Within a shelf the score differs by headroom alone, so it is sorted by headroom: a sorted
-list of the distinct values, and for each the replicas that have it. The best of a shelf is one of the last value's,
-drawn at random.
+request up to a factor of two. A shelf is sorted by headroom: a sorted list of the distinct values, and for each the
+replicas that have it. Within a shelf the score differs by headroom and by the prompts that are to be computed, so its
+best is one of the roomiest few; equals are drawn at random.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deployments.routing.account import ReplicaAccount
-from deployments.routing.policy import Size
+from deployments.routing.policy import Size, blocks_for
+
+MOST_ROOMY = 8
+"""Of each shelf, so many replicas are compared at most, those with the most headroom: a score is lower than that by
+what is to be computed there, which is much on few replicas at a time."""
 
 
 class ShelfKey(NamedTuple):
@@ -77,17 +81,35 @@ class Shelf:
         return None
 
     def best(self, size: Size, rng: random.Random) -> ReplicaAccount | None:
-        """One with the most headroom of those that could hold the request to its last token, empty or not."""
+        """Of those that could hold the request to its last token, empty or not: the one with the most headroom less
+        what is to be computed, if it fits there now; else the one with the most headroom."""
         total = size.prompt_tokens + size.max_tokens
         if total.bit_length() > self._key.longest_bits:
             return None
+        needed = blocks_for(size.grant_tokens, self._key.block_size)
+        best: tuple[int, ReplicaAccount] | None = None
+        left = MOST_ROOMY
         for headroom in reversed(self._values):
-            fitting = self._with[headroom]
-            if total.bit_length() == self._key.longest_bits:
-                fitting = [account for account in fitting if account.longest_tokens >= total]
-            if fitting:
-                return fitting[rng.randrange(len(fitting))] if len(fitting) > 1 else fitting[0]
-        return None
+            room = headroom * self._key.block_size
+            if left <= 0 or (best is not None and (headroom < needed or room <= best[0])):
+                break
+            for account in self._drawn(headroom, total, rng, left):
+                left -= 1
+                if best is None or room - account.ahead_tokens > best[0]:
+                    best = room - account.ahead_tokens, account
+                if best[0] == room:
+                    break
+        return None if best is None else best[1]
+
+    def _drawn(self, headroom: int, total: int, rng: random.Random, most: int) -> list[ReplicaAccount]:
+        """At most so many of those with this headroom that could hold `total` tokens, from a random one on."""
+        fitting = self._with[headroom]
+        if total.bit_length() == self._key.longest_bits:
+            fitting = [account for account in fitting if account.longest_tokens >= total]
+        if len(fitting) <= 1:
+            return fitting
+        first = rng.randrange(len(fitting))
+        return (fitting[first : first + most] + fitting[:first])[:most]
 
     def __iter__(self) -> Iterator[tuple[int, ReplicaAccount]]:
         """(headroom, replica) of all that stand here."""
@@ -200,7 +222,7 @@ class Fleet:
                 self._open(account)
 
     def best(self, size: Size, pool: str | None, rng: random.Random) -> list[ReplicaAccount]:
-        """Open replicas, the best of each shelf: what a policy that goes by headroom would pick is among them.
+        """Open replicas, the best of each shelf: what the policy would pick is among them.
 
         They could hold the request to its last token; whether there is room now is for the policy to say.
         """

@@ -33,6 +33,9 @@ from deployments.routing.turns import Answer, Outcome, Turns
 from deployments.routing.view import LedgerView
 from deployments.routing.waiting import Waiter, WaitingQueue
 
+END_REPORTS_PER_S = 500
+"""Most reports a second, of all replicas together, that are asked for beyond the usual ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Queued:
@@ -212,6 +215,13 @@ class Ledger:
             silent=self._books.silent(self._now),
             wake=self._growth.to_wake(self._queue.sums(), self._fleet, self._now),
         )
+
+    def end_within_ms(self) -> int | None:
+        """How soon replicas are to report that requests ended: the sooner the fewer they are; None while nobody waits.
+
+        Until the ledger knows of an end, what it freed stands empty.
+        """
+        return self._fleet.alive(None) * 1000 // END_REPORTS_PER_S if self._queue else None
 
     def waiting_tokens(self, pool: str) -> int:
         """What waits for a pool that scales: grants, in tokens."""

@@ -71,7 +71,7 @@ class LedgerService:
         self._board.hear_replica(state, time.time())
         self._admit()
         waiting = self._ledger.waiting_tokens(state.pool)
-        return ReportAnswer(epoch, waiting, self._ledger.revoked(state.replica_id))
+        return ReportAnswer(epoch, waiting, self._ledger.revoked(state.replica_id), self._ledger.end_within_ms())
 
     async def notice(self, notice: IngressNotice) -> LedgerNews:
         """Take in an ingress's notice."""

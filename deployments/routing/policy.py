@@ -2,18 +2,26 @@
 
     shared  = tokens of the prompt that running requests hold there // block_size
     granted = blocks of prompt and expected output - shared
-    score   = (headroom - granted) * block_size + cached
+    left    = (headroom - granted) * block_size
+    spare   = largest - capacity, where at least half of the replica would be left; 0 elsewhere
+    score   = left + spare + cached - ahead
 
-in tokens: the room that the grant leaves, and what of the prompt need not be computed there (`cached`, used by running
-requests or idle). A token of room and a token of prefill weigh the same, so a prefix has a bounded pull. Let a replica
+in tokens: the room that the grant leaves; what of the prompt need not be computed there (`cached`, used by running
+requests or idle); and off it the prompts that were granted there a moment ago and are computed before (`ahead`). Where
+half of a replica is left, more room is of no use to the request, and what is held makes the steps longer that it waits
+for: there a replica counts as if it were as large as the largest one, so that the fewest tokens held win, and a large
+replica isn't filled first only because it is large. Among equal replicas the two are the same.
+
+A token of room and a token of prefill weigh the same, so a prefix has a bounded pull. Let a replica
 have `c` tokens of a prompt cached, `u <= c` of them in use, and another one none. Then the first is preferred just as
 long as the other has less than
 
     u + c <= 2 c
 
-tokens more room. Each request of `s` tokens that follows a prefix in use takes `s - u` of that difference, so a hot
-prefix draws about `(u + c) / (s - u)` requests more to its replica than others get; the next one goes to another
-replica, which has the prefix too from then on. A long history that one conversation alone has keeps to its replica,
+tokens more room. Each request of `s` tokens that follows a prefix in use takes `s - u` of that difference, and while
+its prompt is computed as much again as there is to compute of it. So a hot prefix draws at most about
+`(u + c) / (s - u)` requests more to its replica than others get; the next one goes to another replica, which has the
+prefix too from then on. A long history that one conversation alone has keeps to its replica,
 unless that is behind by more than twice its length.
 
 Absolute tokens compare across pools that differ in precision, block size and capacity; percentages do not.
@@ -51,7 +59,15 @@ class Candidate(Protocol):
         """Longest prompt + output, in tokens."""
 
 
-AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
+class Scored(Candidate, Protocol):
+    """What else the score reads."""
+
+    @property
+    def ahead_tokens(self) -> int:
+        """Prompt tokens granted there that are likely not computed yet."""
+
+
+AnyCandidate = TypeVar("AnyCandidate", bound=Scored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +108,19 @@ def fits_now(replica: Candidate, size: Size, match: Match = NO_MATCH) -> bool:
     return grant_blocks(replica, size, match) <= replica.headroom_blocks
 
 
-def score(replica: Candidate, size: Size, match: Match = NO_MATCH) -> int:
-    """Tokens of room that the grant would leave, negative when it doesn't fit, and tokens that are cached."""
-    return (replica.headroom_blocks - grant_blocks(replica, size, match)) * replica.block_size + match.cached_tokens
+def score(replica: Scored, size: Size, match: Match = NO_MATCH, *, largest: int = 0) -> int:
+    """Tokens of room and of work spared, negative when the grant doesn't fit.
+
+    Args:
+        replica: where.
+        size: of the request.
+        match: what of its prompt is cached there.
+        largest: capacity of the largest replica that it is compared with, in tokens.
+    """
+    left = replica.headroom_blocks - grant_blocks(replica, size, match)
+    ample = 2 * left >= replica.capacity_blocks
+    spare = max(0, largest - replica.capacity_blocks * replica.block_size) if ample else 0
+    return left * replica.block_size + spare + match.cached_tokens - replica.ahead_tokens
 
 
 def pick(
@@ -104,13 +130,15 @@ def pick(
     match_of: Callable[[AnyCandidate], Match] = lambda _: NO_MATCH,
 ) -> AnyCandidate | None:
     """The replica with the best score among those where the request fits now; None when there is none."""
+    replicas = [replica for replica in replicas if fits_ever(replica, size)]
+    largest = max((replica.capacity_blocks * replica.block_size for replica in replicas), default=0)
     best: list[AnyCandidate] = []
     best_score = 0
     for replica in replicas:
         match = match_of(replica)
-        if not fits_ever(replica, size) or not fits_now(replica, size, match):
+        if not fits_now(replica, size, match):
             continue
-        value = score(replica, size, match)
+        value = score(replica, size, match, largest=largest)
         if best and value < best_score:
             continue
         if not best or value > best_score:

@@ -1,4 +1,7 @@
-"""Sends a replica's reports to the ledger: on change, at most every 100 ms, and a heartbeat each second."""
+"""Sends a replica's reports to the ledger: on change, at most every 100 ms, and a heartbeat each second.
+
+While requests wait for room, the ledger asks for the ends of others sooner: what they free stands empty until it knows.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,7 @@ class ReportSender:
         self._reached = True
         self._answered_at: float | None = None
         self._waiting_tokens = 0
+        self._end_within_ms: int | None = None
 
     async def run(self) -> None:
         """Report until cancelled. A ledger that doesn't answer is tried again each heartbeat."""
@@ -59,8 +63,7 @@ class ReportSender:
         while True:
             if self._stopping():
                 self._admission.drain()
-            wait_s = EVERY_S if self._admission.changed and self._reached else HEARTBEAT_S
-            if clock() - sent_at >= wait_s:
+            if clock() - sent_at >= self._wait_s():
                 sent_at = clock()
                 await self.send()
             await asyncio.sleep(LOOK_S)
@@ -73,6 +76,14 @@ class ReportSender:
             capacity_tokens=admission.capacity_tokens,
             waiting_tokens=self._waiting_tokens,
         )
+
+    def _wait_s(self) -> float:
+        """Seconds from the last report to the next."""
+        if not self._reached or not self._admission.changed:
+            return HEARTBEAT_S
+        if self._end_within_ms is None or not self._admission.ended:
+            return EVERY_S
+        return min(EVERY_S, self._end_within_ms / 1000)
 
     async def send(self) -> None:
         """Send one report and take in the answer."""
@@ -89,7 +100,7 @@ class ReportSender:
             logger.info("replica %s reaches its ledger again", state.replica_id)
         self._reached = True
         self._admission.acknowledge(state.sequence, answer.epoch)
-        self._waiting_tokens = answer.waiting_tokens
+        self._waiting_tokens, self._end_within_ms = answer.waiting_tokens, answer.end_within_ms
         for grant_id, expires_at in answer.revoked:
             self._admission.revoke(grant_id, expires_at)
         now = asyncio.get_running_loop().time()

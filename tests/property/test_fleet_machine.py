@@ -10,13 +10,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.fleet import Fleet
-from deployments.routing.policy import Size, fits_ever, pick, score
+from deployments.routing.policy import Size, fits_ever, fits_now, pick
 from tests.unit.routing.worlds import state
 
 SHAPES = [("a", 16, 10), ("a", 16, 9), ("a", 16, 40), ("a", 32, 10), ("b", 16, 40), ("b", 8, 100)]
 """(pool, block size, blocks)."""
 MOST_REQUESTS = 4
 NAMES = [f"r{k}" for k in range(7)]
+
+
+def shelf_of(account: ReplicaAccount) -> tuple[str, int, int]:
+    return account.state.pool, account.block_size, account.longest_tokens.bit_length()
+
+
+def ease(account: ReplicaAccount) -> int:
+    return account.headroom_blocks * account.block_size - account.ahead_tokens
 
 
 class FleetMachine(RuleBasedStateMachine):
@@ -49,11 +57,13 @@ class FleetMachine(RuleBasedStateMachine):
         name=st.sampled_from(NAMES),
         charged=st.integers(0, 45),
         requests=st.sampled_from([0, 0, MOST_REQUESTS]),
+        ahead=st.sampled_from([0, 0, 20, 200]),
         sold=st.booleans(),
         alive=st.booleans(),
     )
-    def changes(self, name: str, charged: int, requests: int, sold: bool, alive: bool) -> None:
+    def changes(self, name: str, charged: int, requests: int, ahead: int, sold: bool, alive: bool) -> None:
         if (account := self.known.get(name)) is not None:
+            account.ahead_tokens = ahead
             account.charged_blocks, account.charged_requests, account.alive = charged, requests, alive
             self.fleet.place(account, sold=sold)
             self.sold = self.sold | {name} if sold else self.sold - {name}
@@ -79,11 +89,13 @@ class FleetMachine(RuleBasedStateMachine):
         ours = [each for each in everyone if pool is None or each.state.pool == pool]
         found = self.fleet.best(size, pool, self.rng)
         assert all(each in ours and fits_ever(each, size) for each in found)
-        indexed, scanned = pick(found, size, self.rng), pick(ours, size, self.rng)
-        assert (indexed is None) == (scanned is None)
+        for each in ours:
+            if fits_ever(each, size) and fits_now(each, size):
+                alike = [one for one in found if fits_now(one, size) and shelf_of(one) == shelf_of(each)]
+                assert any(ease(one) >= ease(each) for one in alike), f"{each.state.replica_id} is better"
+        indexed = pick(found, size, self.rng)
+        assert (indexed is None) == (pick(ours, size, self.rng) is None)
         assert indexed is None or indexed.charged_requests < MOST_REQUESTS
-        if indexed is not None and scanned is not None:
-            assert score(indexed, size) == score(scanned, size)
 
     @invariant()
     def sums_and_shelves_are_right(self) -> None:

@@ -48,6 +48,17 @@ def test_one_that_is_too_short_is_passed_over() -> None:
     built.check_integrity()
 
 
+def test_what_is_to_be_computed_counts_like_room_taken() -> None:
+    built = fleet(*(account(name, held) for name, held in (("a", 0), ("b", 2), ("c", 3))))
+    for name, ahead, best in (("a", 31, "a"), ("a", 49, "b"), ("b", 17, "c"), ("b", 15, "b")):
+        found = built.get(name)
+        assert found is not None
+        found.ahead_tokens = ahead
+        assert names(built.best(SMALL, None, random.Random(0))) == [best]
+    large = Size(16, 16, 9 * 16)  # has room on a alone
+    assert names(built.best(large, None, random.Random(0))) == ["a"]
+
+
 def test_equals_are_drawn_at_random() -> None:
     built = fleet(*(account(name, 2) for name in "abc"), account("d", 3))
     rng = random.Random(0)

@@ -100,7 +100,7 @@ def test_a_grant_that_is_given_back_makes_room_for_another_request() -> None:
 def test_what_exceeds_a_replicas_requests_goes_to_another() -> None:
     book = ledger(state(**MANY), state("r1"))
     placed = [granted(book.reserve(wish(f"q{k}"), 0.0)).replica_id for k in range(9)]
-    assert placed == ["r0"] * 4 + ["r1"] * 5
+    assert sorted(placed) == ["r0"] * 4 + ["r1"] * 5
     assert isinstance(book.reserve(wish("tenth"), 0.0), Queued)
     book.check_integrity()
 
@@ -233,6 +233,33 @@ def test_a_small_request_passes_a_large_one_that_waits_for_room() -> None:
     assert isinstance(book.reserve(wish("next"), 0.2), Queued)
     assert book.admit(0.3) == []
     book.check_integrity()
+
+
+def test_a_prompt_is_ahead_until_a_second_report_lists_it() -> None:
+    built = ledger(state("r0"), state("r1"))
+    first = granted(built.reserve(wish("first", prompt=100), 0.0))
+    account = built._fleet.get(first.replica_id)
+    assert account is not None
+    other = granted(built.reserve(wish("other"), 0.0))
+    assert other.replica_id != first.replica_id
+    for sequence, ahead in ((2, 100), (3, 0)):
+        built.report(state(first.replica_id, sequence, held=((first.grant_id, first.blocks),)), 0.1 * sequence)
+        assert account.ahead_tokens == ahead
+    built.report(state(first.replica_id, 4, ended=((first.grant_id, 100, 1),)), 0.5)
+    assert granted(built.reserve(wish("third"), 0.5)).replica_id == first.replica_id
+    assert account.ahead_tokens == 16
+    built.check_integrity()
+
+
+def test_replicas_are_asked_for_ends_the_sooner_the_fewer_they_are() -> None:
+    few, many = ledger(state("r0")), ledger(*(state(f"r{k}") for k in range(50)))
+    for built, replicas in ((few, 1), (many, 50)):
+        assert built.end_within_ms() is None
+        for k in range(5 * replicas + 1):
+            built.reserve(wish(f"q{k}"), 0.0)
+        assert built.end_within_ms() == 2 * replicas
+        built.cancel(f"q{5 * replicas}", 0.0)
+        assert built.end_within_ms() is None
 
 
 def test_what_passes_a_large_request_is_bounded_by_the_longest_request_there_can_be() -> None:

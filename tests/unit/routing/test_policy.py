@@ -16,6 +16,7 @@ class Spot:
     block_size: int = 16
     capacity_blocks: int = 10
     max_context: int = 160
+    ahead_tokens: int = 0
 
 
 SMALL = Size(prompt_tokens=16, max_tokens=16, grant_tokens=32)
@@ -41,6 +42,13 @@ def test_a_grant_is_never_larger_than_the_replica() -> None:
 def test_the_score_is_what_is_left_in_tokens() -> None:
     assert score(Spot("a", 5), SMALL) == (5 - 2) * 16
     assert score(Spot("a", 1), SMALL) == -16
+    assert score(Spot("a", 5, ahead_tokens=7), SMALL) == (5 - 2) * 16 - 7
+
+
+def test_where_half_would_be_left_it_is_what_is_held_that_counts() -> None:
+    assert score(Spot("a", 6), SMALL, largest=1600) == 4 * 16
+    assert score(Spot("a", 7), SMALL, largest=1600) == 1600 - (10 - 5) * 16
+    assert score(Spot("a", 7), SMALL, largest=160) == 5 * 16
 
 
 @pytest.mark.parametrize(
@@ -51,6 +59,10 @@ def test_the_score_is_what_is_left_in_tokens() -> None:
         ([Spot("a", 1), Spot("b", 0)], None),
         ([Spot("half empty", 5), Spot("large, a fifth empty", 20, capacity_blocks=100)], "large, a fifth empty"),
         ([Spot("16", 5, block_size=16), Spot("64", 3, block_size=64)], "64"),  # 48 tokens left against 128
+        ([Spot("small, 2 held", 8), Spot("large, 20 held", 80, capacity_blocks=100)], "small, 2 held"),
+        ([Spot("small, 4 held", 6), Spot("large, 20 held", 80, capacity_blocks=100)], "large, 20 held"),
+        ([Spot("a prompt to compute", 5, ahead_tokens=33), Spot("less room", 3)], "less room"),
+        ([Spot("a prompt to compute", 5, ahead_tokens=31), Spot("less room", 3)], "a prompt to compute"),
         ([Spot("roomy but short", 9, max_context=16), Spot("b", 4)], "b"),
         ([], None),
     ],

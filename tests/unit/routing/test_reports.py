@@ -21,6 +21,7 @@ class LedgerHandle:
     def __init__(self) -> None:
         self.heard: list[ReplicaState] = []
         self.failing = False
+        self.end_within_ms: int | None = None
         self.revoked: tuple[tuple[str, float], ...] = ()
         self.report = self
 
@@ -29,7 +30,7 @@ class LedgerHandle:
             if self.failing:
                 raise RayError("down")
             self.heard.append(state)
-            return ReportAnswer(7, 48, self.revoked)
+            return ReportAnswer(7, 48, self.revoked, self.end_within_ms)
 
         return answer()
 
@@ -68,6 +69,30 @@ async def test_changes_are_reported_at_most_each_100_ms() -> None:
     task.cancel()
     assert len(ledger.heard[-1].held) == 20
     assert 2 <= len(ledger.heard) - before <= 8
+
+
+async def test_ends_are_reported_sooner_while_requests_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "EVERY_S", 600.0)
+    monkeypatch.setattr(reports, "HEARTBEAT_S", 600.0)
+    own, ledger, reporting = sender()
+    for name in "ab":
+        own.take_up(Grant(name, "q", "p", "r0", 1, 7, 1, 1e12), 0.0)
+    ledger.end_within_ms = 20
+    await reporting.send()
+    await reporting.send()  # the first answer told of a ledger, which was a change
+    task = asyncio.create_task(reporting.run())
+    own.hold("a", 5)  # a change, but no end
+    await asyncio.sleep(0.1)
+    before = len(ledger.heard)
+    ledger.end_within_ms = None
+    own.end("a", prompt_tokens=16, output_tokens=1)
+    while len(ledger.heard) == before:
+        await asyncio.sleep(0.005)
+    assert [grant_id for grant_id, _, _ in ledger.heard[-1].ended] == ["a"]
+    own.end("b", prompt_tokens=16, output_tokens=1)  # nobody waits any more, by that report's answer
+    await asyncio.sleep(0.1)
+    task.cancel()
+    assert len(ledger.heard) == before + 1
 
 
 async def test_a_ledger_that_may_have_forgotten_the_replica_hears_all_of_its_cache(
