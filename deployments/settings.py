@@ -117,8 +117,8 @@ class PoolSettings(_Strict):
     tune_limit_s: Annotated[float, Field(gt=0)] = 120.0
     """For how long at most; the next start goes on with what is left."""
     batch_invariant: bool = False
-    """A request's tokens and log-probabilities are the same, bit for bit, whatever runs beside it. Several times
-    slower: 16 rows at once, on GPUs without CUDA graphs and FlashInfer; no mixtures of experts."""
+    """A request's tokens and log-probabilities are the same, bit for bit, whatever runs beside it. Slower: 16
+    rows at once, on GPUs without CUDA graphs and FlashInfer; no mixtures of experts."""
     prefix_cache: bool = True
     drain_s: Annotated[float, Field(ge=0)] = 60.0
     """How long a replica that is stopped may finish its streams; those left are resumed on another one."""
