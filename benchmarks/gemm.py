@@ -196,9 +196,10 @@ def time_variants(
     return points
 
 
-def best_table(points: list[Point]) -> Table:
+def best_table(points: list[Point], known: Table) -> Table:
     """The fastest configuration of each shape and bucket; for other shapes, the one whose times over the floor have the
-    least geometric mean. The crossover is the heuristic's until `with_crossovers`."""
+    least geometric mean. The crossover is the heuristic's until `with_crossovers`; cuts are those of `known`, which
+    `benchmarks.gemm_cuts` measures."""
     table = HEURISTIC
     kinds: tuple[Kind, Kind] = ("4bit", "8bit")
     for kind in kinds:
@@ -217,7 +218,9 @@ def best_table(points: list[Point]) -> Table:
                 own[shape][bucket] = min(times, key=times.__getitem__)
         table = replace(table, default={**table.default, kind: Entry(default, table.default[kind].crossover)})
         for (n, k), configs in own.items():
-            table = table.with_shape(kind, n, k, configs, table.default[kind].crossover)
+            table = table.with_shape(
+                kind, n, k, Entry(configs, table.default[kind].crossover, known.entry(kind, n, k).cuts)
+            )
     return table
 
 
@@ -233,7 +236,7 @@ def with_crossovers(table: Table, points: list[Point]) -> Table:
             both = sorted(small.keys() & whole.keys())
             found.append(max((rows for rows in both if small[rows] <= whole[rows]), default=BUCKETS[0]))
             n, k = SHAPES[model][linear]
-            table = table.with_shape(kind, n, k, table.entry(kind, n, k).configs, found[-1])
+            table = table.with_shape(kind, n, k, replace(table.entry(kind, n, k), crossover=found[-1]))
         if found:
             entry = replace(table.default[kind], crossover=min(found))
             table = replace(table, default={**table.default, kind: entry})
@@ -419,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"compiled after {time.monotonic() - began:.0f} s")
         wrong = check_variants(pairs)
         points += time_variants("8B", wrong, bandwidth, buckets)
-        table = best_table(points)
+        table = best_table(points, table)
         print_variants(points)
     if not args.skip_contenders:
         rows_list = tuple(int(r) for r in args.rows.split(","))

@@ -97,9 +97,9 @@ class Table:
         """Whether the shape has an entry of its own."""
         return (kind, n, k) in self.shapes
 
-    def with_shape(self, kind: Kind, n: int, k: int, configs: dict[int, GemmConfig], crossover: int) -> Table:
-        """This table with one more shape."""
-        return replace(self, shapes={**self.shapes, (kind, n, k): Entry(configs, crossover)})
+    def with_shape(self, kind: Kind, n: int, k: int, entry: Entry) -> Table:
+        """This table with one more shape, or another entry for one."""
+        return replace(self, shapes={**self.shapes, (kind, n, k): entry})
 
 
 def bucket_of(rows: int) -> int:

@@ -70,17 +70,17 @@ def groups_of(rows: int) -> int:
     return next(groups for groups in GROUPS if rows <= 8 * groups)
 
 
-@cache
 def choose_cut(n: int, k: int, bits: int, groups: int, multiprocessors: int) -> Cut | None:
-    """For a shape that was not measured: the cut that keeps all multiprocessors equally busy with most bytes on their
-    way. None where x does not fit shared memory, or only in parts so small that the kernel was measured to be slower
-    than others."""
-    ranked = (
-        (_rank(cut, n, k, multiprocessors), cut)
-        for cluster in ((2, 4) if groups == 1 else (2,))
-        for cut in candidates(n, k, bits, groups, (cluster,))
-    )
-    return min(ranked, key=lambda found: found[0], default=(None, None))[1]
+    """The best of `ranked_cuts`, for a shape that was not measured. None where there is none: x does not fit shared
+    memory, or only in parts so small that the kernel was measured to be slower than others."""
+    return next(iter(ranked_cuts(n, k, bits, groups, multiprocessors)), None)
+
+
+@cache
+def ranked_cuts(n: int, k: int, bits: int, groups: int, multiprocessors: int) -> tuple[Cut, ...]:
+    """Those first that keep all multiprocessors equally busy with most bytes on their way."""
+    cuts = candidates(n, k, bits, groups, (2, 4) if groups == 1 else (2,))
+    return tuple(sorted(cuts, key=lambda cut: _rank(cut, n, k, multiprocessors)))
 
 
 def candidates(n: int, k: int, bits: int, groups: int, clusters: tuple[int, ...] = (1, 2, 4, 8)) -> Iterator[Cut]:

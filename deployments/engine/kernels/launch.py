@@ -34,19 +34,26 @@ def product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, *, batch_
     batch_invariant: a row's bits do not depend on the number of rows: the small-batch kernel, in one configuration, for
     any number of them. It reads the weight once per 16 rows.
     """
-    kind: Kind = "4bit" if isinstance(weight, Weight4) else "8bit"
-    entry = table_of(x.device).entry(kind, weight.n, weight.k)
-    rows = x.shape[0]
+    entry = _entry(x, weight)
     small = weight.tiled and x.dtype in (torch.bfloat16, torch.float16)
     if small and batch_invariant:
         return small_product(x, weight, bias, entry.configs[BUCKETS[0]], bucket=BUCKETS[0])
-    cut = _cut(entry, weight, rows, x.device) if small and 0 < rows <= MOST_ROWS else None
-    if cut is not None:
-        return skinny_product(x, weight, bias, cut)
-    if small and rows <= entry.crossover:
+    cut = _cut(entry, weight, x.shape[0], x.device) if small and 0 < x.shape[0] <= MOST_ROWS else None
+    return product_of_more(x, weight, bias) if cut is None else skinny_product(x, weight, bias, cut)
+
+
+def product_of_more(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None = None) -> Tensor:
+    """`product` without `skinny.cu`: Triton's kernels up to the crossover, dequantised above it."""
+    entry, rows = _entry(x, weight), x.shape[0]
+    if weight.tiled and x.dtype in (torch.bfloat16, torch.float16) and rows <= entry.crossover:
         bucket = bucket_of(rows)
         return small_product(x, weight, bias, entry.configs[bucket], bucket=bucket)
     return dequantised_product(x, weight, bias)
+
+
+def _entry(x: Tensor, weight: Weight4 | Weight8) -> Entry:
+    kind: Kind = "4bit" if isinstance(weight, Weight4) else "8bit"
+    return table_of(x.device).entry(kind, weight.n, weight.k)
 
 
 def _cut(entry: Entry, weight: Weight4 | Weight8, rows: int, device: torch.device) -> Cut | None:

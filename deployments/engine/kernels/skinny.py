@@ -1,7 +1,7 @@
 """Products of a few rows with a tiled weight by the CUDA kernel of `skinny.cu`. Needs a GPU of capability 9.0 or above.
 
-The kernel is compiled by NVRTC, which comes with PyTorch, when a shape is first used; `use_folder` keeps what was
-compiled. It is launched through CUDA's driver, for clusters and for programmatic dependent launch: blocks start, and
+The kernel is compiled by NVRTC, which comes with PyTorch, when a shape is first used, and kept in the state folder.
+It is launched through CUDA's driver, for clusters and for programmatic dependent launch: blocks start, and
 read weights, while the kernel before ends.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import sys
 from dataclasses import asdict
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from deployments.engine.kernels.cut import GROUPS, Cut, groups_of
 from deployments.engine.kernels.weights import Weight4, Weight8
+from deployments.home import state_folder
+
+log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("skinny.cu")
 
@@ -49,45 +53,51 @@ def skinny_product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, cu
     return out
 
 
-_folder: list[Path] = []
-
-
-def use_folder(folder: Path) -> None:
-    """Keep compiled kernels there."""
-    _folder[:] = [folder]
-
-
 @cache
 def _kernel(
     device: torch.device, cut: Cut, bits: int, groups: int, half: bool, per_scale: int, nested: bool, shared: int
 ) -> ctypes.c_void_p:
-    macros = {
-        **{name.upper(): value for name, value in asdict(cut).items()},
-        "BITS": bits, "GROUPS": groups, "ROUNDED": int(groups == GROUPS[-1]), "HALF": int(half),
-        "PER_SCALE": per_scale, "NESTED": int(nested),
-    }  # fmt: skip
-    major, minor = torch.cuda.get_device_capability(device)
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     driver = _driver()
-    _check(driver.cuModuleLoadData(ctypes.byref(module), _cubin(tuple(options))))
+    _check(
+        driver.cuModuleLoadData(
+            ctypes.byref(module), compiled(cut, bits, groups, half=half, per_scale=per_scale, nested=nested)
+        )
+    )
     _check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"skinny"))
     _check(driver.cuFuncSetAttribute(function, 8, shared))  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     return function
 
 
-def _cubin(options: tuple[str, ...]) -> bytes:
+def compiled(cut: Cut, bits: int, groups: int, *, half: bool, per_scale: int, nested: bool) -> bytes:
+    """The kernel for the current GPU, or as it was kept by an earlier start.
+
+    Args:
+        groups: of 8 rows of x that a launch computes.
+        half: float16, not bfloat16.
+        per_scale: 64-column blocks that share a 4-bit scale.
+        nested: 4-bit scales are double-quantised.
+    """
+    macros = {
+        **{name.upper(): value for name, value in asdict(cut).items()},
+        "BITS": bits, "GROUPS": groups, "ROUNDED": int(groups == GROUPS[-1]), "HALF": int(half),
+        "PER_SCALE": per_scale, "NESTED": int(nested),
+    }  # fmt: skip
+    major, minor = torch.cuda.get_device_capability()
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
     source = SOURCE.read_bytes()
     name = hashlib.sha256(source + "\0".join((torch.version.cuda or "", *options)).encode()).hexdigest()[:32]
-    path = _folder[0] / f"skinny-{name}.cubin" if _folder else None
-    if path is not None and path.exists():
+    path = state_folder() / "kernels" / f"skinny-{name}.cubin"
+    if path.exists():
         return path.read_bytes()
     cubin = _compile(source, options)
-    if path is not None:
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_bytes(cubin)
         part.replace(path)
+    except OSError as error:
+        log.warning("a compiled kernel is not kept: %s can't be written (%s); set HEADROOM_HOME", path, error.strerror)
     return cubin
 
 

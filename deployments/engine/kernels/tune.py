@@ -14,12 +14,13 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
@@ -31,12 +32,14 @@ from deployments.engine.kernels.config import (
     GemmConfig,
     Kind,
     Table,
+    bucket_of,
     dump_table,
     file_name,
     parse_table,
     table_for,
     use_folder,
 )
+from deployments.engine.kernels.cut import GROUPS, Cut, ranked_cuts
 from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8
 from deployments.engine.kernels.weights import Weight4, Weight8
 
@@ -118,8 +121,11 @@ CROSSOVER_ROWS = (*BUCKETS, 256)
 
 Weight = Weight4 | Weight8
 Shape = tuple[Kind, int, int]
-Measure = Callable[[GemmConfig | None, int], float]
+Measure = Callable[[GemmConfig | Cut | None, int], float]
 """Microseconds of one product with so many rows; None: the weight is dequantised for it."""
+_Choice = TypeVar("_Choice", GemmConfig, Cut)
+_MOST_CUTS = 6
+"""Measured of a shape and a number of rows: each takes half a second to compile."""
 
 
 class OutOfTime(Exception):
@@ -131,9 +137,11 @@ class Bench:
     """What tuning asks of a GPU, and of a clock."""
 
     name: Callable[[torch.device], str]
-    microseconds: Callable[[Sequence[Weight], GemmConfig | None, int], float]
+    microseconds: Callable[[Sequence[Weight], GemmConfig | Cut | None, int], float]
     """Of one product with so many rows, over weights of one shape in turn."""
     clock: Callable[[], float]
+    cuts: Callable[[Weight, int], Sequence[Cut]] = lambda weight, groups: ()  # noqa: ARG005 - none
+    """What is worth measuring for a weight and groups of 8 rows."""
 
 
 def tune(model: nn.Module, folder: Path) -> Table:
@@ -194,13 +202,14 @@ def _tune_gpu(gpu: str, shapes: dict[Shape, list[Weight]], folder: Path, deadlin
     for done, (shape, weights) in enumerate(shapes.items()):
         log.info("tuning %s for %s: shape %d of %d", _named(shape), gpu, done + 1, len(shapes))
 
-        def measure(config: GemmConfig | None, rows: int, weights: list[Weight] = weights) -> float:
+        def measure(config: GemmConfig | Cut | None, rows: int, weights: list[Weight] = weights) -> float:
             if bench.clock() >= deadline:
                 raise OutOfTime
             return bench.microseconds(weights, config, rows)
 
         try:
-            entry = tune_shape(shape[0], measure, table_for(gpu).entry(*shape))
+            cuts = {8 * groups: bench.cuts(weights[0], groups) for groups in GROUPS}
+            entry = tune_shape(shape[0], measure, table_for(gpu).entry(*shape), cuts)
         except OutOfTime:
             left = list(shapes)[done:]
             log.warning(
@@ -219,9 +228,11 @@ def _named(shape: Shape) -> str:
     return f"{kind} {n}x{k}"
 
 
-def tune_shape(kind: Kind, measure: Measure, default: Entry) -> Entry:
+def tune_shape(
+    kind: Kind, measure: Measure, default: Entry, cuts: Mapping[int, Sequence[Cut]] = MappingProxyType({})
+) -> Entry:
     """The fastest configuration of each bucket, and the most rows for which the kernel is not slower than
-    dequantising; 0 where no configuration runs.
+    dequantising; 0 where no configuration runs. Of `cuts`, by most rows, the fastest that beats it.
 
     Configurations that can't be built or launched are logged and passed over. From a bucket on of which none runs,
     weights are dequantised, and `default`'s configurations fill the table.
@@ -232,23 +243,31 @@ def tune_shape(kind: Kind, measure: Measure, default: Entry) -> Entry:
     configs = dict(default.configs)
     runs = 0
     for bucket in BUCKETS:
-        times = _times(kind, bucket, measure)
+        times = _times(CANDIDATES[kind, bucket], bucket, measure)
         if not times:
             log.warning("no %s configuration for %d rows runs here; weights are dequantised for them", kind, bucket)
             break
         configs[bucket], runs = min(times, key=times.__getitem__), bucket
-    return Entry(configs, _crossover(configs, measure, most=math.inf if runs == BUCKETS[-1] else runs))
+    crossover = _crossover(configs, measure, most=math.inf if runs == BUCKETS[-1] else runs)
+    few = {rows: _fastest_cut(some, rows, measure, configs) for rows, some in cuts.items() if some}
+    return Entry(configs, crossover, few)
 
 
-def _times(kind: Kind, bucket: int, measure: Measure) -> dict[GemmConfig, float]:
-    times: dict[GemmConfig, float] = {}
-    for config in CANDIDATES[kind, bucket]:
+def _fastest_cut(cuts: Sequence[Cut], rows: int, measure: Measure, configs: dict[int, GemmConfig]) -> Cut | None:
+    times = _times(cuts, rows, measure)
+    best = min(times, key=times.__getitem__, default=None)
+    return None if best is None or times[best] > measure(configs[bucket_of(rows)], rows) else best
+
+
+def _times(choices: Sequence[_Choice], rows: int, measure: Measure) -> dict[_Choice, float]:
+    times: dict[_Choice, float] = {}
+    for choice in choices:
         try:
-            times[config] = measure(config, bucket)
+            times[choice] = measure(choice, rows)
         except OutOfTime:
             raise
         except Exception as error:  # noqa: BLE001 - the others may well run
-            log.info("%s for %d rows does not run here: %s", config, bucket, error)
+            log.info("%s for %d rows does not run here: %s", choice, rows, error)
     return times
 
 
@@ -261,16 +280,38 @@ def _crossover(configs: dict[int, GemmConfig], measure: Measure, *, most: float)
     return crossover
 
 
-def time_product(weights: Sequence[Weight], config: GemmConfig | None, rows: int) -> float:
+def time_product(weights: Sequence[Weight], config: GemmConfig | Cut | None, rows: int) -> float:
     """`Bench.microseconds` on the weights' GPU, in bfloat16."""
     device = weights[0].packed.device
     x = torch.randn(rows, weights[0].k, device=device, dtype=torch.bfloat16)
-    call = partial(_whole, x) if config is None else partial(_small, x, config, min(rows, BUCKETS[-1]))
+    if config is None:
+        call = partial(_whole, x)
+    elif isinstance(config, Cut):
+        call = partial(_few, x, config)
+    else:
+        call = partial(_small, x, config, min(rows, BUCKETS[-1]))
     with torch.cuda.device(device):
         return graph_time(over(weights, call))
 
 
-GPU = Bench(torch.cuda.get_device_name, time_product, time.monotonic)
+def cuts_of(weight: Weight, groups: int) -> Sequence[Cut]:
+    """The first of `ranked_cuts`; none on GPUs without clusters."""
+    from deployments.engine.kernels.launch import clusters, multiprocessors
+
+    device = weight.packed.device
+    if not clusters(device):
+        return ()
+    bits = 4 if isinstance(weight, Weight4) else 8
+    return ranked_cuts(weight.n, weight.k, bits, groups, multiprocessors(device))[:_MOST_CUTS]
+
+
+GPU = Bench(torch.cuda.get_device_name, time_product, time.monotonic, cuts_of)
+
+
+def _few(x: Tensor, cut: Cut, weight: Weight) -> Tensor:
+    from deployments.engine.kernels.skinny import skinny_product
+
+    return skinny_product(x, weight, None, cut)
 
 
 def _small(x: Tensor, config: GemmConfig, bucket: int, weight: Weight) -> Tensor:
@@ -324,7 +365,7 @@ def tuning_folder(home: Path) -> Path:
     """The folder of tables below `home`: results depend on torch, Triton, the kernels' code and the shipped tables."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*here.glob("*.py"), *here.glob("tables/*.json")]):
+    for path in sorted([*here.glob("*.py"), *here.glob("*.cu"), *here.glob("tables/*.json")]):
         digest.update(path.read_bytes())
     try:
         triton = version("triton")
@@ -354,4 +395,4 @@ def keep(path: Path, base: Table, shape: Shape, entry: Entry) -> None:
     """Add a shape to the table at `path`, which is `base` where there is none; others may add to it meanwhile."""
     with FileLock(path.with_suffix(".lock")):
         have = parse_table(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else base
-        write_table(have.with_shape(*shape, entry.configs, entry.crossover), path)
+        write_table(have.with_shape(*shape, entry), path)

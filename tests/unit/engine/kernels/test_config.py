@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deployments.engine.kernels import config
-from deployments.engine.kernels.config import BUCKETS, HEURISTIC, PARTIAL_BYTES, GemmConfig, Kind, Table
+from deployments.engine.kernels.config import BUCKETS, HEURISTIC, PARTIAL_BYTES, Entry, GemmConfig, Kind, Table
 from deployments.engine.kernels.tune import CANDIDATES
 
 KINDS: tuple[Kind, Kind] = ("4bit", "8bit")
@@ -54,7 +54,7 @@ def test_shipped_tables(path: Path) -> None:
 
 
 def test_a_tuned_table_comes_first(tmp_path: Path) -> None:
-    mine = HEURISTIC.with_shape("4bit", 64, 128, {bucket: GemmConfig(4, 1, 2, 1) for bucket in BUCKETS}, 96)
+    mine = HEURISTIC.with_shape("4bit", 64, 128, Entry({bucket: GemmConfig(4, 1, 2, 1) for bucket in BUCKETS}, 96))
     (tmp_path / config.file_name("NVIDIA H200")).write_text(json.dumps(config.dump_table(mine)), encoding="utf-8")
     config.use_folder(tmp_path)
     table = config.table_for("NVIDIA H200")

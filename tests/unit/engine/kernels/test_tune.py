@@ -87,7 +87,7 @@ def test_a_new_shape_completes_the_table(tmp_path: Path) -> None:
 def test_shapes_of_a_shipped_table_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "_SHIPPED", tmp_path / "shipped")
     (tmp_path / "shipped").mkdir()
-    shipped = HEURISTIC.with_shape("4bit", 64, 128, HEURISTIC.default["4bit"].configs, 32)
+    shipped = HEURISTIC.with_shape("4bit", 64, 128, Entry(HEURISTIC.default["4bit"].configs, 32))
     tune.write_table(shipped, tmp_path / "shipped" / config.file_name(TOY))
     timer = Timer()
     tune_model(model((64, 128)), tmp_path / "own", bench=timer.bench())
