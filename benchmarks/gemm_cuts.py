@@ -68,7 +68,7 @@ def compile_ahead(wanted: list[tuple[Kind, tuple[int, int], int]], processes: in
     todo = {
         (cut, _bits(kind), groups_of(rows))
         for kind, (n, k), rows in wanted
-        for cut in candidates(n, k, _bits(kind), groups_of(rows))
+        for cut in candidates(n, k, _bits(kind), groups_of(rows), wide=True)
     }
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(lambda of: compiled(*of, half=False, per_scale=1, nested=False), todo))
@@ -85,7 +85,7 @@ def measure(kind: Kind, n: int, k: int, rows: int, bandwidth: float, name: str) 
     reference = x.double() @ exact(weight).t()
     times: Times = {}
     wrong = 0
-    for cut in candidates(n, k, _bits(kind), groups_of(rows)):
+    for cut in candidates(n, k, _bits(kind), groups_of(rows), wide=True):
         error = relative_error(skinny_product(x, weight, None, cut), reference)
         if error >= BOUND:
             print(f"WRONG {name} {kind} {rows} rows {cut}: error {error:.1e}")
@@ -98,8 +98,8 @@ def measure(kind: Kind, n: int, k: int, rows: int, bandwidth: float, name: str) 
     floor = floor_us(weight.bytes, rows, n, k, bandwidth)
     best = sorted(times, key=times.__getitem__)[:3]
     print(
-        f"{name:10s} {kind} {rows:3d} rows: floor {floor:6.1f}, bf16 cuBLAS {cublas:6.1f}, Triton {other:6.1f}, best of "
-        f"{len(times)} cuts "
+        f"{name:10s} {kind} {rows:3d} rows: floor {floor:6.1f}, bf16 cuBLAS {cublas:6.1f}, Triton {other:6.1f}, "
+        f"best of {len(times)} cuts "
         + ", ".join(f"{times[cut]:.1f} ({floor / times[cut]:.0%}) {tuple(asdict(cut).values())}" for cut in best),
         flush=True,
     )

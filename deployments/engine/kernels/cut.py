@@ -83,17 +83,22 @@ def ranked_cuts(n: int, k: int, bits: int, groups: int, multiprocessors: int) ->
     return tuple(sorted(cuts, key=lambda cut: _rank(cut, n, k, multiprocessors)))
 
 
-def candidates(n: int, k: int, bits: int, groups: int, clusters: tuple[int, ...] = (1, 2, 4, 8)) -> Iterator[Cut]:
-    """Cuts that suit a weight [n, k] and keep within a lane's registers. A block has a multiprocessor to itself."""
-    for cluster, (across, along), strips, depth in product(clusters, _WARPS, range(1, 8), (1, 2)):
-        cut = Cut(strips, depth, across, along, cluster, parts=2 if groups == 4 else 1)
+def candidates(
+    n: int, k: int, bits: int, groups: int, clusters: tuple[int, ...] = (1, 2, 4, 8), *, wide: bool = False
+) -> Iterator[Cut]:
+    """Cuts that suit a weight [n, k] and keep within a lane's registers. A block has a multiprocessor to itself.
+
+    wide: also half as many warps with twice the registers each, which are seldom better.
+    """
+    for cluster, warps, strips, depth in product(clusters, (16, 14, 8) if wide else (16, 14), range(1, 10), (1, 2)):
         registers = strips * (depth * (6 if bits == 4 else 8) + groups * 4)
-        if registers <= _REGISTERS[bits][groups] and cut.fits(n, k, bits, groups):
-            yield cut
-
-
-_WARPS = tuple((warps // along, along) for warps in (16, 14) for along in (1, 2, 4, 8, 16) if warps % along == 0)
-"""Across and along."""
+        if registers > (3 if warps == 8 else 1) * _REGISTERS[bits][groups]:
+            continue
+        for along in (1, 2, 4, 8, 16):
+            if warps % along == 0:
+                cut = Cut(strips, depth, warps // along, along, cluster, parts=2 if groups == 4 else 1)
+                if cut.fits(n, k, bits, groups):
+                    yield cut
 
 
 def _rank(cut: Cut, n: int, k: int, multiprocessors: int) -> tuple[int, ...]:

@@ -55,15 +55,13 @@ def skinny_product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, cu
 
 @cache
 def _kernel(
-    device: torch.device, cut: Cut, bits: int, groups: int, half: bool, per_scale: int, nested: bool, shared: int
+    _device: torch.device, cut: Cut, bits: int, groups: int, half: bool, per_scale: int, nested: bool, shared: int
 ) -> ctypes.c_void_p:
+    """Loaded on the current device, which `_device` names: each has kernels of its own."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     driver = _driver()
-    _check(
-        driver.cuModuleLoadData(
-            ctypes.byref(module), compiled(cut, bits, groups, half=half, per_scale=per_scale, nested=nested)
-        )
-    )
+    cubin = compiled(cut, bits, groups, half=half, per_scale=per_scale, nested=nested)
+    _check(driver.cuModuleLoadData(ctypes.byref(module), cubin))
     _check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"skinny"))
     _check(driver.cuFuncSetAttribute(function, 8, shared))  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     return function
@@ -101,7 +99,7 @@ def compiled(cut: Cut, bits: int, groups: int, *, half: bool, per_scale: int, ne
     return cubin
 
 
-def _compile(source: bytes, options: tuple[str, ...]) -> bytes:
+def _compile(source: bytes, options: list[str]) -> bytes:
     nvrtc, program, size = _nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"skinny.cu", 0, None, None)
     encoded = [option.encode() for option in options]
