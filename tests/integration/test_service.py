@@ -151,6 +151,7 @@ async def test_headers_that_serve_reads_are_not_the_clients_to_set(running: Serv
             assert (answer.status_code, len(answer.headers["x-request-id"])) == (200, 36)
         mine = await client.get("/v1/models", headers={"x-request-id": "mine"})
         assert mine.headers.get_list("x-request-id") == ["mine"]
+    await asyncio.to_thread(wait_for, running.idle, 30.0)
 
 
 BAD: list[tuple[str, bytes, int, str | None]] = [
