@@ -137,6 +137,8 @@ class ReserveRequest:
     """What the prompt begins with, to find replicas that have it cached; None: not looked for."""
     weight: int | None = None
     """Of the tenant, from its API key; None: as the ledger's settings have it."""
+    resumes: bool = False
+    """It lost a replica that had taken it up, and its client has an answer already: it makes room for no other."""
 
 
 RefusalKind = Literal["too_long", "queue_full", "deadline", "no_replica", "unknown_pool", "version"]
@@ -316,9 +318,11 @@ class LedgerNews:
 
     epoch: int
     max_context: int | None
-    """Longest prompt + output in tokens that a pool holds, by its last replica; None while one pool never had any."""
-    living_context: int | None = None
-    """The same of those pools alone that can take work now; None while there are none, or the ledger is new."""
+    """Longest prompt + output in tokens that a replica holds, by the largest known of each pool or the last that it
+    had; None while one pool never had any."""
+    living_contexts: tuple[tuple[str, int], ...] = ()
+    """(pool, longest prompt + output in tokens that each of its replicas holds that can take work now); empty while
+    there are none, or the ledger is new."""
     warming: bool = False
     """Whether the ledger is new and waits for the replicas' reports."""
     expected_output_tokens: int = 0
@@ -327,7 +331,7 @@ class LedgerNews:
     silent: tuple[tuple[str, int], ...] = ()
     """(replica id, epoch) of replicas whose heartbeats stopped: frozen, cut off or dead."""
     pool_contexts: tuple[tuple[str, int], ...] = ()
-    """(pool, longest prompt + output in tokens) of pools that have a known replica, or had one."""
+    """(pool, longest prompt + output in tokens) of pools that have a known replica, the largest, or had one."""
     wake: tuple[str, ...] = ()
     """Pools without a replica that are to get one, because requests wait for it."""
 

@@ -61,8 +61,13 @@ class DirectDispatcher:
         return self._max_context
 
     @property
-    def living_context(self) -> int | None:
+    def ledger_answered(self) -> bool:
+        """False: there is none."""
+        return False
+
+    def living_context(self, pool: str | None) -> int | None:
         """The same: its replicas neither come nor go."""
+        del pool
         return self._max_context
 
     def context_of(self, pool: str) -> int | None:

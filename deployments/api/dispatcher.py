@@ -42,12 +42,17 @@ class Dispatcher(Protocol):
 
     @property
     def max_context(self) -> int | None:
-        """Longest prompt + output in tokens that a pool holds; None while that is not known of each pool."""
+        """Longest prompt + output in tokens that a replica holds; None while that was never known of each pool."""
         ...
 
     @property
-    def living_context(self) -> int | None:
-        """The same of those pools alone that can take work now; None while none is known to."""
+    def ledger_answered(self) -> bool:
+        """Whether its ledger ever heard of this ingress, so that it may show an older state of it."""
+        ...
+
+    def living_context(self, pool: str | None) -> int | None:
+        """Longest prompt + output in tokens that each replica of a pool holds which can take work now, or where none
+        can, the largest that is known: of that pool, or the most of all pools for None. None while none ever was."""
         ...
 
     def context_of(self, pool: str) -> int | None:

@@ -119,7 +119,8 @@ class Endpoints:
         self._admit(request, "admin")
         models = self._models.models
         seen = await asyncio.gather(*(model.dispatcher.observe() for model in models))
-        self._ledger_answered |= any(one is not None for one in seen)
+        heard = any(model.dispatcher.ledger_answered for model in models)
+        self._ledger_answered |= heard or any(one is not None for one in seen)
         own = None if self._ledger_answered else self._meter.vitals()
         overview = Overview(tuple(zip((model.name for model in models), seen, strict=True)), own)
         page, content_type = render(overview, request.headers.get("accept", ""))

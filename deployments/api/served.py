@@ -38,9 +38,10 @@ class ServedModel:
 
     def room_after(self, prompt_tokens: int, pool: str | None) -> int:
         """Output tokens, at least 1, that a chat without `max_tokens` asks for: what the prompt leaves of the longest
-        context served now, or of the longest that there is, where the prompt alone needs that."""
+        context that each replica of a pool serves now, so that it can go to any of them; or of the longest that there
+        is, where the prompt alone needs that."""
         context = self.context_in(pool)
-        living = self.dispatcher.living_context if pool is None else None
+        living = self.dispatcher.living_context(pool)
         served = context if living is None or living <= prompt_tokens else min(context, living)
         return max(1, served - prompt_tokens)
 

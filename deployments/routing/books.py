@@ -140,6 +140,23 @@ class Books:
         """How many living replicas know this ledger."""
         return sum(account.alive and self._knows_us(account) for account in self.fleet)
 
+    def known_contexts(self) -> dict[str, int]:
+        """Pool -> longest prompt + output in tokens that any of its known replicas holds, silent or not."""
+        longest: dict[str, int] = {}
+        for account in self.fleet:
+            pool = account.state.pool
+            longest[pool] = max(longest.get(pool, 0), account.max_context)
+        return longest
+
+    def sold_contexts(self) -> dict[str, int]:
+        """Pool -> longest prompt + output in tokens that each of its replicas holds to which requests may be sent."""
+        least: dict[str, int] = {}
+        for account in self.fleet:
+            if self.sells(account):
+                pool = account.state.pool
+                least[pool] = min(least.get(pool, account.max_context), account.max_context)
+        return least
+
     def spots(self) -> tuple[ReplicaSpot, ...]:
         """Replicas to which requests may be sent."""
         return tuple(account.spot() for account in self.fleet if self.sells(account))
@@ -204,10 +221,13 @@ class Books:
         self._place(account)
 
     def _learn(self, account: ReplicaAccount, ended: dict[str, Size], *, held_back: bool) -> None:
-        self.lengths.caution.learn(preempted=account.preempted, held_back=len(ended) if held_back else 0)
-        for grant_id, prompt_tokens, output_tokens in account.state.ended:
-            if grant_id in ended and prompt_tokens:  # a revoked grant says nothing of outputs
-                self.lengths.add(output_tokens, ended[grant_id].max_tokens)
+        # a revoked grant, which comes without a prompt, says nothing of outputs
+        ran = [
+            (ended[key].max_tokens, output) for key, prompt, output in account.state.ended if key in ended and prompt
+        ]
+        self.lengths.caution.learn(preempted=account.preempted, held_back=len(ran) if held_back else 0)
+        for max_tokens, output_tokens in ran:
+            self.lengths.add(output_tokens, max_tokens)
 
     def _expect_growth(self, account: ReplicaAccount) -> None:
         """A request that outgrew its promise is charged for what those that got as far went on to produce."""

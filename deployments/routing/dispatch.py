@@ -35,6 +35,7 @@ from deployments.protocol import (
 )
 from deployments.routing.attempt import Attempt, Lost, NotTakenUp, Refused
 from deployments.routing.calls import CallFailed, NotSent, answer_of
+from deployments.routing.contexts import Contexts
 from deployments.routing.local import LocalPlacement
 from deployments.routing.notices import NoticeSender
 from deployments.routing.progress import Progress
@@ -89,6 +90,7 @@ class ServeDispatcher:
         self._notices = NoticeSender(ingress_id, ledger, limit_s=ledger_limit_s, on_news=self._hear, vitals=vitals)
         self._local = LocalPlacement(ingress_id, rng or random.Random())
         self._open: set[Attempt] = set()
+        self._contexts = Contexts()
 
     async def dispatch(self, request: GenerationRequest, *, wait_limit_s: float) -> AsyncGenerator[TokenChunk, None]:
         """Wait until a replica has taken the request up; then stream it.
@@ -115,17 +117,21 @@ class ServeDispatcher:
 
     @property
     def max_context(self) -> int | None:
-        """Longest prompt + output in tokens that a pool holds; None while the ledger doesn't know that of each."""
-        return self._notices.news.max_context if self._notices.news is not None else None
-
-    @property
-    def living_context(self) -> int | None:
-        """The same of those pools alone that can take work now; None while none is known to."""
-        return self._notices.news.living_context if self._notices.news is not None else None
+        """Longest prompt + output in tokens that a replica holds; None until the ledger knew that of each pool."""
+        return self._contexts.longest
 
     def context_of(self, pool: str) -> int | None:
         """The same of one pool."""
-        return dict(self._notices.news.pool_contexts).get(pool) if self._notices.news is not None else None
+        return self._contexts.of(pool)
+
+    def living_context(self, pool: str | None) -> int | None:
+        """What each replica of that pool, or of one pool, holds that can take work now; see `Contexts.living`."""
+        return self._contexts.living(pool)
+
+    @property
+    def ledger_answered(self) -> bool:
+        """Whether the ledger ever had a notice of this ingress."""
+        return self._notices.news is not None
 
     async def is_ready(self) -> bool:
         """Whether a replica is known that can take work: by the ledger, or without it by its last news."""
@@ -199,7 +205,7 @@ class ServeDispatcher:
         while True:
             request = progress.next_attempt()
             try:
-                grant = await self._reserve(request, progress.pool or request.pool, max(0.0, deadline - loop.time()))
+                grant = await self._reserve(self._wish(request, progress, max(0.0, deadline - loop.time())))
                 return await self._send(replace(request, grant=grant), grant)
             except NotTakenUp as reason:
                 logger.warning("request %s was not taken up and is tried again: %s", request.request_id, reason)
@@ -213,19 +219,22 @@ class ServeDispatcher:
             return None
         return prefix_of(request.prompt_ids, request.salt, self._granule_tokens)
 
-    async def _reserve(self, request: GenerationRequest, pool: str | None, wait_limit_s: float) -> Grant:
-        wish = ReserveRequest(
+    def _wish(self, request: GenerationRequest, progress: Progress, wait_limit_s: float) -> ReserveRequest:
+        return ReserveRequest(
             request_id=request.request_id,
             ingress_id=self._ingress_id,
             prompt_tokens=len(request.prompt_ids),
             max_tokens=request.sampling.max_tokens - request.resumed_tokens,
             wait_limit_s=wait_limit_s,
-            pool=pool,
+            pool=progress.pool or request.pool,
             tenant=request.tenant,
             priority=request.priority,
             prefix=self._prefix(request),
             weight=request.weight,
+            resumes=progress.losses > 0,
         )
+
+    async def _reserve(self, wish: ReserveRequest) -> Grant:
         try:
             async with self._notices.while_there():
                 answer = await self._ask(wish)
@@ -303,6 +312,7 @@ class ServeDispatcher:
     def _hear(self, news: LedgerNews) -> None:
         """Take in the ledger's news; streams on replicas that fell silent are resumed elsewhere."""
         self._local.hear(news)
+        self._contexts.hear(news)
         self._keep_waking(news.wake)
         silent = set(news.silent)
         for attempt in list(self._open):

@@ -1,9 +1,10 @@
 """The replicas that a ledger knows, indexed so that no decision looks at all of them. Integers only.
 
 Replicas that are sold, and are not kept for one request, stand in shelves: one per pool, block size, and longest
-request up to a factor of two. A shelf is sorted by headroom: a sorted list of the distinct values, and for each the
-replicas that have it. Within a shelf the score differs by headroom and by the prompts that are to be computed, so its
-best is one of the roomiest few; equals are drawn at random.
+request and capacity, both up to a factor of two. A shelf is sorted by headroom: a sorted list of the distinct values,
+and for each the replicas that have it. Within a shelf the score differs by headroom and by the prompts that are to be
+computed, so its best is one of the roomiest few; equals are drawn at random. What the policy adds where room is ample,
+by capacity, is compared between shelves, and so not between replicas whose capacities are closer than that factor.
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ class ShelfKey(NamedTuple):
     block_size: int
     longest_bits: int
     """Bit length of the longest request in tokens."""
+    capacity_bits: int
+    """Bit length of the capacity in blocks."""
+
+
+def shelf_of(account: ReplicaAccount) -> ShelfKey:
+    """Where a replica belongs for as long as it lives."""
+    longest, capacity = account.longest_tokens, account.capacity_blocks
+    return ShelfKey(account.state.pool, account.block_size, longest.bit_length(), capacity.bit_length())
 
 
 @dataclass(slots=True)
@@ -272,7 +281,7 @@ class Fleet:
         return self._pools[pool], self._pools[None]
 
     def _open(self, account: ReplicaAccount) -> None:
-        key = ShelfKey(account.state.pool, account.block_size, account.longest_tokens.bit_length())
+        key = shelf_of(account)
         if key not in self._shelves:
             self._shelves[key] = Shelf(key)
         spot = self._spots[account.state.replica_id] = self._shelves[key].add(account)

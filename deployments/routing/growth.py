@@ -6,7 +6,7 @@ that may get another replica and would hold it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -105,13 +105,14 @@ class Growth:
         """Whether that pool, or any for None, never had a replica: nobody knows what it holds."""
         return any(name not in self._shapes for name in self._all if pool in (None, name))
 
-    def contexts(self) -> dict[str, int]:
-        """Pool -> longest prompt + output in tokens, by the last replica of each."""
-        return {name: shape.max_context for name, shape in sorted(self._shapes.items())}
+    def contexts(self, known: Mapping[str, int]) -> dict[str, int]:
+        """Pool -> longest prompt + output in tokens: of its largest known replica, or of the last that it had.
 
-    def living_context(self, fleet: Replicas) -> int | None:
-        """The longest of pools that have a replica to send to; None where there are none."""
-        return max((shape.max_context for name, shape in self._shapes.items() if fleet.sold(name)), default=None)
+        Args:
+            known: pool -> that of its largest known replica.
+        """
+        last = {name: shape.max_context for name, shape in self._shapes.items()}
+        return dict(sorted({**last, **known}.items()))
 
     def may_hold(self, pool: str | None, tokens: int) -> bool:
         """Whether a request of so many tokens is worth waiting with: nobody knows yet what a new pool holds."""

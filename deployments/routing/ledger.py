@@ -203,11 +203,11 @@ class Ledger:
 
     def news(self) -> LedgerNews:
         """What an ingress is told each second."""
-        contexts, warming = self._growth.contexts(), self._still_warming(self._now)
+        contexts, warming = self._growth.contexts(self._books.known_contexts()), self._still_warming(self._now)
         return LedgerNews(
             epoch=self.epoch,
             max_context=None if self._growth.unheard(None) else max(contexts.values(), default=None),
-            living_context=None if warming else self._growth.living_context(self._fleet),
+            living_contexts=() if warming else tuple(sorted(self._books.sold_contexts().items())),
             pool_contexts=tuple(contexts.items()),
             warming=warming,
             expected_output_tokens=self._lengths.expected(),

@@ -219,15 +219,16 @@ class WaitingQueue:
             limit: requests that may wait.
 
         Returns:
-            The last one of the tenant most over its share; None when the newcomer is the one to refuse.
+            The last one of the tenant most over its share, of those whose client has no answer yet; None when the
+            newcomer is the one to refuse.
         """
         if not self._shares.below_share(request.tenant, request.weight, limit):
             return None
         tenant = self._shares.most_over_share(request.tenant, request.weight, limit)
         if tenant is None:
             return None
-        own = (waiter for waiter in self._waiters.values() if waiter.request.tenant == tenant)
-        return max(own, key=lambda waiter: (waiter.request.priority, waiter.arrival))
+        own = (each for each in self._waiters.values() if each.request.tenant == tenant and not each.request.resumes)
+        return max(own, key=lambda waiter: (waiter.request.priority, waiter.arrival), default=None)
 
     def overdue(self, now: float) -> Waiter | None:
         """A waiter whose deadline has passed, the earliest deadline first."""

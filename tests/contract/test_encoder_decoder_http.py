@@ -51,6 +51,7 @@ class EngineDispatcher:
 
     engine: EngineClient
     max_context: int
+    ledger_answered: bool = False
 
     async def dispatch(self, request: GenerationRequest, *, wait_limit_s: float) -> AsyncGenerator[TokenChunk, None]:
         del wait_limit_s
@@ -58,6 +59,10 @@ class EngineDispatcher:
 
     async def observe(self) -> Observation | None:
         return None
+
+    def living_context(self, pool: str | None) -> int | None:
+        del pool
+        return self.max_context
 
     def context_of(self, pool: str) -> int | None:
         del pool

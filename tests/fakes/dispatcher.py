@@ -34,7 +34,8 @@ class FakeDispatcher:
     ready: bool = True
     observation: Observation | None = None
     max_context: int | None = None
-    living_context: int | None = None
+    living_contexts: dict[str, int] = field(default_factory=dict)
+    ledger_answered: bool = False
     pool_contexts: dict[str, int] = field(default_factory=dict)
     requests: list[GenerationRequest] = field(default_factory=list)
     wait_limits: list[float] = field(default_factory=list)
@@ -60,6 +61,9 @@ class FakeDispatcher:
 
     def context_of(self, pool: str) -> int | None:
         return self.pool_contexts.get(pool)
+
+    def living_context(self, pool: str | None) -> int | None:
+        return max((tokens for name, tokens in self.living_contexts.items() if pool in (None, name)), default=None)
 
     async def is_ready(self) -> bool:
         return self.ready

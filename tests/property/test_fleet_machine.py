@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from deployments.routing.account import ReplicaAccount
-from deployments.routing.fleet import Fleet
+from deployments.routing.fleet import Fleet, shelf_of
 from deployments.routing.policy import Size, fits_ever, fits_now, pick
 from tests.unit.routing.worlds import state
 
@@ -17,10 +17,6 @@ SHAPES = [("a", 16, 10), ("a", 16, 9), ("a", 16, 40), ("a", 32, 10), ("b", 16, 4
 """(pool, block size, blocks)."""
 MOST_REQUESTS = 4
 NAMES = [f"r{k}" for k in range(7)]
-
-
-def shelf_of(account: ReplicaAccount) -> tuple[str, int, int]:
-    return account.state.pool, account.block_size, account.longest_tokens.bit_length()
 
 
 def ease(account: ReplicaAccount) -> int:

@@ -283,15 +283,26 @@ async def test_a_chat_without_max_tokens_asks_for_what_the_largest_replica_holds
 
 
 async def test_while_the_largest_replica_is_absent_a_chat_asks_for_what_is_served_unless_it_is_longer(api: Api) -> None:
-    api.dispatcher.max_context, api.dispatcher.living_context = 200, 100
+    api.dispatcher.max_context, api.dispatcher.living_contexts = 200, {"small": 100}
     await api.post(CHAT, json=asking())
     prompt = len(api.dispatcher.requests[0].prompt_ids)
-    api.dispatcher.living_context = prompt  # leaves not a token
+    api.dispatcher.living_contexts = {"small": prompt}  # leaves not a token
     await api.post(CHAT, json=asking())
-    api.dispatcher.living_context = 100
+    api.dispatcher.living_contexts = {"small": 100}
     await api.post(CHAT, json=asking(max_tokens=150 - prompt))
     api.dispatcher.pool_contexts = {"large": 200}
     await api.post(CHAT, json=asking(pool="large"))
     await api.post(CHAT, json=asking(max_tokens=201 - prompt))
     asked = [len(r.prompt_ids) + r.sampling.max_tokens for r in api.dispatcher.requests]
     assert asked == [100, 200, 150, 200]  # the last one was refused
+
+
+async def test_in_a_pool_a_chat_asks_for_what_each_of_its_replicas_holds(api: Api) -> None:
+    api.dispatcher.max_context, api.dispatcher.pool_contexts = 200, {"uneven": 200, "other": 120}
+    api.dispatcher.living_contexts = {"uneven": 100, "other": 120}
+    for pool in ("uneven", "other", None):
+        await api.post(CHAT, json=asking(pool=pool))
+    prompt = len(api.dispatcher.requests[0].prompt_ids)
+    await api.post(CHAT, json=asking(pool="uneven", max_tokens=200 - prompt))
+    asked = [len(r.prompt_ids) + r.sampling.max_tokens for r in api.dispatcher.requests]
+    assert asked == [100, 120, 120, 200]

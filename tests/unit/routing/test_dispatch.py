@@ -337,6 +337,40 @@ async def acquainted(reserves: list[Any], streams: list[Any]) -> World:
     return world
 
 
+async def test_a_new_ledger_that_knows_nothing_yet_leaves_the_contexts_as_they_were() -> None:
+    world = World([], [])
+    assert not world.dispatcher.ledger_answered
+    world.news = LedgerNews(7, 160, pool_contexts=(("default", 160),), living_contexts=(("default", 100),))
+    await renewed(world)
+    assert world.dispatcher.ledger_answered
+    world.news = LedgerNews(8, None, warming=True)
+    await renewed(world)
+    dispatcher = world.dispatcher
+    assert (dispatcher.max_context, dispatcher.context_of("default"), dispatcher.living_context(None)) == (
+        160,
+        160,
+        100,
+    )
+    await dispatcher.close()
+
+
+async def renewed(world: World) -> None:
+    """Until the dispatcher has heard the world's news."""
+    world.dispatcher.start()
+    world.dispatcher._notices.probe()
+    async with asyncio.timeout(10):
+        while world.dispatcher._notices.news is not world.news:
+            await asyncio.sleep(0.001)
+
+
+async def test_who_lost_its_replica_says_so_when_it_asks_again() -> None:
+    rest = [TokenChunk("q~1"), TokenChunk("q~1", (6,), finish_reason="stop")]
+    world = World([grant(1), grant(2)], [[TAKEN, text(5), ActorDiedError()], rest])
+    assert await run(world) == [text(5), text(6, finish="stop")]
+    assert [wish.resumes for wish in world.wishes] == [False, True]
+    await world.dispatcher.close()
+
+
 async def test_a_ledger_that_died_is_done_without() -> None:
     world = await acquainted([ActorDiedError()], [[TAKEN, text(5, finish="stop")]])
     assert await run(world) == [text(5, finish="stop")]

@@ -5,7 +5,7 @@ from collections import Counter
 
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.fleet import Fleet
-from deployments.routing.policy import Size
+from deployments.routing.policy import Size, pick
 from tests.unit.routing.worlds import state
 
 SMALL = Size(16, 16, 32)
@@ -40,6 +40,14 @@ def test_the_best_of_each_shelf() -> None:
     assert names(built.best(SMALL, "int8", rng)) == ["other pool"]
     assert names(built.best(Size(300, 200, 400), None, rng)) == ["longer"]
     assert built.best(Size(300, 400, 400), None, rng) == []
+
+
+def test_a_larger_one_of_the_same_context_does_not_stand_for_the_smaller_ones() -> None:
+    """The policy is to compare them: where room is ample it is the fewest tokens held that win."""
+    built = fleet(account("small"), account("large", 4, capacity_blocks=40))
+    assert names(built.best(SMALL, None, random.Random(0))) == ["large", "small"]
+    chosen = pick(built.best(SMALL, None, random.Random(0)), SMALL, random.Random(0))
+    assert chosen is built.get("small")
 
 
 def test_one_that_is_too_short_is_passed_over() -> None:

@@ -58,12 +58,13 @@ def test_a_bound_that_no_pool_holds_counts_for_the_largest() -> None:
 def test_a_pool_that_never_had_a_replica_may_hold_anything() -> None:
     new = Growth((SMALL,))
     assert new.may_hold(None, 10**6)
-    assert new.contexts() == {}
+    assert new.contexts({}) == {}
     new.learn(state(pool="small"))
     assert new.may_hold("small", 160)
     assert not new.may_hold("small", 161)
     assert not new.may_hold("other", 1)
-    assert new.contexts() == {"small": 160}
+    assert new.contexts({}) == {"small": 160}
+    assert new.contexts({"small": 320, "fixed": 64}) == {"fixed": 64, "small": 320}, "those that are known, first"
 
 
 def test_the_first_replica_is_wanted_at_once_where_nobody_else_serves() -> None:

@@ -550,6 +550,17 @@ def test_less_is_promised_only_when_requests_end_while_others_wait() -> None:
     assert caution.percent == 49  # 50 less a fortieth, rounded down
 
 
+def test_revoked_grants_held_nobody_back() -> None:
+    book = ledger(state())
+    left = granted(book.reserve(wish("a", 130, 16), 0.0))
+    book.revoke(left.grant_id)
+    book.reserve(wish("b", 64, 32), 0.1)
+    assert len(book._queue) == 1
+    book.report(state(sequence=2, ended=((left.grant_id, 0, 0),)), 0.2)
+    assert charged(book) == 0
+    assert book._lengths.caution.percent == 50
+
+
 def test_another_protocol_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="protocol 99"):
         ledger(state(version=99))
@@ -717,13 +728,27 @@ def test_news_remember_what_a_silent_fixed_pool_holds() -> None:
 
 def test_news_tell_the_longest_that_is_served_now_apart() -> None:
     book = ledger(SMALL, LARGE, pools=POOLS)
-    assert book.news().living_context == 65_536
+    assert book.news().living_contexts == (("large", 65_536), ("small", 4_096))
     book.report(replace(LARGE, sequence=2, draining=True), 0.1)
-    assert (book.news().living_context, book.news().max_context) == (4_096, 65_536)
+    assert (book.news().living_contexts, book.news().max_context) == ((("small", 4_096),), 65_536)
     book.report(replace(SMALL, sequence=2, draining=True), 0.1)
-    assert book.news().living_context is None
-    assert without_large_for_20_s().news().living_context == 4_096
-    assert ledger(SMALL, expected_replicas=2, pools=POOLS).news().living_context is None, "it waits for the large one"
+    assert book.news().living_contexts == ()
+    assert without_large_for_20_s().news().living_contexts == (("small", 4_096),)
+    assert ledger(SMALL, expected_replicas=2, pools=POOLS).news().living_contexts == (), "it waits for the large one"
+
+
+@pytest.mark.parametrize("later", [2, 3])
+def test_whichever_replica_of_a_pool_came_last_news_tell_the_largest_and_what_each_holds(later: int) -> None:
+    large = state("a", epoch=later, capacity_blocks=625, max_context=10_000)
+    small = state("b", epoch=2, capacity_blocks=500, max_context=8_000)
+    book = ledger(*((large, small) if later == 2 else (small, large)))
+    assert (book.news().max_context, book.news().pool_contexts) == (10_000, (("default", 10_000),))
+    assert book.news().living_contexts == (("default", 8_000),)
+    book.replica_gone("b", 2)
+    assert book.news().living_contexts == (("default", 10_000),), "what can take work now"
+    book.report(replace(small, sequence=2), 0.1)
+    book.replica_gone("a", later)
+    assert (book.news().max_context, book.news().living_contexts) == (10_000, (("default", 8_000),))
 
 
 def test_a_wait_for_a_pool_that_is_forgotten_ends_without_a_replica() -> None:
@@ -795,6 +820,22 @@ def test_the_least_urgent_of_the_tenant_most_over_its_share_makes_room() -> None
         book.reserve(wish(f"f1{k}", tenant="flood"), 0.0)
     assert isinstance(book.reserve(wish("mine", tenant="me", priority=99), 0.0), Queued)
     assert told(book.tick(0.1)) == [("lowest", "queue_full")]
+
+
+def test_who_has_lost_a_replica_makes_no_room() -> None:
+    book = flooded(6)
+    for k in range(2):
+        book.reserve(wish(f"resumed{k}", tenant="flood", priority=9, resumes=True), 0.0)
+    assert isinstance(book.reserve(wish("mine", tenant="me"), 0.0), Queued)
+    assert told(book.tick(0.1)) == [("f5", "queue_full")]
+
+
+def test_where_all_have_lost_a_replica_the_newcomer_is_refused() -> None:
+    book = flooded(0)
+    for k in range(8):
+        book.reserve(wish(f"resumed{k}", tenant="flood", resumes=True), 0.0)
+    assert refused(book.reserve(wish("mine", tenant="me"), 0.0))[0] == "queue_full"
+    assert book.displaced() == []
 
 
 def test_many_tenants_with_one_request_each_make_no_room() -> None:
