@@ -42,6 +42,8 @@ class ReplicaAccount:
         self.state = state
         self.heard_at = now
         self.alive = True
+        self.called_gone = False
+        """Whether a call found this life of it dead or gone since its last report."""
         self.promises: dict[str, Promise] = {}
         self.charged_blocks = 0
         self.charged_requests = 0
@@ -80,6 +82,11 @@ class ReplicaAccount:
         requests are as the replica takes: it would refuse one more."""
         free = self.state.capacity_blocks - self.charged_blocks
         return min(0, free) if self.is_full else free
+
+    @property
+    def may_return(self) -> bool:
+        """Whether it is merely silent: on a machine that is overloaded heartbeats come late."""
+        return not (self.alive or self.called_gone or self.state.draining)
 
     @property
     def is_full(self) -> bool:
@@ -173,7 +180,7 @@ class ReplicaAccount:
 
     def _adopt(self, state: ReplicaState, now: float, used: Container[int] = ()) -> tuple[tuple[Grant, Size], ...]:
         self.preempted = state.preemptions - self.state.preemptions
-        self.state, self.heard_at, self.alive = state, now, True
+        self.state, self.heard_at, self.alive, self.called_gone = state, now, True, False
         self._held = dict(state.held)
         gone = {grant_id for grant_id, _, _ in state.ended if grant_id in self.promises}
         for grant_id, promise in self.promises.items():

@@ -119,7 +119,9 @@ class Books:
         """This life of a replica is dead or gone: it is not sold until it reports again, and keeps its promises."""
         account = self.fleet.get(replica_id)
         if account is not None and account.state.epoch == epoch:
+            account.called_gone = True
             self._lose(account)
+            self._stir()  # those who waited for a silent one to return
 
     def note_silence(self, now: float) -> None:
         """Lose replicas that fell silent, and forget those from which nothing can come any more."""
@@ -134,6 +136,10 @@ class Books:
         return account.alive and not account.state.draining and self._knows_us(account)
 
     # Looks
+
+    def may_return(self, pool: str | None) -> bool:
+        """Whether a known replica is merely silent. Looks at all of them: for when none is alive."""
+        return any(account.may_return for account in self.fleet if pool in (None, account.state.pool))
 
     @property
     def acquainted(self) -> int:

@@ -9,7 +9,8 @@ What makes a promise safe:
 - A grant whose client left on the way is revoked: its replica is asked to refuse it, and says that it does.
 - A replica is sold only after it has answered with this ledger's epoch: from then on it refuses the grants of the
   ledger before, and its reports list all that it took up.
-- A replica that falls silent is not sold, and its promises are kept for as long as they could be taken up.
+- A replica that falls silent is not sold, and its promises are kept for as long as they could be taken up. Until it is
+  forgotten, requests wait for it where there is no other.
 
 Reports may be duplicated, reordered, or up to `silence_s - heartbeat` late (2 s with a heartbeat each second), and the
 clocks of the machines may differ by what is left of that.
@@ -281,7 +282,7 @@ class Ledger:
 
     def _hopeless(self, request: ReserveRequest, size: Size) -> Refusal | None:
         pool, total = request.pool, size.prompt_tokens + size.max_tokens
-        alive = self._fleet.alive(pool) > 0
+        alive = self._fleet.alive(pool) > 0 or self._books.may_return(pool)
         if (alive and total <= self._fleet.longest_tokens(pool)) or self._growth.may_hold(pool, total):
             return None
         startable = self._growth.startable(pool)

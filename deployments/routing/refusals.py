@@ -51,7 +51,7 @@ def hopeless(
     absent: Sequence[Candidate] = (),
     unheard: bool = False,
 ) -> Refusal | None:
-    """No replica lives, or none that is known could hold the request even if it were empty.
+    """No replica is there, or none that is known could hold the request even if it were empty.
 
     Only what no pool holds is too long: a client doesn't come again with that.
 
@@ -61,7 +61,7 @@ def hopeless(
         size: its size.
         known: replicas of its pool, those that fell silent a moment ago included: what fits one of them is worth
             waiting for, and must not be told that it is too long; and those that could be started.
-        alive: whether any of them is alive, or could be started.
+        alive: whether any of them is alive, is merely silent, or could be started.
         absent: the last replica of each of its pools, however long ago it fell silent.
         unheard: whether one of its pools never had a replica, so that nobody knows what it holds.
     """

@@ -488,6 +488,44 @@ def test_a_replica_called_gone_keeps_its_promises() -> None:
     assert charged(book) == 2
 
 
+def test_while_all_are_silent_requests_wait_until_one_returns() -> None:
+    book = ledger(state())
+    book.tick(3.5)
+    assert not book.view(3.5).ready
+    assert isinstance(book.reserve(wish("q"), 3.5), Queued)
+    assert refused(book.reserve(wish("long", prompt=160), 3.5))[0] == "too_long"
+    assert book.tick(4.0) == []
+    book.report(state(sequence=2), 4.5)
+    assert [granted(outcome).request_id for outcome in book.admit(4.5)] == ["q"]
+
+
+def test_they_wait_no_longer_than_their_deadline_or_until_all_are_forgotten() -> None:
+    book = ledger(state())
+    book.tick(3.5)
+    book.reserve(wish("short", wait_limit_s=5.0), 3.5)
+    book.reserve(wish("long", wait_limit_s=60.0), 3.5)
+    ends = []
+    for second in range(4, 21):
+        book.renew_lease("in", float(second))
+        ends += [(second, outcome.request_id, refused(outcome)[0]) for outcome in book.tick(float(second))]
+    assert ends == [(9, "short", "deadline"), (17, "long", "no_replica")]
+    assert refused(book.reserve(wish("late"), 20.0))[0] == "no_replica"
+
+
+def test_nobody_waits_for_a_silent_replica_that_a_call_found_dead_or_that_was_draining() -> None:
+    book = ledger(state(), state("r1"))
+    book.report(state("r1", 2, draining=True), 0.1)
+    book.tick(3.5)
+    assert isinstance(book.reserve(wish("q"), 3.5), Queued)
+    assert book.admit(3.5) == []
+    book.replica_gone("r0", 1)
+    assert [refused(outcome)[0] for outcome in book.admit(3.6)] == ["no_replica"]
+    assert refused(book.reserve(wish("p"), 3.6))[0] == "no_replica"
+    book.report(state("r0", 2), 3.7)
+    book.tick(7.5)
+    assert isinstance(book.reserve(wish("o"), 7.5), Queued), "it was alive after that call"
+
+
 def test_what_fits_a_replica_that_just_fell_silent_waits_instead_of_being_too_long() -> None:
     book = ledger(state(), state("large", capacity_blocks=20, max_context=320))
     book.replica_gone("large", 1)
