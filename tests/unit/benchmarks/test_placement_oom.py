@@ -71,7 +71,7 @@ def test_families_with_attention_of_their_own_and_all_that_can_be_quantised_are_
 def test_the_driver_s_part_is_not_the_allocator_s(tmp_path: Path) -> None:
     """The context, and of the graphs what is outside PyTorch's pool."""
     stage = Stage(
-        0, Gpu(0, "NVIDIA H200", 10**11), (0, 16), (), (), 0,
+        0, Gpu("NVIDIA H200", 10**11), (0, 16), (), (), 0,
         (Term(CONTEXT, 700, ""), Term(GRAPHS, driver_bytes(16) + 50, ""), Term("buffers", 7, "")), 1, 10**9,
     )  # fmt: skip
     plan = plan_of_tiny(tmp_path)
