@@ -4,9 +4,10 @@
     python -m benchmarks.placement_oom --device cpu          tiny ones on virtual devices, which nothing can cap
 
 A case is a random model and a random pool. It is drawn until the plan says yes, and planned as a replica would plan it.
-On CUDA the process's allocator is then capped at the plan's budget less the CUDA context, on every device, so that one
-byte more ends it. It loads the model, and serves one request of the longest context and then a full batch, with every
-sampling setting that needs memory. Whatever goes wrong is printed, and the exit code is 1.
+On CUDA the process's allocator is then capped, on every device, at the plan's budget less what the driver takes (the
+CUDA context, and its part of CUDA graphs), so that one byte more ends it. It loads the model, and serves one request of
+the longest context, then a full batch, and then one whose sequences share a long prefix, half of them half as long;
+with every sampling setting that needs memory. Whatever goes wrong is printed, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPTJConfig, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.child import ROOT
@@ -41,10 +42,13 @@ from deployments.protocol import GenerationRequest, Sampling
 from deployments.settings import PoolSettings
 from placement.errors import DoesNotFit
 from placement.plan import Plan, Stage
-from placement.reserve import CONTEXT
+from placement.recipe import BLOCK
+from placement.reserve import CONTEXT, GRAPHS, driver_bytes
 
 Device = Literal["cpu", "cuda"]
-SERVED = sorted(FAMILIES.keys() - {"gpt_oss", "deepseek_v2"})
+OWN_ATTENTION = ("bloom", "falcon", "gptj")
+"""Families that attend in code of their own, and so get the gather cache."""
+SERVED = sorted(FAMILIES.keys() - {"gpt_oss", "deepseek_v2"} | set(OWN_ATTENTION))
 """Families that the engine serves at all sizes drawn here."""
 QUANTISATIONS = ("nf4", "nf4+dq", "fp4", "fp4+dq", "int8", "16 bits")
 FLASHINFER_FAMILIES = ("llama", "qwen2", "qwen3", "phi3")
@@ -77,6 +81,8 @@ class Case:
         shape = f"{c.num_hidden_layers} x {c.hidden_size}, {c.num_attention_heads} heads, {c.vocab_size} tokens"
         caps = ", ".join(f"{int(size) / 1e9:.3f}" for size in pool.max_memory.values())
         double = " dq" if pool.double_quant else ""
+        double += " head" if pool.quantize_head else ""
+        double += " embeddings" if pool.quantize_embeddings else ""
         steps = f"{pool.max_sequences} sequences, steps of {pool.max_batch_tokens}, context {pool.max_context}"
         return (
             f"{self.family} ({shape}) {pool.quantization}{double} {pool.dtype}, KV {pool.kv_dtype}, {caps} GB, {steps}"
@@ -96,13 +102,16 @@ def draw(rng: random.Random, device: Device, devices: int) -> Case:
     family = rng.choice(FLASHINFER_FAMILIES if paged else SERVED)
     head_dims = (16, 32) if device == "cpu" else (128,) if paged else (80, 96)
     scale = _CPU if device == "cpu" else _CUDA
-    config = config_of(family, _sizes(rng, rng.choice(head_dims), scale), rng)
+    sizes = _sizes(rng, rng.choice(head_dims), scale)
+    config = own_attention(family, sizes, rng) if family in OWN_ATTENTION else config_of(family, sizes, rng)
     chosen = plain if quantization == "16 bits" else quantization.removesuffix("+dq")
     pool = PoolSettings.model_validate(
         {
             "device": device,
             "quantization": chosen,
             "double_quant": quantization.endswith("+dq"),
+            "quantize_head": chosen != plain and rng.random() < 0.3,
+            "quantize_embeddings": chosen != plain and _blocks(family, config) and rng.random() < 0.3,
             "dtype": "auto" if chosen == plain else dtype,
             "kv_dtype": "auto" if paged else rng.choice(("auto", "fp8")),
             "block_size": rng.choice((16, 32)),
@@ -116,10 +125,35 @@ def draw(rng: random.Random, device: Device, devices: int) -> Case:
     return Case(family, config, pool)
 
 
+def own_attention(family: str, sizes: Mapping[str, Any], rng: random.Random) -> PreTrainedConfig:
+    """A model of these sizes, as far as a family of `OWN_ATTENTION` knows them."""
+    sizes = {**sizes, **{f"{kind}_token_id": 0 for kind in ("bos", "eos", "pad")}}
+    heads, head_dim, inner = sizes["num_attention_heads"], sizes.pop("head_dim"), sizes.pop("intermediate_size")
+    kv_heads = sizes.pop("num_key_value_heads")
+    if family == "bloom":  # its MLP is four times as wide as its hidden states, always
+        return BloomConfig(**sizes)
+    if family == "falcon":
+        grouped = rng.random() < 0.5  # else one KV head for all
+        return FalconConfig(
+            **sizes, num_kv_heads=kv_heads if grouped else 1, new_decoder_architecture=grouped, ffn_hidden_size=inner
+        )
+    del sizes["tie_word_embeddings"]  # its head has a bias
+    names = {"n_embd": sizes.pop("hidden_size"), "n_layer": sizes.pop("num_hidden_layers"), "n_head": heads}
+    names |= {"n_positions": sizes.pop("max_position_embeddings"), "n_inner": inner, "rotary_dim": head_dim // 2}
+    del sizes["num_attention_heads"]
+    return GPTJConfig(**sizes, **names, tie_word_embeddings=False)
+
+
+def _blocks(family: str, config: PreTrainedConfig) -> bool:
+    """Whether the embedding is a plain one whose rows are whole blocks of quantisation."""
+    return family != "gemma2" and config.hidden_size % BLOCK == 0
+
+
 def weights_of(config: PreTrainedConfig) -> int:
     """Roughly; an upper bound for the families here."""
     experts = getattr(config, "num_local_experts", None) or 1
-    layer = 4 * config.hidden_size**2 + 3 * experts * config.hidden_size * config.intermediate_size
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    layer = 4 * config.hidden_size**2 + 3 * experts * config.hidden_size * inner
     return int(config.num_hidden_layers * layer + 2 * config.vocab_size * config.hidden_size)
 
 
@@ -172,7 +206,7 @@ def run(seed: int, number: int, device: Device, devices: int) -> dict[str, Any]:
             served = serve(case, plan, folder, device)
         except torch.OutOfMemoryError as error:
             served = {"out_of_memory": " ".join(str(error).split())}
-    allowed = [_allowed(stage) for stage in plan.stages]
+    allowed = [_allowed(plan, stage) for stage in plan.stages]
     return {"case": str(case), "refused": refused, "allowed": allowed, "capacity": plan.capacity_tokens, **served}
 
 
@@ -187,7 +221,7 @@ def serve(case: Case, plan: Plan, folder: Path, device: Device) -> dict[str, Any
     if device == "cuda":
         for stage in plan.stages:
             total = torch.cuda.get_device_properties(stage.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(_allowed(stage) / total, stage.device)
+            torch.cuda.set_per_process_memory_fraction(_allowed(plan, stage) / total, stage.device)
             torch.cuda.reset_peak_memory_stats(stage.device)
     pool = case.pool
     limits = EngineLimits(pool.batch_tokens(device), pool.max_sequences, prefix_cache=True, threads=1)
@@ -210,13 +244,16 @@ def _write(config: PreTrainedConfig, folder: Path, device: Device) -> None:
         torch.cuda.empty_cache()
 
 
-def _allowed(stage: Stage) -> int:
-    """Bytes of a stage's budget that torch's allocator may have."""
-    return stage.budget_bytes - sum(term.bytes for term in stage.reserve if term.name == CONTEXT)
+def _allowed(plan: Plan, stage: Stage) -> int:
+    """Bytes of a stage's budget that torch's allocator may have: all but what the driver takes."""
+    terms = {term.name: term.bytes for term in stage.reserve}
+    graphs = driver_bytes(plan.stages[-1].layers[1]) if GRAPHS in terms else 0
+    return stage.budget_bytes - terms.get(CONTEXT, 0) - graphs
 
 
 def _waves(vocab: int, plan: Plan, max_sequences: int) -> Iterator[list[tuple[int, ...]]]:
-    """Prompts of the longest request alone, then of as many as run at once."""
+    """Prompts of the longest request alone; of as many as run at once; and of a long one, then of as many that share it
+    with it, every other one half of it: what they hold fits, what is gathered for them all may not."""
     rng = random.Random(0)
     longest = plan.max_context - _OUTPUT
     tokens = min(_MOST_TOKENS, plan.capacity_tokens)
@@ -224,6 +261,11 @@ def _waves(vocab: int, plan: Plan, max_sequences: int) -> Iterator[list[tuple[in
     length = max(1, min(longest, tokens // sequences - _OUTPUT - plan.block_size))
     for count, size in ((1, max(1, longest)), (sequences, length)):
         yield [tuple(rng.randrange(vocab) for _ in range(size)) for _ in range(count)]
+    own = 2 * plan.block_size + _OUTPUT
+    shared = tuple(rng.randrange(vocab) for _ in range(max(2, min(longest - 1, tokens // 2) // 2 * 2)))
+    yield [shared]
+    count = max(1, min(max_sequences, (tokens - len(shared)) // own))
+    yield [(*shared[: len(shared) // (1 + i % 2)], rng.randrange(vocab)) for i in range(count)]
 
 
 def _serve(engine: Engine, prompts: list[tuple[int, ...]]) -> int:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from deployments.errors import ConfigError
+from placement.kv import RELATIVE_CONTEXT
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data")
+"""Of files that hold weights, of whatever library."""
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -60,6 +63,8 @@ def max_context(folder: Path) -> int:
         for name in _CONTEXT_KEYS:
             if isinstance(value := part.get(name), int):
                 return value
+    if config.get("is_encoder_decoder") and "relative_attention_num_buckets" in config:
+        return RELATIVE_CONTEXT
     raise ConfigError(f"{folder / 'config.json'} does not say the longest context; set max_position_embeddings in it")
 
 

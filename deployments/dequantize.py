@@ -21,14 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deployments.checkpoint import INDEX, check_safetensors, read_config, shards
+from deployments.checkpoint import INDEX, WEIGHT_SUFFIXES, check_safetensors, read_config, shards
 from deployments.errors import ConfigError
 from deployments.gptqmodel_fit import stored_format, why_not_read
-from deployments.once import make_once
+from deployments.once import make_new
 from placement.recipe import Grouped, read_recipe
 
+WEIGHTS = "model.safetensors"
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _OTHER_CONFIGS = ("config.json", "quantize_config.json", "quant_config.json", INDEX)
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word the outputs 0 to 7 are."""
@@ -38,10 +38,11 @@ def dequantize(source: Path, folder: Path) -> Path:
     """Write the plain checkpoint of the quantised one in `source` to `folder`, which must not exist yet.
 
     Raises:
-        ConfigError: `source` holds no whole GPTQ or AWQ checkpoint, or one of another format; or `folder` is there.
+        ConfigError: `source` holds no whole GPTQ or AWQ checkpoint, or one of another format; or `folder` is there, or
+            can't be written.
     """
-    if folder.exists():
-        raise ConfigError(f"{folder} is there already; name a new folder")
+    if folder.exists():  # told before the checkpoint is read
+        raise ConfigError(f"{folder} is there already; name a folder that isn't")
     config = read_config(source)
     stored = config.pop("quantization_config", None) or {}
     recipe = read_recipe(stored) if stored else None
@@ -57,10 +58,11 @@ def dequantize(source: Path, folder: Path) -> Path:
         _write_weights(files, target, recipe, less_one=stored_format(recipe, stored) == "gptq")
         (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         for path in source.iterdir():
-            if path.is_file() and path.suffix not in _LEFT_OUT and path.name not in _OTHER_CONFIGS:
+            if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in _OTHER_CONFIGS:
                 shutil.copyfile(path, target / path.name)
 
-    return make_once(folder, make)
+    make_new(folder.absolute(), make)
+    return folder
 
 
 def gptq_weight(parts: Mapping[str, Tensor], bits: int, *, less_one: bool) -> Tensor:
@@ -99,7 +101,8 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def _write_weights(files: list[Path], target: Path, recipe: Grouped, *, less_one: bool) -> None:
-    """One new file for each old one that has weights; a linear's parts may lie in several of the old ones."""
+    """One new file for each old one that has weights; a linear's parts may lie in several of the old ones. A lone file
+    gets the name by which transformers looks for one, which GPTQ's own tools do not give it."""
     places = {name: file for file in files for name in _names(file)}
     if lone := [name for name in places if name.endswith(".scales") and f"{name[:-6]}qweight" not in places]:
         raise ConfigError(f"{lone[0]} scales no linear but an activation, which plain models don't; serve it as it is")
@@ -110,7 +113,7 @@ def _write_weights(files: list[Path], target: Path, recipe: Grouped, *, less_one
         if not tensors:
             continue
         print(f"{file.name}: {len(tensors)} tensors", flush=True)
-        save_file(tensors, target / file.name, metadata={"format": "pt"})
+        save_file(tensors, target / (file.name if len(files) > 1 else WEIGHTS), metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file.name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:

@@ -1,4 +1,4 @@
-"""Folders that are made once: under a lock, beside their final place, and renamed. A folder with its name is whole."""
+"""Folders that are made once: beside their final place, and renamed. A folder with its name is whole."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from deployments.errors import ConfigError
 
 
 def make_once(target: Path, make: Callable[[Path], None]) -> Path:
-    """`target`, made by `make(empty folder)` if it is not there; other processes wait for it.
+    """`target`, under a lock made by `make(empty folder)` if it is not there; other processes wait for it.
 
     Raises:
         ConfigError: the parent folder can't be written. Whatever `make` raises leaves nothing behind.
@@ -34,6 +35,28 @@ def make_once(target: Path, make: Callable[[Path], None]) -> Path:
     finally:
         lock.release()
     return target
+
+
+def make_new(target: Path, make: Callable[[Path], None]) -> None:
+    """`target`, made by `make(empty folder)`, for a person who named it.
+
+    Raises:
+        ConfigError: it is there, or can't be written. Whatever `make` raises leaves nothing behind.
+    """
+    if target.exists():
+        raise ConfigError(f"{target} is there already; name a folder that isn't")
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        make(partial)
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ConfigError(
+            f"{target} can't be written ({reason}); name a folder on a disk with room for the model, that you may write"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _make(target: Path, make: Callable[[Path], None]) -> None:

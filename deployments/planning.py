@@ -121,6 +121,8 @@ def _check_encoder_decoder(name: str, model_dir: Path, pool: PoolSettings, *, on
         reason = "is an encoder-decoder, whose prompts are computed whole; leave prefill_chunk_tokens out"
     elif "prefix_cache" in asked and pool.prefix_cache:
         reason = "is an encoder-decoder, where a prompt's beginning depends on its end; leave prefix_cache out"
+    elif pool.batch_invariant:
+        reason = "is an encoder-decoder, whose steps are not computed batch-invariantly yet; leave batch_invariant out"
     else:
         return
     raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")

@@ -7,19 +7,18 @@ is. On a GPU quantising takes seconds where the CPU takes minutes.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from deployments import store
+from deployments.checkpoint import WEIGHT_SUFFIXES
 from deployments.compare.command import device_of
 from deployments.errors import ConfigError
 from deployments.home import state_folder
+from deployments.once import make_new
 from placement.plan_command import OneLineParser
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.double_quant and options.quantization == "int8":
         raise ConfigError("--double-quant is for nf4 and fp4; leave it out, or choose one of them")
     target: Path = options.folder.absolute()
-    if target.exists():
+    if target.exists():  # told before the model is fetched
         raise ConfigError(f"{target} is there already; name a folder that isn't")
     device = device_of(options.device)
     local = store.fetch(options.model, revision=options.revision, home=state_folder(), progress=_say)
@@ -42,33 +41,29 @@ def main(arguments: Sequence[str]) -> int:
     if quantised_already(local.path):
         raise ConfigError(f"{options.model} is quantised already; give the unquantised model")
     _say(f"quantising {options.model} to {options.quantization} on {'the GPU' if device == 'cuda' else 'the CPU'}")
-    _make(target, lambda folder: _write(local.path, folder, options, 0 if device == "cuda" else "cpu"))
+    make_new(target, lambda folder: _write(local.path, folder, options, 0 if device == "cuda" else "cpu"))
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     _say(f"wrote {target}: {size / 1e9:.2f} GB of weights; serve it with `source: {target}`")
     return 0
 
 
-def _make(target: Path, write: Callable[[Path], None]) -> None:
-    """Beside its place, and renamed: a folder of that name is whole."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        write(partial)
-        partial.rename(target)
-    except OSError as error:
-        raise ConfigError(f"{target} can't be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _write(source: Path, folder: Path, options: argparse.Namespace, device: int | str) -> None:
     from deployments.engine.loader import bitsandbytes_config, read_quantised
+    from placement.anatomy import fused_experts
 
     config = bitsandbytes_config(options.quantization, double_quant=options.double_quant, dtype=options.dtype)
     assert config is not None, "argparse knows no other"
-    read_quantised(source, config, options.dtype, device, head=options.quantize_head).save_pretrained(folder)
+    model = read_quantised(source, config, options.dtype, device, head=options.quantize_head)
+    if experts := fused_experts(model, 1).values():
+        size = sum(weights.nbytes for weights in experts)
+        _say(
+            f"its experts ({size / 1e9:.2f} GB) are fused and stay in {options.dtype} in such "
+            "a checkpoint; a pool of the unquantised model with `quantize_experts: true` quantises them at its start"
+        )
+    model.save_pretrained(folder)
+    kept_out = (*WEIGHT_SUFFIXES, ".index.json")
     for path in source.iterdir():  # the tokenizer, its templates, a licence
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and not (folder / path.name).exists():
+        if path.is_file() and not path.name.endswith(kept_out) and not (folder / path.name).exists():
             shutil.copy(path, folder / path.name)
 
 

@@ -82,6 +82,17 @@ CARDS = (
     _card("MI300X", 1915, 5300, 1307, "AMD-Instinct-MI300X-OAM", flashinfer=False),
 )
 
+# fmt: off
+_BEFORE_AMPERE = tuple(
+    frozenset(name.split()) for name in (
+        "GTX", "QUADRO", "TITAN", "TESLA", "RTX 2060", "RTX 2070", "RTX 2080", "T4G", "T400", "T500", "T550", "T600",
+        "T1000", "T1200", "V100S", "GV100", "GP100", "P100", "P40", "P6", "P4", "M60", "M40", "M10", "M6", "M4", "K80",
+    )
+)
+# fmt: on
+"""Words of the names of kinds that are not in the table, of Turing, Volta and older. NVIDIA gave up the names Quadro,
+TITAN and Tesla before Ampere, and the GTX with it."""
+
 
 @cache
 def find_card(name: str, memory_bytes: int | None = None) -> Card | None:
@@ -99,9 +110,9 @@ def find_card(name: str, memory_bytes: int | None = None) -> Card | None:
 
 
 def runs_flashinfer(name: str, memory_bytes: int) -> bool:
-    """Whether FlashInfer runs on a GPU, as far as its name tells; one that is not in the table is taken to be new."""
+    """Whether FlashInfer runs on a GPU, as far as its name tells; one that nobody knows is taken to be new."""
     card = find_card(name, memory_bytes)
-    return card is None or card.flashinfer
+    return card.flashinfer if card else not any(old <= _words(name) for old in _BEFORE_AMPERE)
 
 
 def rates(name: str, memory_bytes: int) -> tuple[int, int]:

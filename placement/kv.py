@@ -46,6 +46,11 @@ _KINDS = {
 """What a layer of each of transformers' types (old names included) caches."""
 
 
+RELATIVE_CONTEXT = 512
+"""Tokens of the longest sequence where an encoder-decoder's config does not say: T5's positions are relative, and
+sequences of 512 are what it was trained with."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerKv:
     """What one layer caches. All zero: nothing (an encoder's layer, an expert block of a hybrid, a layer that reads

@@ -25,6 +25,9 @@ SAMPLE_ROWS = 64
 CONTEXT = "context"
 """Name of the one term that a max_memory cap does not bound."""
 
+GRAPHS = "graphs"
+"""Name of the term of which `driver_bytes` are outside PyTorch's allocator."""
+
 Attention = Literal["flashinfer", "torch"]
 """What computes attention on GPUs: FlashInfer, or PyTorch's own operators over gathered blocks, as on the CPU."""
 
@@ -152,7 +155,7 @@ class Reserve:
         loading = self._load_peak(last) - kept - self.activations - workspace - (blocks + 1) * kv_block_bytes
         terms = (
             Term(CONTEXT, self.context, "CUDA context, and the code of libraries and kernels"),
-            Term("graphs", self.graphs, "CUDA graphs, and the activations of the largest of them"),
+            Term(GRAPHS, self.graphs, "CUDA graphs, and the activations of the largest of them"),
             Term("fragmentation", self.fragmentation, "what the allocator can't hand out"),
             Term("buffers", kept, "kept by pipeline, attention, kernels and sampler from step to step"),
             Term("activations", self.activations, "hidden states and projections of one step in the widest layer"),
@@ -213,7 +216,7 @@ def reserve(
     visited = dequantised_bytes(footprint) if cuda and footprint.experts else 0
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
-        graphs=0 if gathers else _graph_bytes(footprint) + workload.captured_rows * widest + visited,
+        graphs=0 if gathers else driver_bytes(len(footprint.layers)) + workload.captured_rows * widest + visited,
         fragmentation=_fragmentation_bytes(footprint, budget_bytes) if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
@@ -246,8 +249,9 @@ def _arenas(footprint: Footprint) -> list[tuple[Module, int]]:
     ]
 
 
-def _graph_bytes(footprint: Footprint) -> int:
-    return _GRAPH_BYTES + _GRAPH_LAYER_BYTES * len(footprint.layers)
+def driver_bytes(layers: int) -> int:
+    """What the driver keeps for the CUDA graphs of a model of so many layers."""
+    return _GRAPH_BYTES + _GRAPH_LAYER_BYTES * layers
 
 
 def _compiled_activation_bytes(footprint: Footprint) -> int:

@@ -36,7 +36,7 @@ from placement.anatomy import Stack, find_stacks, find_units, fused_experts, own
 from placement.errors import PlacementError
 from placement.footprint import Geometry, Module, Tensor
 from placement.headers import Gguf
-from placement.kv import LayerKv, layer_kv
+from placement.kv import RELATIVE_CONTEXT, LayerKv, layer_kv
 from placement.recipe import BLOCK, Grouped, Recipe
 from placement.source import Source
 
@@ -269,6 +269,8 @@ def _max_context(config: PreTrainedConfig) -> int:
     for name in _CONTEXTS:
         if isinstance(value := getattr(config, name, None), int):
             return value
+    if config.is_encoder_decoder and hasattr(config, "relative_attention_num_buckets"):
+        return RELATIVE_CONTEXT
     raise PlacementError(
         f"{config.model_type}: config.json does not say the longest context; set max_position_embeddings"
     )

@@ -93,6 +93,8 @@ def proven(
     devices: Sequence[torch.device],
     copies: dict[str, nn.Module],
     expected: Sequence[Sample],
+    *,
+    rounds_by_batch: bool = False,
 ) -> tuple[EncoderDecoderStage, ...]:
     """Stages that compute what transformers computes.
 
@@ -100,6 +102,7 @@ def proven(
         model: loaded as `plan` says, without hooks.
         copies: modules that a stage holds of its own, by "stage index:name".
         expected: of the same weights.
+        rounds_by_batch: as in `probe`.
 
     Raises:
         ConfigError: they compute something else, or the KV cache is another than the plan's.
@@ -107,15 +110,20 @@ def proven(
     stages = tuple(_stage(model, plan, index, devices[index], copies) for index in range(len(plan.stages)))
     name = type(model).__name__
     try:
-        ratio = probe(stages, plan, expected)
+        ratio = probe(stages, plan, expected, rounds_by_batch=rounds_by_batch)
     except ProbeFailed as error:
         raise ConfigError(f"{name} can't be served: {error}; choose a model of another architecture") from error
     log.info("%s on the gather cache: relative RMS error of the logits %.1e", name, ratio)
     return stages
 
 
-def probe(stages: Sequence[EncoderDecoderStage], plan: Plan, expected: Sequence[Sample]) -> float:
+def probe(
+    stages: Sequence[EncoderDecoderStage], plan: Plan, expected: Sequence[Sample], *, rounds_by_batch: bool = False
+) -> float:
     """Run the samples: the first alone, the second's prompt beside a decode, then both, and the rest.
+
+    Args:
+        rounds_by_batch: what a row is rounded to depends on the others, as with LLM.int8()'s outliers.
 
     Returns:
         The relative RMS error of the logits.
@@ -140,7 +148,7 @@ def probe(stages: Sequence[EncoderDecoderStage], plan: Plan, expected: Sequence[
         raise ProbeFailed(str(error)) from error
     except Exception as error:
         raise failed(error) from error
-    return check_logits(plan, torch.cat(found), torch.cat(wanted))
+    return check_logits(plan, torch.cat(found), torch.cat(wanted), rounds_by_batch=rounds_by_batch)
 
 
 def _rows(parts: Sequence[tuple[Sample, int, int]]) -> StepRows:

@@ -68,14 +68,17 @@ class GatherAttention(Attention):
 
     def __init__(self, num_blocks: int, device: torch.device, longest: int) -> None:
         super().__init__()
-        self._bounds = most_tokens(longest), most_pairs(longest)
+        self._tokens, self._pairs = most_tokens(longest), most_pairs(longest)
         self._scratch = num_blocks
         self._device = device
         self._batches: tuple[Batch, ...] = ()
 
     def prepare(self, layout: StepLayout) -> None:
         """Lay the step out as batches."""
-        groups = group_spans(layout.padded(self._scratch), *self._bounds)
+        # Sequences that share a prefix, and padding, could gather more than the blocks hold, and the plan keeps room
+        # for no more than that.
+        tokens = min(self._tokens, self._scratch * layout.block_size)
+        groups = group_spans(layout.padded(self._scratch), tokens, self._pairs)
         self._batches = tuple(make_batch(group, layout.block_size, self._device) for group in groups)
 
     def run(

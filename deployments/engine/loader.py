@@ -118,7 +118,7 @@ def load(
     if plan.experts:
         settle_experts(model, plan, on_gpu=device_type == "cuda")
     if model.config.is_encoder_decoder:
-        return _encoder_decoder(model, plan, devices)
+        return _encoder_decoder(model, plan, devices, limits)
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     copies = _copies(model, plan, devices)
     verify_bytes(model, plan, copies)
@@ -139,14 +139,17 @@ def load(
     return LoadedModel(stages, int(expected.shape[-1]), attention)
 
 
-def _encoder_decoder(model: PreTrainedModel, plan: Plan, devices: list[torch.device]) -> LoadedModel:
+def _encoder_decoder(
+    model: PreTrainedModel, plan: Plan, devices: list[torch.device], limits: EngineLimits | None
+) -> LoadedModel:
     untie(model, plan, devices)
     copies = _copies(model, plan, devices)
     verify_bytes(model, plan, copies)
     expected = samples(model, plan)
     remove_hook_from_submodules(model)
     _shorten_linears(model)
-    stages = proven(model, plan, devices, copies, expected)
+    rounds_by_batch = limits is not None and limits.int8_threshold > 0
+    stages = proven(model, plan, devices, copies, expected, rounds_by_batch=rounds_by_batch)
     return LoadedModel(stages, int(expected[0].expected.shape[-1]), ATTENTION, encodes=True)
 
 

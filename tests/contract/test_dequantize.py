@@ -58,6 +58,20 @@ def test_it_is_served_quantised_as_any_other(tmp_path: Path) -> None:
     assert plan_pool("tiny", made, pool(quantization="nf4"))[0].quantization == "nf4"
 
 
+def test_a_lone_file_gets_the_name_that_transformers_looks_for(tmp_path: Path) -> None:
+    folder, plain = checkpoint(CONFIGS["Llama"], Grouping(), tmp_path)
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
+    for name in ("tokenizer.json", "LICENSE", "tf_model.h5", "flax_model.msgpack", "rust_model.ot", "model.onnx"):
+        (folder / name).write_text("{}")
+    made = dequantize(folder, tmp_path / "made")
+    files = ["LICENSE", "config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in made.iterdir()) == files
+    expected = AutoModelForCausalLM.from_pretrained(plain).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(made).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not list(tmp_path.glob("*.lock")), "nothing else is left in the user's folder"
+
+
 def test_what_cannot_be_made_plain_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, plain = checkpoint(CONFIGS["Llama"], Grouping(), tmp_path)
     with pytest.raises(ConfigError, match="is not quantised by GPTQ or AWQ"):

@@ -221,6 +221,25 @@ def test_a_stage_that_computes_something_else_is_refused(flan: Case, monkeypatch
         load(flan.folder, flan.plan(2), device_type="cpu")
 
 
+def test_int8_with_a_threshold_is_proven_by_the_bound_of_its_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The features beyond the threshold are those of all rows of a step, and the plain forward's steps are larger."""
+    (family,) = (family for family in ENCODER_DECODERS if family.name == "FLAN-T5")
+    folder = save(family, tmp_path)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("layer_norm.weight"):
+                weight[5] = 4.0
+    model.save_pretrained(folder)
+    plan = Case(folder, "int8", (), ()).plan(1)
+    assert load(folder, plan, device_type="cpu", limits=replace(LIMITS, int8_threshold=6.0)).encodes
+    monkeypatch.setattr("deployments.engine.load_probe._BATCH_TOLERANCE", 0.0)
+    with pytest.raises(ConfigError, match="its logits differ"):
+        load(folder, plan, device_type="cpu", limits=replace(LIMITS, int8_threshold=6.0))
+
+
 def test_the_bytes_of_each_stage_are_the_plans(flan: Case) -> None:
     """`load` compares them; here a plan that says less by T5's table of position biases is refused."""
     plan = flan.plan(2)

@@ -59,6 +59,21 @@ def test_it_is_served_as_it_is_the_head_too(model: Path, tmp_path: Path) -> None
     assert found == {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
 
 
+def test_experts_that_stay_as_they_are_are_told_of(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixtral = save(CONFIGS["Mixtral"], tmp_path / "mixtral")
+    for name in ("tokenizer.json", "tf_model.h5"):
+        (mixtral / name).write_text("{}")
+    assert main(["quantize", str(mixtral), str(tmp_path / "done"), "--device", "cpu", "--dtype", "float32"]) == 0
+    said = capsys.readouterr().err
+    assert "are fused and stay in float32" in said
+    assert "`quantize_experts: true`" in said
+    assert not (tmp_path / "done" / "tf_model.h5").exists()
+    assert main(["quantize", str(model), str(tmp_path / "plain"), "--device", "cpu"]) == 0
+    assert "are fused" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -82,6 +82,8 @@ def test_config_that_is_not_json(folder: Path) -> None:
         ({"max_position_embeddings": 64}, 64),
         ({"n_positions": 1024}, 1024),
         ({"text_config": {"max_position_embeddings": 32}}, 32),
+        ({"is_encoder_decoder": True, "relative_attention_num_buckets": 32}, 512),
+        ({"is_encoder_decoder": True, "relative_attention_num_buckets": 32, "n_positions": 64}, 64),
     ],
 )
 def test_longest_context(folder: Path, config: dict[str, object], tokens: int) -> None:

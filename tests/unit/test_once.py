@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from deployments.errors import ConfigError
-from deployments.once import make_once
+from deployments.once import make_new, make_once
 
 MAKER = """
 import sys, time
@@ -103,3 +106,35 @@ def test_a_parent_that_can_not_be_written_names_the_knob(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"file can't be written \(.*\); set HEADROOM_HOME to a writable folder"):
         make_once(tmp_path / "file" / "target", never)
+
+
+def test_a_new_folder_is_whole_and_alone(tmp_path: Path) -> None:
+    make_new(tmp_path / "not yet" / "target", fill)
+    assert [path.name for path in (tmp_path / "not yet").iterdir()] == ["target"]
+    with pytest.raises(ConfigError, match="target is there already"):
+        make_new(tmp_path / "not yet" / "target", never)
+
+
+@pytest.mark.parametrize("kind", ["text", "tensors"])
+def test_a_disk_that_is_full_is_told_in_one_line(kind: str, tmp_path: Path) -> None:
+    """As far as a limit on the size of files is like one."""
+
+    def write(folder: Path) -> None:
+        if kind == "text":
+            (folder / "content").write_bytes(bytes(2**21))
+        save_file({"weight": torch.ones(2**19)}, folder / "model.safetensors")
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"target can't be written \(.+\); name a folder on a disk with room"):
+            make_new(tmp_path / "target", write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_folder_where_none_can_be_names_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"target can't be written \(Not a directory\); name a folder"):
+        make_new(tmp_path / "file" / "target", never)

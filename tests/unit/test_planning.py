@@ -208,11 +208,26 @@ def test_a_step_of_an_encoder_decoder_has_room_for_the_longest_prompt(folder: Pa
 
 
 @pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(("asked", "context"), [(None, 512), (64, 64)])
+def test_an_encoder_decoder_that_does_not_say_its_longest_context(
+    asked: int | None, context: int, tmp_path: Path
+) -> None:
+    """As mT5 and T5 1.1 are published."""
+    ENCODER_DECODERS["t5_v1_1"].save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "n_positions"}))
+    plan, _ = plan_pool("tiny", tmp_path, pool(max_context=asked, cpu_device_memory="40MB"))
+    assert plan.max_context == context
+
+
+@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("t5", {"prefix_cache": True}, "a prompt's beginning depends on its end; leave prefix_cache out"),
         ("t5", {"prefill_chunk_tokens": 8}, "whose prompts are computed whole; leave prefill_chunk_tokens out"),
+        ("t5", {"batch_invariant": True}, "not computed batch-invariantly yet; leave batch_invariant out"),
         ("bart", {}, "is an encoder-decoder of type bart, and the engine serves t5, mt5 alone"),
     ],
 )

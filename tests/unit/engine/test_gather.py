@@ -67,6 +67,27 @@ def test_division_loses_no_row_and_keeps_to_the_limit(pairs: int) -> None:
     assert [seen[row] for row in range(35)] == starts
 
 
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [RowSpan(14 + i % 2, 1, (0, 1, 2, 3 + i)) for i in range(6)],
+        [RowSpan(14, 1, (0, 1, 2, 3)), *(RowSpan(7, 1, (4 + 2 * i, 5 + 2 * i)) for i in range(2))],
+    ],
+    ids=["a shared prefix", "padding"],
+)
+def test_a_forward_gathers_no_more_than_the_blocks_hold(spans: list[RowSpan]) -> None:
+    """The plan keeps room for no more; here all sequences together would gather more than nine blocks."""
+    blocks = 9
+    assert {block for each in spans for block in each.block_table} <= set(range(blocks))
+    attention = GatherAttention(blocks, CPU, longest=16)
+    attention.prepare(StepLayout(tuple(spans), BLOCK))
+    gathered = [len(batch.gathered) for batch in attention._batches]
+    assert len(spans) * (max(each.start for each in spans) + 1) > blocks * BLOCK
+    assert max(gathered) <= blocks * BLOCK
+    assert sum(batch.mask.sum().item() for batch in attention._batches) == sum(each.start + 1 for each in spans)
+    assert len(gathered) < len(spans), "they still share forwards"
+
+
 def test_spans_without_rows_are_in_no_batch() -> None:
     assert groups(RowSpan(0, 0, ()), span(2, 1), RowSpan(0, 0, ())) == [[0]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from placement.cards import CARDS, Card, find_card, rates
+from placement.cards import CARDS, Card, find_card, rates, runs_flashinfer
 
 GIB, GB, TFLOPS = 2**30, 10**9, 10**12
 
@@ -46,6 +46,26 @@ def test_names(name: str, kind: str | None) -> None:
 def test_every_kind_is_found_by_its_own_name(card: Card) -> None:
     assert find_card(card.name) == card
     assert find_card(card.name.replace(" ", "-").lower()) == card
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 2060", "GeForce RTX 2070 SUPER", "NVIDIA GeForce RTX 2080 Ti", "GeForce-RTX-2080",
+        "NVIDIA GeForce GTX 1080 Ti", "GeForce GTX 1650", "Quadro RTX 6000", "Quadro P5000", "Quadro GV100",
+        "Tesla P100-PCIE-16GB", "P100", "Tesla P40", "P4", "NVIDIA TITAN V", "NVIDIA TITAN RTX", "TITAN Xp",
+        "Tesla V100S-PCIE-32GB", "Tesla T4", "V100", "NVIDIA T4G", "NVIDIA T1000",
+    ],
+)  # fmt: skip
+def test_gpus_older_than_ampere_run_no_flashinfer(name: str) -> None:
+    assert not runs_flashinfer(name, 11 * GIB)
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA H200", "NVIDIA RTX 6000 Ada Generation", "NVIDIA GeForce RTX 3060", "NVIDIA RTX A4000", "24GiB"]
+)
+def test_newer_ones_and_those_that_nobody_knows_do(name: str) -> None:
+    assert runs_flashinfer(name, 24 * GIB)
 
 
 def test_memory_decides_where_the_name_does_not() -> None:
