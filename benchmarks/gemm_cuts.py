@@ -63,12 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compile_ahead(wanted: list[tuple[Kind, tuple[int, int], int]], processes: int) -> None:
     """All kernels, `processes` at a time: NVRTC lets others run meanwhile."""
+    from deployments.engine.kernels.launch import shared_bytes
     from deployments.engine.kernels.skinny import compiled
 
+    shared = shared_bytes(torch.device("cuda", torch.cuda.current_device()))
     todo = {
         (cut, _bits(kind), groups_of(rows))
         for kind, (n, k), rows in wanted
-        for cut in candidates(n, k, _bits(kind), groups_of(rows), wide=True)
+        for cut in candidates(n, k, _bits(kind), groups_of(rows), shared, wide=True)
     }
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(lambda of: compiled(*of, half=False, per_scale=1, nested=False), todo))
@@ -76,7 +78,7 @@ def compile_ahead(wanted: list[tuple[Kind, tuple[int, int], int]], processes: in
 
 def measure(kind: Kind, n: int, k: int, rows: int, bandwidth: float, name: str) -> tuple[Times, float, int]:
     """Of one linear: times by cut, the other kernel's, and how many cuts were wrong."""
-    from deployments.engine.kernels.launch import product_of_more
+    from deployments.engine.kernels.launch import product_of_more, shared_bytes
     from deployments.engine.kernels.skinny import skinny_product
 
     weight = random_weight(kind, n, k)
@@ -85,7 +87,7 @@ def measure(kind: Kind, n: int, k: int, rows: int, bandwidth: float, name: str) 
     reference = x.double() @ exact(weight).t()
     times: Times = {}
     wrong = 0
-    for cut in candidates(n, k, _bits(kind), groups_of(rows), wide=True):
+    for cut in candidates(n, k, _bits(kind), groups_of(rows), shared_bytes(x.device), wide=True):
         error = relative_error(skinny_product(x, weight, None, cut), reference)
         if error >= BOUND:
             print(f"WRONG {name} {kind} {rows} rows {cut}: error {error:.1e}")

@@ -105,6 +105,8 @@ class Geometry:
     """Per layer, parallel to `Footprint.layers` (an encoder's layers included)."""
     own_attention: str | None = None
     """Why attention can't run over the KV blocks themselves, as the end of a sentence; None: it can."""
+    stretched_to: int | None = None
+    """Positions that longrope reaches with other frequencies than up to `max_context`; None: it is not longrope's."""
 
 
 @dataclass(frozen=True)  # no slots: see Module

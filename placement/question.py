@@ -142,8 +142,10 @@ def _workload(footprint: Footprint, devices: tuple[Gpu, ...], conditions: Condit
     wished = conditions.get("max_context")
     context = made_for if wished is None else wished
     if context > made_for:
+        longer = footprint.geometry.stretched_to
+        why = "" if longer is None else f", and longrope's other frequencies, up to {longer}, are not served"
         raise PlacementError(
-            f"max_context is {context} tokens, but {footprint.model} was made for {made_for}; lower it"
+            f"max_context is {context} tokens, but {footprint.model} was made for {made_for}{why}; lower it"
         )
     sizes = conditions["block_size"], conditions["max_batch_tokens"], conditions["max_sequences"]
     names = "block_size", "max_batch_tokens", "max_sequences", "max_context"

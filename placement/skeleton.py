@@ -223,11 +223,14 @@ def _geometry(model: PreTrainedModel, facts: Mapping[str, Any]) -> Geometry:
             "attention in its layers"
         )
     kv = _kv(facts)
+    longest = _max_context(config)
+    original = _before_longrope(config, longest)
     return Geometry(
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         heads=facts["num_attention_heads"],
-        max_context=_max_context(config),
+        max_context=original or longest,
+        stretched_to=None if original is None else longest,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         kv=kv,
         own_attention=None if facts["is_encoder_decoder"] else own_attention(model, kv),
@@ -274,6 +277,15 @@ def _max_context(config: PreTrainedConfig) -> int:
     raise PlacementError(
         f"{config.model_type}: config.json does not say the longest context; set max_position_embeddings"
     )
+
+
+def _before_longrope(config: PreTrainedConfig, longest: int) -> int | None:
+    """The length beyond which longrope turns all keys of a sequence anew, where that is below `longest`: those in the
+    cache would be wrong."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = (rotary, *(each for each in rotary.values() if isinstance(each, dict)))  # one, or one by type of layer
+    originals = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min((original for original in originals if original < longest), default=None)
 
 
 def _tensors(model: PreTrainedModel, dtype: str, convertible: Mapping[str, bool], head: str | None) -> list[Tensor]:

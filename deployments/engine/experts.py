@@ -64,7 +64,7 @@ class FourBitExperts(QuantisedExperts):
         state: Any = self.weight.quant_state
         scales = state.absmax.view(experts, -1)[which]
         if state.nested:
-            blocks = torch.arange(state.absmax.numel(), device=scales.device).view(experts, -1)[which]
+            blocks = _blocks(which, experts, scales.shape[-1], scales.device)
             scales = state.state2.code[scales.long()] * state.state2.absmax[blocks // state.state2.blocksize]
             scales = scales + state.offset
         packed = self.weight.data.view(experts, -1)[which]
@@ -77,6 +77,14 @@ class FourBitExperts(QuantisedExperts):
             self.dtype,
         )
         return weight
+
+
+def _blocks(which: Tensor | slice, experts: int, per: int, device: torch.device) -> Tensor:
+    """int64 [n, per]: the places of those experts' blocks among all."""
+    if isinstance(which, Tensor):
+        return which[:, None] * per + torch.arange(per, device=device)
+    start, stop, _ = which.indices(experts)
+    return torch.arange(start * per, stop * per, device=device).view(-1, per)
 
 
 class EightBitExperts(QuantisedExperts):

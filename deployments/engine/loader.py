@@ -39,6 +39,7 @@ from deployments.engine.head import quantise_head
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits, Tuning
 from deployments.engine.residents import resident_bytes
+from deployments.engine.rotary import fix_frequencies
 from deployments.engine.settle import expand_segments, settle_layers
 from deployments.engine.stages import Stage, find_decoder, find_layers
 from deployments.errors import ConfigError
@@ -115,6 +116,7 @@ def load(
         settle_embedding(model, plan)
     _compute_as_planned(model, plan, limits.int8_threshold if limits else 0.0)
     settle_grouped(model)
+    fix_frequencies(model)
     if plan.experts:
         settle_experts(model, plan, on_gpu=device_type == "cuda")
     if model.config.is_encoder_decoder:

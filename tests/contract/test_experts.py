@@ -6,12 +6,13 @@ The oracle is transformers on weights that were quantised by bitsandbytes as a w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -114,6 +115,26 @@ def test_several_experts_and_all_of_them_are_what_each_is(quantization: str) -> 
     chosen = torch.tensor([3, 0, 3, 1])
     assert torch.equal(experts[chosen], each[chosen])
     assert torch.equal(experts.whole(), each)
+
+
+def test_the_scales_of_a_few_experts_are_found_without_an_index_of_all() -> None:
+    weight = torch.randn(16, 16, 64, generator=torch.Generator().manual_seed(1))
+    experts = FourBitExperts(four_bits(weight, "nf4", double_quant=True))
+    experts[torch.tensor([0])]
+
+    class Ranges(TorchFunctionMode):
+        sizes: ClassVar[list[int]] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            del types
+            result = func(*args, **(kwargs or {}))
+            if func is torch.arange:
+                self.sizes.append(result.numel())
+            return result
+
+    with Ranges():
+        experts[torch.tensor([3, 0])]
+    assert Ranges.sizes == [16], "the blocks of one expert"
 
 
 @pytest.mark.parametrize(

@@ -174,13 +174,14 @@ def test_every_candidate_of_this_gpu_or_a_reason(kind: config.Kind) -> None:
 def test_cuts(n: int, k: int, kind: config.Kind) -> None:
     """All divisions of the work give the product, always the same, whatever the clusters and parts of x."""
     from deployments.engine.kernels.cut import GROUPS, Cut, candidates
+    from deployments.engine.kernels.launch import shared_bytes
     from deployments.engine.kernels.skinny import skinny_product
 
     bits = 4 if kind == "4bit" else 8
     weight = tile4(weight4(n, k, nested=n == 592)) if kind == "4bit" else tile8(weight8(n, k))
     bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
     for groups in GROUPS:
-        some = list(candidates(n, k, bits, groups))
+        some = list(candidates(n, k, bits, groups, shared_bytes(bias.device)))
         for cut in [*some[:: max(1, len(some) // 8)], Cut(2, 1, 2, 2, 2, 4), Cut(1, 2, 3, 1, 8, 2)]:
             x = torch.randn(8 * groups - 3, k, device="cuda", dtype=torch.bfloat16)
             torch.full((8 * groups - 3, n), torch.nan, device="cuda", dtype=torch.bfloat16)

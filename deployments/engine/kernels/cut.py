@@ -11,9 +11,11 @@ GROUPS = (1, 2, 4)
 """Groups of 8 rows of x that one launch computes."""
 MOST_ROWS = 8 * GROUPS[-1]
 SHARED_BYTES = 226 * 2**10
-"""Of a block, at most: what GPUs of capability 9.0 and above have for one."""
+"""Of a block, at most, on GPUs with 228 KiB for a multiprocessor (capability 9.0 and 10.x); others have less."""
 TABLE_BYTES = 32 * 2**10
 """All pairs of 4-bit weights, a copy for each lane. The table begins at a multiple of its size."""
+_OFFSETS = 2**32
+"""The kernel counts a weight's bytes in 32 bits."""
 _REGISTERS = {4: {1: 44, 2: 44, 4: 56}, 8: {1: 48, 2: 64, 4: 64}}
 """By bits and groups: registers of a lane for sums and for weights on their way, above which kernels were slower."""
 
@@ -59,10 +61,11 @@ class Cut:
         inputs = (2 * TABLE_BYTES if bits == 4 else 0) + 8 * groups * self.row_bytes(k)
         return max(inputs, 4 * self.along * 8 * groups * (16 * self.block_strips + 4))
 
-    def fits(self, n: int, k: int, bits: int, groups: int) -> bool:
-        """Whether the kernel can compute a weight [n, k] so."""
+    def fits(self, n: int, k: int, bits: int, groups: int, shared: int) -> bool:
+        """Whether the kernel can compute a weight [n, k] so, in blocks of at most `shared` bytes of shared memory."""
         enough = n // 16 >= self.block_strips and k // 64 >= self.cluster
-        return enough and self.threads <= 512 and self.shared_bytes(k, bits, groups) <= SHARED_BYTES
+        counted = n * k * bits // 8 < _OFFSETS
+        return enough and counted and self.threads <= 512 and self.shared_bytes(k, bits, groups) <= shared
 
 
 def groups_of(rows: int) -> int:
@@ -70,23 +73,28 @@ def groups_of(rows: int) -> int:
     return next(groups for groups in GROUPS if rows <= 8 * groups)
 
 
-def choose_cut(n: int, k: int, bits: int, groups: int, multiprocessors: int) -> Cut | None:
+def choose_cut(n: int, k: int, bits: int, groups: int, multiprocessors: int, shared: int) -> Cut | None:
     """The best of `ranked_cuts`, for a shape that was not measured. None where there is none: x does not fit shared
     memory, or only in parts so small that the kernel was measured to be slower than others."""
-    return next(iter(ranked_cuts(n, k, bits, groups, multiprocessors)), None)
+    return next(iter(ranked_cuts(n, k, bits, groups, multiprocessors, shared)), None)
 
 
 @cache
-def ranked_cuts(n: int, k: int, bits: int, groups: int, multiprocessors: int) -> tuple[Cut, ...]:
-    """Those first that keep all multiprocessors equally busy with most bytes on their way."""
-    cuts = candidates(n, k, bits, groups, (2, 4) if groups == 1 else (2,))
+def ranked_cuts(n: int, k: int, bits: int, groups: int, multiprocessors: int, shared: int) -> tuple[Cut, ...]:
+    """Those first that keep all multiprocessors equally busy with most bytes on their way.
+
+    Args:
+        shared: bytes of shared memory that a block of the GPU may have.
+    """
+    cuts = candidates(n, k, bits, groups, shared, (2, 4) if groups == 1 else (2,))
     return tuple(sorted(cuts, key=lambda cut: _rank(cut, n, k, multiprocessors)))
 
 
 def candidates(
-    n: int, k: int, bits: int, groups: int, clusters: tuple[int, ...] = (1, 2, 4, 8), *, wide: bool = False
+    n: int, k: int, bits: int, groups: int, shared: int, clusters: tuple[int, ...] = (1, 2, 4, 8), *, wide: bool = False
 ) -> Iterator[Cut]:
-    """Cuts that suit a weight [n, k] and keep within a lane's registers. A block has a multiprocessor to itself.
+    """Cuts that suit a weight [n, k] and keep within a lane's registers. A block has a multiprocessor to itself, and
+    `shared` bytes of shared memory at most.
 
     wide: also half as many warps with twice the registers each, which are seldom better.
     """
@@ -97,7 +105,7 @@ def candidates(
         for along in (1, 2, 4, 8, 16):
             if warps % along == 0:
                 cut = Cut(strips, depth, warps // along, along, cluster, parts=2 if groups == 4 else 1)
-                if cut.fits(n, k, bits, groups):
+                if cut.fits(n, k, bits, groups, shared):
                     yield cut
 
 

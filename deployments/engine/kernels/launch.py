@@ -63,13 +63,20 @@ def _cut(entry: Entry, weight: Weight4 | Weight8, rows: int, device: torch.devic
     if 8 * groups in entry.cuts:
         return entry.cuts[8 * groups]
     bits = 4 if isinstance(weight, Weight4) else 8
-    return choose_cut(weight.n, weight.k, bits, groups, multiprocessors(device))
+    return choose_cut(weight.n, weight.k, bits, groups, multiprocessors(device), shared_bytes(device))
 
 
 @cache
 def clusters(device: torch.device) -> bool:
     """Whether blocks can read each other's shared memory, as `skinny.cu` wants it."""
     return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Of a block of `skinny.cu`, at most: what the device grants on request, less a KiB as a margin."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's annotations lack it
+    return int(properties.shared_memory_per_block_optin) - 2**10
 
 
 @cache

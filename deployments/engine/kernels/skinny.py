@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ def skinny_product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, cu
     """
     rows, n, k = x.shape[0], weight.n, weight.k
     if x.stride(-1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)  # `contiguous` would keep one that is not aligned
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     groups = groups_of(rows)
     bits, nested, per_scale = 8, None, 1
@@ -60,14 +60,18 @@ def _kernel(
     """Loaded on the current device, which `_device` names: each has kernels of its own."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     driver = _driver()
-    cubin = compiled(cut, bits, groups, half=half, per_scale=per_scale, nested=nested)
-    _check(driver.cuModuleLoadData(ctypes.byref(module), cubin))
+    make = partial(compiled, cut, bits, groups, half=half, per_scale=per_scale, nested=nested)
+    if status := driver.cuModuleLoadData(ctypes.byref(module), make()):
+        log.warning("a kernel does not load (%d) and is compiled again, for what was kept may be damaged", status)
+        _check(driver.cuModuleLoadData(ctypes.byref(module), make(anew=True)))
     _check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"skinny"))
     _check(driver.cuFuncSetAttribute(function, 8, shared))  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     return function
 
 
-def compiled(cut: Cut, bits: int, groups: int, *, half: bool, per_scale: int, nested: bool) -> bytes:
+def compiled(
+    cut: Cut, bits: int, groups: int, *, half: bool, per_scale: int, nested: bool, anew: bool = False
+) -> bytes:
     """The kernel for the current GPU, or as it was kept by an earlier start.
 
     Args:
@@ -75,6 +79,7 @@ def compiled(cut: Cut, bits: int, groups: int, *, half: bool, per_scale: int, ne
         half: float16, not bfloat16.
         per_scale: 64-column blocks that share a 4-bit scale.
         nested: 4-bit scales are double-quantised.
+        anew: compile it in any case, and keep that.
     """
     macros = {
         **{name.upper(): value for name, value in asdict(cut).items()},
@@ -86,17 +91,35 @@ def compiled(cut: Cut, bits: int, groups: int, *, half: bool, per_scale: int, ne
     source = SOURCE.read_bytes()
     name = hashlib.sha256(source + "\0".join((torch.version.cuda or "", *options)).encode()).hexdigest()[:32]
     path = state_folder() / "kernels" / f"skinny-{name}.cubin"
-    if path.exists():
-        return path.read_bytes()
+    if not anew and (kept := _kept(path)):
+        return kept
     cubin = _compile(source, options)
+    _keep(path, cubin)
+    return cubin
+
+
+def _kept(path: Path) -> bytes:
+    """Empty where there is none, or none that can be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        log.warning("a kernel is compiled again: %s can't be read (%s)", path, error.strerror)
+        return b""
+
+
+def _keep(path: Path, cubin: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(cubin)
+        with part.open("wb") as file:
+            file.write(cubin)
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before what was written
         part.replace(path)
     except OSError as error:
         log.warning("a compiled kernel is not kept: %s can't be written (%s); set HEADROOM_HOME", path, error.strerror)
-    return cubin
 
 
 def _compile(source: bytes, options: list[str]) -> bytes:

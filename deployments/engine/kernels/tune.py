@@ -256,7 +256,8 @@ def tune_shape(
 def _fastest_cut(cuts: Sequence[Cut], rows: int, measure: Measure, configs: dict[int, GemmConfig]) -> Cut | None:
     times = _times(cuts, rows, measure)
     best = min(times, key=times.__getitem__, default=None)
-    return None if best is None or times[best] > measure(configs[bucket_of(rows)], rows) else best
+    other = _times([configs[bucket_of(rows)]], rows, measure) if best is not None else {}
+    return None if best is None or any(times[best] > time for time in other.values()) else best
 
 
 def _times(choices: Sequence[_Choice], rows: int, measure: Measure) -> dict[_Choice, float]:
@@ -296,13 +297,14 @@ def time_product(weights: Sequence[Weight], config: GemmConfig | Cut | None, row
 
 def cuts_of(weight: Weight, groups: int) -> Sequence[Cut]:
     """The first of `ranked_cuts`; none on GPUs without clusters."""
-    from deployments.engine.kernels.launch import clusters, multiprocessors
+    from deployments.engine.kernels.launch import clusters, multiprocessors, shared_bytes
 
     device = weight.packed.device
     if not clusters(device):
         return ()
     bits = 4 if isinstance(weight, Weight4) else 8
-    return ranked_cuts(weight.n, weight.k, bits, groups, multiprocessors(device))[:_MOST_CUTS]
+    ranked = ranked_cuts(weight.n, weight.k, bits, groups, multiprocessors(device), shared_bytes(device))
+    return ranked[:_MOST_CUTS]
 
 
 GPU = Bench(torch.cuda.get_device_name, time_product, time.monotonic, cuts_of)

@@ -29,30 +29,52 @@ def busiest(cut: Cut, n: int, k: int, multiprocessors: int) -> float:
 @pytest.mark.parametrize(("n", "k"), LINEARS)
 def test_the_chosen_cut_is_even_and_fits(n: int, k: int, bits: int) -> None:
     for groups in GROUPS:
-        cut = choose_cut(n, k, bits, groups, 132)
+        cut = choose_cut(n, k, bits, groups, 132, SHARED_BYTES)
         if cut is None:
             assert groups > 1, "up to 8 rows there is always one"
             continue
-        assert cut.fits(n, k, bits, groups)
+        assert cut.fits(n, k, bits, groups, SHARED_BYTES)
         assert busiest(cut, n, k, 132) <= 1.25
         assert cut.blocks(n) * 16 * cut.block_strips >= n * cut.cluster, "every row has a block"
 
 
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (64, 64), (4096, 64)])
 def test_small_weights_have_none(n: int, k: int) -> None:
-    assert choose_cut(n, k, 4, 1, 132) is None, "a cut would have more strips or columns than the weight"
+    assert choose_cut(n, k, 4, 1, 132, SHARED_BYTES) is None, "a cut would have more strips or columns than the weight"
 
 
 def test_x_that_does_not_fit_has_none() -> None:
     k = 1024 * 64
-    assert not Cut(1, 1, 1, 16, 2).fits(4096, k, 4, 4)
-    assert choose_cut(4096, k, 4, 4, 132) is None
+    assert not Cut(1, 1, 1, 16, 2).fits(4096, k, 4, 4, SHARED_BYTES)
+    assert choose_cut(4096, k, 4, 4, 132, SHARED_BYTES) is None
+
+
+def test_gpus_with_less_shared_memory_get_cuts_that_fit_it_or_none() -> None:
+    less = 98 * 2**10  # of the 99 KiB of capability 12.x
+    cut = choose_cut(6144, 4096, 4, 1, 188, less)
+    assert cut is not None
+    assert cut.shared_bytes(4096, 4, 1) <= less
+    large = choose_cut(4096, 14336, 4, 1, 132, SHARED_BYTES)
+    assert large is not None
+    assert large.shared_bytes(14336, 4, 1) > less
+    assert not large.fits(4096, 14336, 4, 1, less)
+    assert choose_cut(4096, 14336, 4, 4, 188, less) is None, "x alone has more"
+    for n, k in LINEARS:
+        for groups in GROUPS:
+            assert all(each.shared_bytes(k, 8, groups) <= less for each in candidates(n, k, 8, groups, less))
+
+
+@pytest.mark.parametrize(("bits", "n"), [(4, 2**21), (8, 2**20)])
+def test_weights_beyond_the_kernel_s_offsets_have_none(bits: int, n: int) -> None:
+    cut = Cut(1, 1, 4, 4, 2)
+    assert cut.fits(n - 16, 4096, bits, 1, SHARED_BYTES)
+    assert not cut.fits(n, 4096, bits, 1, SHARED_BYTES), "4 GiB"
 
 
 def test_candidates_are_different_and_fit() -> None:
     for bits in (4, 8):
         for groups in GROUPS:
-            found = list(candidates(4096, 4096, bits, groups))
+            found = list(candidates(4096, 4096, bits, groups, SHARED_BYTES))
             assert len(set(found)) == len(found) > 10
             assert all(cut.shared_bytes(4096, bits, groups) <= SHARED_BYTES for cut in found)
 
@@ -69,6 +91,6 @@ def test_shipped_cuts_fit_their_shapes(path: Path) -> None:
     for (kind, n, k), entry in table.shapes.items():
         for rows, cut in entry.cuts.items():
             if cut is not None:
-                assert cut.fits(n, k, int(kind.removesuffix("bit")), groups_of(rows)), (kind, n, k, rows)
+                assert cut.fits(n, k, int(kind.removesuffix("bit")), groups_of(rows), SHARED_BYTES), (kind, n, k, rows)
                 cuts += 1
     assert cuts >= 20

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +18,8 @@ import torch
 from torch import nn
 
 from deployments.engine.kernels import config, tune
-from deployments.engine.kernels.config import BUCKETS, HEURISTIC, Entry, GemmConfig, Kind
+from deployments.engine.kernels.config import BUCKETS, HEURISTIC, Entry, GemmConfig, Kind, bucket_of
+from deployments.engine.kernels.cut import SHARED_BYTES, Cut, choose_cut
 from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8
 from deployments.engine.kernels.tune import CANDIDATES, Bench, Weight, tune_model, tuning_folder
 from tests.unit.engine.kernels.test_modules import linear4, linear8
@@ -38,14 +42,15 @@ class Timer:
         self.crossover, self.broken = crossover, broken
         self.measured: list[tuple[int, int, GemmConfig | None, int]] = []
 
-    def microseconds(self, weights: Sequence[Weight], choice: GemmConfig | None, rows: int) -> float:
+    def microseconds(self, weights: Sequence[Weight], choice: GemmConfig | Cut | None, rows: int) -> float:
+        assert not isinstance(choice, Cut)
         self.measured.append((weights[0].n, len(weights), choice, rows))
         if choice is None:
             return float(self.crossover)
         if self.broken(choice, rows):
             raise RuntimeError("out of resource: shared memory")
         kind: Kind = "4bit" if weights[0].n != 32 else "8bit"
-        return rows + (0.0 if choice == FASTEST[kind, min(rows, BUCKETS[-1])] else 1000.0)
+        return rows + (0.0 if choice == FASTEST[kind, bucket_of(rows)] else 1000.0)
 
     def bench(self) -> Bench:
         ticks = itertools.count()
@@ -138,6 +143,65 @@ def test_one_that_does_not_run_is_passed_over(tmp_path: Path, caplog: pytest.Log
     assert configs[32] == CANDIDATES["4bit", 32][0]
     assert configs[64] == FASTEST["4bit", 64]
     assert "does not run here: out of resource: shared memory" in caplog.text
+
+
+# Cuts
+
+CUTS = tuple(Cut(1, 1, 4, 4, cluster) for cluster in (1, 2, 4))
+
+
+class CutTimer(Timer):
+    """`Timer`, and cuts: the first takes as long as `best` says, each further one ten microseconds more."""
+
+    def __init__(self, best: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.best = best
+
+    def microseconds(self, weights: Sequence[Weight], choice: GemmConfig | Cut | None, rows: int) -> float:
+        if not isinstance(choice, Cut):
+            return super().microseconds(weights, choice, rows)
+        if choice == CUTS[0]:
+            raise RuntimeError("the driver refuses it")
+        return self.best + 10 * CUTS.index(choice)
+
+    def bench(self) -> Bench:
+        return replace(super().bench(), cuts=lambda _weight, groups: CUTS if groups < 4 else ())
+
+
+def tuned_cuts(timer: Timer, folder: Path) -> dict[int, Cut | None]:
+    """As they are read back from the disk."""
+    assert tune_model(nn.Sequential(QuantLinear4.of(linear4(64, 128))), folder, bench=timer.bench()) == []
+    kept = json.loads((folder / config.file_name(TOY)).read_text(encoding="utf-8"))
+    entry = config.parse_table(kept).entry("4bit", 64, 128)
+    assert entry == config.table_for(TOY).entry("4bit", 64, 128)
+    return dict(entry.cuts)
+
+
+def test_the_fastest_cut_that_runs_is_kept_where_it_beats_the_other_kernel(tmp_path: Path) -> None:
+    """The other takes as many microseconds as there are rows: 8 and 16."""
+    assert tuned_cuts(CutTimer(best=-5.0), tmp_path / "faster") == {8: CUTS[1], 16: CUTS[1]}
+    assert tuned_cuts(CutTimer(best=0.0), tmp_path / "between") == {8: None, 16: CUTS[1]}
+    assert tuned_cuts(CutTimer(best=90.0), tmp_path / "slower") == {8: None, 16: None}
+    assert tuned_cuts(Timer(), tmp_path / "none") == {}
+
+
+def test_where_no_other_kernel_runs_the_fastest_cut_is_kept(tmp_path: Path) -> None:
+    timer = CutTimer(best=90.0, crossover=10**6, broken=lambda _config, _rows: True)
+    assert tuned_cuts(timer, tmp_path) == {8: CUTS[1], 16: CUTS[1]}
+
+
+def test_so_many_cuts_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = ModuleType("launch")  # the real one imports Triton
+    found = {"clusters": True, "multiprocessors": 132, "shared_bytes": SHARED_BYTES}
+    for name, value in found.items():
+        setattr(launch, name, lambda _device, value=value: value)
+    monkeypatch.setitem(sys.modules, "deployments.engine.kernels.launch", launch)
+    weight = QuantLinear4.of(linear4(2048, 2048)).quantised
+    cuts = tune.cuts_of(weight, 1)
+    assert len(set(cuts)) == tune._MOST_CUTS
+    assert cuts[0] == choose_cut(2048, 2048, 4, 1, 132, SHARED_BYTES)
+    monkeypatch.setattr(launch, "clusters", lambda _device: False)
+    assert tune.cuts_of(weight, 1) == ()
 
 
 # The limit

@@ -1,0 +1,131 @@
+"""What surrounds the CUDA kernel: kept binaries that are damaged or can't be read, and x that is not aligned."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from deployments.engine.kernels import skinny
+from deployments.engine.kernels.cut import Cut
+from deployments.engine.kernels.weights import Weight8
+
+CUT = Cut(1, 1, 4, 4, 2)
+GOOD = b"a kernel"
+
+
+@pytest.fixture(autouse=True)
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The options of each compilation."""
+    calls: list[list[str]] = []
+
+    def compile_it(_source: bytes, options: list[str]) -> bytes:
+        calls.append(options)
+        return GOOD
+
+    monkeypatch.setenv("HEADROOM_HOME", str(tmp_path))
+    monkeypatch.setattr(skinny, "_compile", compile_it)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def no_kernels() -> Iterator[None]:
+    kernel = skinny._kernel
+    kernel.cache_clear()
+    yield
+    kernel.cache_clear()
+
+
+def compiled() -> bytes:
+    return skinny.compiled(CUT, 4, 1, half=False, per_scale=1, nested=False)
+
+
+def test_a_kernel_is_compiled_once_and_kept(compiler: list[list[str]], tmp_path: Path) -> None:
+    assert compiled() == compiled() == GOOD
+    assert len(compiler) == 1
+    assert "--gpu-architecture=sm_90" in compiler[0]
+    (path,) = (tmp_path / "kernels").iterdir()
+    assert path.read_bytes() == GOOD
+
+
+def test_an_empty_one_is_compiled_again(compiler: list[list[str]], tmp_path: Path) -> None:
+    compiled()
+    (path,) = (tmp_path / "kernels").iterdir()
+    path.write_bytes(b"")
+    assert compiled() == path.read_bytes() == GOOD
+    assert len(compiler) == 2
+
+
+def test_one_that_cannot_be_read_is_compiled_again(
+    compiler: list[list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled()
+    (path,) = (tmp_path / "kernels").iterdir()
+    path.unlink()
+    path.mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert compiled() == GOOD
+    assert len(compiler) == 2
+    assert f"{path} can't be read" in caplog.text
+    assert f"{path} can't be written" in caplog.text
+
+
+def kernel(monkeypatch: pytest.MonkeyPatch, *, loads: bool) -> None:
+    def load(_module: Any, cubin: bytes) -> int:
+        return 0 if loads and cubin == GOOD else 200
+
+    def describe(_status: int, _text: Any) -> int:
+        return 0
+
+    driver = SimpleNamespace(
+        cuModuleLoadData=load,
+        cuModuleGetFunction=lambda *_: 0,
+        cuFuncSetAttribute=lambda *_: 0,
+        cuGetErrorString=describe,
+    )
+    monkeypatch.setattr(skinny, "_driver", lambda: driver)
+    skinny._kernel(torch.device("cpu"), CUT, 4, 1, False, 1, False, 1024)
+
+
+def test_one_that_does_not_load_is_compiled_again(
+    compiler: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled()
+    (path,) = (tmp_path / "kernels").iterdir()
+    path.write_bytes(GOOD[:4])
+    kernel(monkeypatch, loads=True)
+    assert len(compiler) == 2
+    assert path.read_bytes() == GOOD
+
+
+def test_one_that_never_loads_is_an_error(compiler: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match=r"CUDA's driver: .*\(200\)"):
+        kernel(monkeypatch, loads=False)
+    assert len(compiler) == 2, "once more, not for ever"
+
+
+def test_x_that_is_not_aligned_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(skinny, "_kernel", lambda *_: ctypes.c_void_p())
+    monkeypatch.setattr(skinny, "_launch", lambda *arguments: seen.append(arguments[-1]))
+    weight = Weight8(64, 128, torch.zeros(4, 2, 256, dtype=torch.int32), torch.ones(64))
+    whole = torch.arange(2 * 128 + 8).to(torch.bfloat16)
+    kept: list[torch.Tensor] = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda *args, **kwargs: kept.append(clone(*args, **kwargs)) or kept[-1])
+    aligned, shifted = whole[8:].view(2, 128), whole[1:257].view(2, 128)
+    for x in (aligned, shifted):
+        skinny.skinny_product(x, weight, None, CUT)
+    assert shifted.is_contiguous()
+    assert seen[0][0].value == aligned.data_ptr()
+    assert len(kept) == 1
+    assert seen[1][0].value == kept[0].data_ptr()
+    assert seen[1][0].value % 16 == 0
+    assert torch.equal(kept[0], shifted)
