@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import httpx
 
 from benchmarks.child import ROOT
 from benchmarks.client import LoadFailed
+from deployments.ports import free_ports
 
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 30.0
@@ -72,10 +72,7 @@ class OwnServer:
 
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    return free_ports(1)[0]
 
 
 def wait_until_ready(url: str, limit_s: float = START_LIMIT_S) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import shlex
-import socket
 from pathlib import Path
+
+from deployments.ports import free_ports
 
 _PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT",
@@ -41,11 +41,7 @@ def environment(folder: Path) -> dict[str, str]:
         "LOG_TARGET": "log.sock",  # Nobody listens there: the ingress writes the access log.
     }
     variables = {f"RAY_SERVE_HAPROXY_{name}": str(home / file) for name, file in paths.items()}
-    with contextlib.ExitStack() as open_together:  # So that they differ.
-        for name in _PORTS:
-            free = open_together.enter_context(socket.socket())
-            free.bind(("127.0.0.1", 0))
-            variables[name] = str(free.getsockname()[1])
+    variables |= {name: str(port) for name, port in zip(_PORTS, free_ports(len(_PORTS)), strict=True)}
     if available():
         variables["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_launcher(home))
     return variables | {"RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1))}

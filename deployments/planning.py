@@ -15,8 +15,8 @@ from placement.hardware import DeviceType, Gpu, virtual_cpu_devices
 from placement.kv import kv_dtype_name, why_not_served
 from placement.plan import Plan, solve
 from placement.recipe import Grouped, read_recipe
-from placement.reserve import Attention
 from placement.source import Source, find_source
+from placement.workload import Attention
 
 _FIXED_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _ENCODER_DECODERS = ("t5", "mt5")
@@ -61,15 +61,7 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
                 f"pool {pool.name}: int8_threshold is for int8, and {name} is served in {weighed.quantization}; "
                 "drop it, or set `quantization: int8`"
             )
-        if reason := _why_not_loaded(weighed, source, device_type):
-            raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
-        if "encoder" in weighed.stacks:
-            _check_encoder_decoder(name, model_dir, pool, on_gpu=on_gpu)
-        if reason := why_not_served(weighed.geometry.kv):
-            raise ConfigError(
-                f"pool {pool.name}: {name} caches {reason}, which the engine does not serve yet; "
-                "serve a model with plain attention (`headroom plan` sizes this one all the same)"
-            )
+        _check_served(name, model_dir, pool, weighed, source, device_type)
         plan = solve(
             weighed,
             gpus[: pool.stage_count] if on_gpu else _virtual_devices(pool),
@@ -85,6 +77,21 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
     except PlacementError as error:
         raise ConfigError(f"pool {pool.name}: {error}") from error
     return plan, device_type
+
+
+def _check_served(
+    name: str, model_dir: Path, pool: PoolSettings, weighed: Footprint, source: Source, device_type: DeviceType
+) -> None:
+    """Refuse what can be planned, and not loaded or run."""
+    if reason := _why_not_loaded(weighed, source, device_type):
+        raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
+    if "encoder" in weighed.stacks:
+        _check_encoder_decoder(name, model_dir, pool, on_gpu=device_type == "cuda")
+    if reason := why_not_served(weighed.geometry.kv):
+        raise ConfigError(
+            f"pool {pool.name}: {name} caches {reason}, which the engine does not serve yet; "
+            "serve a model with plain attention (`headroom plan` sizes this one all the same)"
+        )
 
 
 def step_tokens(model_dir: Path, pool: PoolSettings, device_type: DeviceType) -> int:

@@ -15,10 +15,10 @@ from placement.kv import DTYPE_BYTES
 from placement.plan import Plan, solve
 from placement.question import Order
 from placement.recipe import Quantization
-from placement.reserve import Attention
 from placement.solver import Goal
 from placement.speed import estimate
 from placement.svg import svg
+from placement.workload import Attention
 
 _T = TypeVar("_T")
 

@@ -13,7 +13,8 @@ from placement.errors import PlacementError
 from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, format_bytes, parse_bytes
 from placement.kv import kv_dtype_name
-from placement.reserve import CUDA_CONTEXT_BYTES, Attention, Workload, why_not_flashinfer
+from placement.reserve import CUDA_CONTEXT_BYTES, why_not_flashinfer
+from placement.workload import Attention, Workload
 
 Order = Literal["given", "best"]
 

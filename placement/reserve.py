@@ -11,13 +11,13 @@ takes at most `SAMPLE_ROWS` rows at a time. `benchmarks.placement_error` compare
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from placement import arena, gathered
 from placement.experts import dequantised_bytes, largest_fused, waiting_bytes
 from placement.footprint import Footprint, Geometry, Module, Tensor
 from placement.hardware import DeviceType, format_bytes
 from placement.kv import dtype_bytes, kv_dtype_bytes
+from placement.workload import Workload
 
 SAMPLE_ROWS = 64
 """Rows of logits that the sampler works on at once."""
@@ -28,17 +28,12 @@ CONTEXT = "context"
 GRAPHS = "graphs"
 """Name of the term of which `driver_bytes` are outside PyTorch's allocator."""
 
-Attention = Literal["flashinfer", "torch"]
-"""What computes attention on GPUs: FlashInfer, or PyTorch's own operators over gathered blocks, as on the CPU."""
-
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 """Head sizes that FlashInfer has kernels for."""
 
 CUDA_CONTEXT_BYTES = 704 * 2**20
 """CUDA context, and the code of PyTorch, cuBLAS, FlashInfer and Triton: 695 MiB on an H200 (driver 580, CUDA 13)."""
 
-CAPTURED_ROWS = 768
-"""Rows of the largest CUDA graph of a step with prompt chunks; the largest of decodes has a row per sequence."""
 _GRAPH_BYTES, _GRAPH_LAYER_BYTES = 64 * 2**20, 7 * 2**18
 """What some thirty CUDA graphs take from the driver, and for each layer in them. Measured: 88 MiB with 16 layers, 110
 with 32."""
@@ -78,34 +73,6 @@ class Term:
     name: str
     bytes: int
     why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What a replica is asked to run at once."""
-
-    block_size: int
-    """Tokens per KV block."""
-    max_batch_tokens: int
-    """Tokens of one step."""
-    max_sequences: int
-    """Sequences running at once."""
-    max_context: int
-    """Tokens of the longest sequence, prompt and output."""
-    kv_dtype: str
-    attention: Attention | None = None
-    """None: FlashInfer on GPUs, where it has kernels for the model. Models that attend in code of their own get the
-    gather cache whatever is said here."""
-
-    @property
-    def most_blocks(self) -> int:
-        """Blocks that all sequences together can hold at most."""
-        return self.max_sequences * -(-self.max_context // self.block_size)
-
-    @property
-    def captured_rows(self) -> int:
-        """Rows of the largest CUDA graph, at most."""
-        return min(self.max_batch_tokens, max(CAPTURED_ROWS, self.max_sequences))
 
 
 @dataclass(frozen=True, slots=True)

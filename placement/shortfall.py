@@ -9,8 +9,8 @@ from placement.errors import DoesNotFit, PlacementError
 from placement.kv import kv_dtype_bytes
 from placement.problem import Problem
 from placement.question import Question
-from placement.reserve import Workload
 from placement.solver import fits, last, pack, without_needless_resort
+from placement.workload import Workload
 
 _MORE_DEVICES = 8
 _NARROWER = (("int8", False), ("nf4", False), ("nf4", True))

@@ -93,18 +93,7 @@ def load(
     Raises:
         ConfigError: the loaded bytes differ from the plan, or the model does not run on paged attention.
     """
-    already = quantised_already(model_dir)
-    quantization = None if already else quantization_config(plan)
-    if quantization is not None and device_type == "cpu" and cache_dir is not None:
-        model_dir, quantization = quantized_copy(model_dir, plan, quantization, cache_dir), None
-    where = device_map(plan, device_type)
-    if quantization is None:
-        model = _read(model_dir, plan.dtype, None, where)
-    else:
-        with _quantising(plan, model_dir, where) as config:
-            model = _read(model_dir, plan.dtype, quantization, where, config)
-    if already:
-        _check_dtype(model, plan)
+    model, quantization = _read_as_planned(model_dir, plan, device_type, cache_dir)
     devices = [
         torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
     ]
@@ -139,6 +128,25 @@ def load(
         expand_segments()
     stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
     return LoadedModel(stages, int(expected.shape[-1]), attention)
+
+
+def _read_as_planned(
+    model_dir: Path, plan: Plan, device_type: Literal["cpu", "cuda"], cache_dir: Path | None
+) -> tuple[PreTrainedModel, BitsAndBytesConfig | None]:
+    """The model on its devices, and what it was quantised to now; None where it came so, or is not quantised."""
+    already = quantised_already(model_dir)
+    quantization = None if already else quantization_config(plan)
+    if quantization is not None and device_type == "cpu" and cache_dir is not None:
+        model_dir, quantization = quantized_copy(model_dir, plan, quantization, cache_dir), None
+    where = device_map(plan, device_type)
+    if quantization is None:
+        model = _read(model_dir, plan.dtype, None, where)
+    else:
+        with _quantising(plan, model_dir, where) as config:
+            model = _read(model_dir, plan.dtype, quantization, where, config)
+    if already:
+        _check_dtype(model, plan)
+    return model, quantization
 
 
 def _encoder_decoder(

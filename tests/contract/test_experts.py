@@ -36,7 +36,8 @@ from placement.anatomy import fused_experts
 from placement.footprint import footprint
 from placement.hardware import Gpu
 from placement.plan import Plan
-from placement.reserve import Workload, reserve
+from placement.reserve import reserve
+from placement.workload import Workload
 from tests.contract.families import FAMILIES
 from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
 

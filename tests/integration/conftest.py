@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from deployments.config_file import read_config
 from deployments.home import state_folder
 from deployments.local_ray import LocalRay
 from deployments.metrics.board import Observation
+from deployments.ports import free_ports
 from deployments.processes import MARK, marked
 from deployments.replica import ReplicaStatus
 from deployments.routing.ledger_deployment import deployment_name
@@ -90,9 +90,7 @@ def wait_for(condition: Callable[[], bool], limit_s: float) -> float:
 
 
 def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
+    return free_ports(1)[0]
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from placement.kv import LayerKv
 from placement.plan import Plan, solve
 from placement.problem import Cut, Problem
 from placement.question import LAST_RESORT, Demand, Order, Question
-from placement.reserve import Workload
 from placement.solver import Cuts, Goal, best
+from placement.workload import Workload
 from tests.unit.placement.toy import small_sampler, toy_encoder_decoder, toy_footprint
 
 WORKLOAD = Workload(block_size=2, max_batch_tokens=3, max_sequences=4, max_context=9, kv_dtype="float16")

@@ -7,7 +7,7 @@ import pytest
 from deployments.engine.attention import RowSpan, StepLayout
 from deployments.engine.lane import MOST_CAPTURED_ROWS, Form, forms
 from deployments.engine.stages import StepRows
-from placement.reserve import CAPTURED_ROWS
+from placement.workload import CAPTURED_ROWS
 
 SIZES = [(2048, 256), (2048, 200), (512, 512), (256, 16), (100, 3), (64, 1000), (1, 1)]
 

@@ -20,7 +20,8 @@ from placement.footprint import Footprint, footprint
 from placement.hardware import virtual_cpu_devices
 from placement.kv import LayerKv
 from placement.plan import solve
-from placement.reserve import Workload, reserve, why_not_flashinfer
+from placement.reserve import reserve, why_not_flashinfer
+from placement.workload import Workload
 from tests.contract.families import FAMILIES, PAGED, Family
 from tests.contract.greedy import save
 from tests.unit.engine.memory import PeakBytes

@@ -21,16 +21,8 @@ from placement.arena import ALIGNMENT
 from placement.footprint import Footprint, Geometry, Module, Tensor, footprint
 from placement.hardware import DeviceType
 from placement.kv import LayerKv
-from placement.reserve import (
-    CAPTURED_ROWS,
-    CUDA_CONTEXT_BYTES,
-    SAMPLE_ROWS,
-    Attention,
-    Reserve,
-    Workload,
-    reserve,
-    why_not_flashinfer,
-)
+from placement.reserve import CUDA_CONTEXT_BYTES, SAMPLE_ROWS, Reserve, reserve, why_not_flashinfer
+from placement.workload import CAPTURED_ROWS, Attention, Workload
 from tests.unit.placement import tiny_models
 from tests.unit.placement.tiny_models import save
 from tests.unit.placement.toy import NOTHING, toy_footprint

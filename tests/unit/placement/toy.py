@@ -15,7 +15,8 @@ from placement.hardware import Gpu
 from placement.kv import LayerKv
 from placement.problem import Problem
 from placement.question import Question
-from placement.reserve import Reserve, Workload
+from placement.reserve import Reserve
+from placement.workload import Workload
 
 KV_PER_TOKEN = 4
 """Bytes per token and layer of `toy_footprint` with a float16 cache: 2 * 1 head * 1 element * 2 bytes."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, Node
-from placement.reserve import Workload, reserve
+from placement.reserve import reserve
 from placement.wishes import Wish
+from placement.workload import Workload
 from tests.unit.placement.toy import toy_footprint
 
 GB, MB = 10**9, 10**6
