@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,8 @@ def test_bytes_equal_those_of_transformers_cache(name: str, tmp_path: Path) -> N
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train(False)
     with torch.no_grad():
         cache = model(input_ids=torch.arange(1, tokens + 1)[None], use_cache=True).past_key_values
-    for expected, layer in zip(layers, cache.layers, strict=True):
+    # transformers before 5.23 has no entry for layers at the end that share the cache of others.
+    for expected, layer in zip_longest(layers, cache.layers):
         held = [
             tensor for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)) if tensor is not None
         ]
