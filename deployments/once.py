@@ -1,4 +1,4 @@
-"""Folders that are made once: beside their final place, and renamed. A folder with its name is whole."""
+"""Folders and files that are made beside their final place, and renamed: one with its name is whole."""
 
 from __future__ import annotations
 
@@ -35,6 +35,21 @@ def make_once(target: Path, make: Callable[[Path], None]) -> Path:
     finally:
         lock.release()
     return target
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file, whose readers see all of it or what was there before, even after a power cut.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # a rename may reach the disk before what was written
+    partial.replace(path)
 
 
 def make_new(target: Path, make: Callable[[Path], None]) -> None:

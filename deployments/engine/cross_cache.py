@@ -42,7 +42,7 @@ class CrossLayer(CacheLayerMixin):
         return self._read(self._held.keys)
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:  # type: ignore[override]  # transformers' is an attribute
         """[B, heads, longest, size]."""
         return self._read(self._held.values)
 

@@ -6,6 +6,7 @@ forward's best, or so close below it that rounding may have decided.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deployments.engine.loader import quantization_config
+from deployments.engine.loop import Engine
+from deployments.protocol import GenerationRequest, Sampling
 from placement.plan import Plan
 
 
@@ -37,3 +40,27 @@ def shortfalls(plain: PreTrainedModel, prompt: Sequence[int], chosen: Sequence[i
 def below_best(logits: Tensor, chosen: Sequence[int]) -> Tensor:
     """[rows]: how far the logit of each row's chosen id is below the row's best; `logits` are [rows, vocab]."""
     return logits.max(-1).values - logits.gather(-1, torch.tensor(chosen)[:, None])[:, 0]
+
+
+def serve(engine: Engine, output: int) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Twelve prompts of several lengths at once, ids below 1,024, each with the `output` tokens chosen greedily."""
+    draw = random.Random(1)
+    prompts = [tuple(draw.randrange(3, 1024) for _ in range(draw.choice((5, 33, 90)))) for _ in range(12)]
+    for i, prompt in enumerate(prompts):
+        engine.submit(GenerationRequest(f"{i}", prompt, Sampling(max_tokens=output, seed=0, temperature=0.0)))
+    outputs: dict[str, list[int]] = {f"{i}": [] for i in range(len(prompts))}
+    while engine.has_work():
+        for chunk in engine.step():
+            assert chunk.error is None
+            outputs[chunk.request_id] += chunk.token_ids
+        engine.check_integrity()
+    assert engine.blocks.held_blocks == 0
+    assert all(len(chosen) == output for chosen in outputs.values())
+    return list(zip(prompts, outputs.values(), strict=True))
+
+
+def check(plain: PreTrainedModel, served: Sequence[tuple[tuple[int, ...], list[int]]], bound: float) -> None:
+    """No token is more than `bound` below the plain forward's best, and four of five are that."""
+    short = torch.cat([shortfalls(plain, prompt, chosen) for prompt, chosen in served])
+    assert bool((short <= bound).all()), f"chose tokens {short.max():.3f} below the best"
+    assert int((short == 0).sum()) >= 0.8 * len(short)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import sys
 from dataclasses import asdict
 from functools import cache, partial
@@ -22,6 +21,7 @@ from torch import Tensor
 from deployments.engine.kernels.cut import GROUPS, Cut, groups_of
 from deployments.engine.kernels.weights import Weight4, Weight8
 from deployments.home import state_folder
+from deployments.once import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -111,13 +111,7 @@ def _kept(path: Path) -> bytes:
 
 def _keep(path: Path, cubin: bytes) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as file:
-            file.write(cubin)
-            file.flush()
-            os.fsync(file.fileno())  # a rename may reach the disk before what was written
-        part.replace(path)
+        write_whole(path, cubin)
     except OSError as error:
         log.warning("a compiled kernel is not kept: %s can't be written (%s); set HEADROOM_HOME", path, error.strerror)
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +41,7 @@ from deployments.engine.kernels.config import (
 from deployments.engine.kernels.cut import GROUPS, Cut, ranked_cuts
 from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8
 from deployments.engine.kernels.weights import Weight4, Weight8
+from deployments.once import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -357,10 +357,7 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float:
 
 def write_table(table: Table, path: Path) -> None:
     """Written beside and renamed: a reader sees the old table or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(dump_table(table), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, (json.dumps(dump_table(table), indent=1) + "\n").encode())
 
 
 def tuning_folder(home: Path) -> Path:
