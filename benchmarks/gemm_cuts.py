@@ -1,10 +1,12 @@
-"""Time every cut of the kernel for few rows (`skinny.cu`) on the linears of real models, beside the other ways.
+"""Time every cut of the CUDA kernels (`skinny.cu` up to 32 rows, `wide.cu` from 32 on) on the linears of real models,
+beside the other ways.
 
-    python -m benchmarks.gemm_cuts                                the linears of 8B, 1, 8, 16 and 32 rows
+    python -m benchmarks.gemm_cuts                                the linears of 8B, 1 to 2,048 rows
     python -m benchmarks.gemm_cuts --models 1B,8B --table deployments/engine/kernels/tables/nvidia_h200.json
 
 Timed as `benchmarks.gemm` does. For each linear and number of rows it prints microseconds, the best cuts and the floor.
 `--table` writes the best cuts into a table; 1 and 8 rows share one, that with the least sum of both over their best.
+A number of rows that a table has no entry for is measured for the next larger one that it has.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.gemm import BOUND, SHAPES, copy_bandwidth, exact, floor_us, random_weight, relative_error, rotate
-from deployments.engine.kernels.config import Kind, Table, parse_table
-from deployments.engine.kernels.cut import Cut, candidates, groups_of
-from deployments.engine.kernels.tune import graph_time, over, write_table
+from deployments.engine.kernels import cut, slab
+from deployments.engine.kernels.config import Kind, Table, cut_rows_of, parse_table
+from deployments.engine.kernels.cut import MOST_ROWS, Cut, groups_of
+from deployments.engine.kernels.slab import Slab
+from deployments.engine.kernels.tune import cut_product, graph_time, over, write_table
 
 KINDS: tuple[Kind, Kind] = ("4bit", "8bit")
-Times = dict[Cut, float]
+Times = dict[Cut | Slab, float]
 """Microseconds."""
 
 
@@ -63,23 +65,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compile_ahead(wanted: list[tuple[Kind, tuple[int, int], int]], processes: int) -> None:
     """All kernels, `processes` at a time: NVRTC lets others run meanwhile."""
-    from deployments.engine.kernels.launch import shared_bytes
-    from deployments.engine.kernels.skinny import compiled
+    from deployments.engine.kernels.cubin import compiled
+    from deployments.engine.kernels.skinny import architecture, macros
 
-    shared = shared_bytes(torch.device("cuda", torch.cuda.current_device()))
-    todo = {
-        (cut, _bits(kind), groups_of(rows))
-        for kind, (n, k), rows in wanted
-        for cut in candidates(n, k, _bits(kind), groups_of(rows), shared, wide=True)
-    }
+    todo: dict[tuple[str, str, tuple[tuple[str, int], ...]], None] = {}
+    for kind, (n, k), rows in wanted:
+        operands = {"BITS": _bits(kind), "HALF": 0, "PER_SCALE": 1, "NESTED": 0}
+        for each in every(kind, n, k, rows):
+            if isinstance(each, Slab):
+                todo["wide", "sm_90a", tuple((each.macros() | operands).items())] = None
+            else:
+                todo["skinny", architecture(), tuple(macros(each, groups_of(rows), operands).items())] = None
     with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(lambda of: compiled(*of, half=False, per_scale=1, nested=False), todo))
+        list(pool.map(lambda of: compiled(of[0], dict(of[2]), of[1]), todo))
+
+
+def every(kind: Kind, n: int, k: int, rows: int) -> list[Cut | Slab]:
+    """What is measured for a weight [n, k] and so many rows."""
+    from deployments.engine.kernels.launch import clusters, shared_bytes, warpgroups
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    shared, found = shared_bytes(device), list[Cut | Slab]()
+    if rows <= MOST_ROWS and clusters(device):
+        found += cut.candidates(n, k, _bits(kind), groups_of(rows), shared, thorough=True)
+    if rows >= MOST_ROWS and warpgroups(device):
+        found += slab.candidates(n, k, _bits(kind), rows, shared)
+    return found
 
 
 def measure(kind: Kind, n: int, k: int, rows: int, bandwidth: float, name: str) -> tuple[Times, float, int]:
     """Of one linear: times by cut, the other kernel's, and how many cuts were wrong."""
-    from deployments.engine.kernels.launch import product_of_more, shared_bytes
-    from deployments.engine.kernels.skinny import skinny_product
+    from deployments.engine.kernels.launch import product_without_cuda
 
     weight = random_weight(kind, n, k)
     weights = rotate(lambda: random_weight(kind, n, k), weight.bytes)
@@ -87,22 +103,22 @@ def measure(kind: Kind, n: int, k: int, rows: int, bandwidth: float, name: str) 
     reference = x.double() @ exact(weight).t()
     times: Times = {}
     wrong = 0
-    for cut in candidates(n, k, _bits(kind), groups_of(rows), shared_bytes(x.device), wide=True):
-        error = relative_error(skinny_product(x, weight, None, cut), reference)
+    for each in every(kind, n, k, rows):
+        error = relative_error(cut_product(x, each, weight), reference)
         if error >= BOUND:
-            print(f"WRONG {name} {kind} {rows} rows {cut}: error {error:.1e}")
+            print(f"WRONG {name} {kind} {rows} rows {each}: error {error:.1e}")
             wrong += 1
         else:
-            times[cut] = graph_time(over(weights, partial(_few, x, cut)), repeats=3)
-    other = graph_time(over(weights, partial(product_of_more, x)))
+            times[each] = graph_time(over(weights, partial(cut_product, x, each)), repeats=3)
+    other = graph_time(over(weights, partial(product_without_cuda, x)))
     dense = rotate(lambda: torch.randn(n, k, device="cuda", dtype=torch.bfloat16), 2 * n * k)
     cublas = graph_time(over(dense, lambda w: x @ w.t()))
     floor = floor_us(weight.bytes, rows, n, k, bandwidth)
     best = sorted(times, key=times.__getitem__)[:3]
     print(
-        f"{name:10s} {kind} {rows:3d} rows: floor {floor:6.1f}, bf16 cuBLAS {cublas:6.1f}, Triton {other:6.1f}, "
+        f"{name:10s} {kind} {rows:4d} rows: floor {floor:6.1f}, bf16 cuBLAS {cublas:6.1f}, without CUDA {other:6.1f}, "
         f"best of {len(times)} cuts "
-        + ", ".join(f"{times[cut]:.1f} ({floor / times[cut]:.0%}) {tuple(asdict(cut).values())}" for cut in best),
+        + ", ".join(f"{times[each]:.1f} ({floor / times[each]:.0%}) {tuple(asdict(each).values())}" for each in best),
         flush=True,
     )
     return times, other, wrong
@@ -111,29 +127,25 @@ def measure(kind: Kind, n: int, k: int, rows: int, bandwidth: float, name: str) 
 def with_cuts(table: Table, found: dict[tuple[Kind, int, int, int], tuple[Times, float]]) -> Table:
     """The table with the best cut of each shape and group of rows, or none where the other kernel is faster."""
     for kind, n, k, _ in dict.fromkeys((*key[:3], 0) for key in found):
-        cuts: dict[int, Cut | None] = dict(table.entry(kind, n, k).cuts) if table.knows(kind, n, k) else {}
+        cuts: dict[int, Cut | Slab | None] = dict(table.entry(kind, n, k).cuts) if table.knows(kind, n, k) else {}
         runs: dict[int, list[tuple[Times, float]]] = {}
         for (*shape, rows), times in found.items():
             if tuple(shape) == (kind, n, k):
-                runs.setdefault(8 * groups_of(rows), []).append(times)
+                most = cut_rows_of(rows)
+                assert most is not None, f"no table has cuts for {rows} rows"
+                runs.setdefault(most, []).append(times)
         for most, measured in runs.items():
             cuts[most] = _best(measured)
         table = table.with_shape(kind, n, k, replace(table.entry(kind, n, k), cuts=cuts))
     return table
 
 
-def _best(measured: list[tuple[Times, float]]) -> Cut | None:
+def _best(measured: list[tuple[Times, float]]) -> Cut | Slab | None:
     common = set.intersection(*(set(times) for times, _ in measured))
     if not common:
         return None
-    best = min(common, key=lambda cut: sum(times[cut] / min(times.values()) for times, _ in measured))
+    best = min(common, key=lambda each: sum(times[each] / min(times.values()) for times, _ in measured))
     return best if sum(times[best] for times, _ in measured) < sum(other for _, other in measured) else None
-
-
-def _few(x: Tensor, cut: Cut, weight: Any) -> Tensor:
-    from deployments.engine.kernels.skinny import skinny_product
-
-    return skinny_product(x, weight, None, cut)
 
 
 def _bits(kind: Kind) -> int:
@@ -143,7 +155,7 @@ def _bits(kind: Kind) -> int:
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="8B", help="comma-separated, of " + ", ".join(SHAPES))
-    parser.add_argument("--rows", default="1,8,16,32", help="32 at most")
+    parser.add_argument("--rows", default="1,8,16,32,64,128,256,512,1024,2048", help="2,048 at most")
     parser.add_argument("--processes", type=int, default=12, help="compilers at once")
     parser.add_argument("--table", type=Path, help="write the best cuts into this table")
     return parser

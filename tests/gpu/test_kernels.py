@@ -190,6 +190,38 @@ def test_cuts(n: int, k: int, kind: config.Kind) -> None:
             assert all(torch.equal(skinny_product(x, weight, bias, cut), out) for _ in range(10)), cut
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs warpgroups' products"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize(("n", "k"), [(592, 704), (2048, 4096), (64, 64)])
+def test_slabs(n: int, k: int, kind: config.Kind, dtype: torch.dtype) -> None:
+    """The same of `wide.cu`; NaN and infinity stay in their rows, whatever lies beside x in memory."""
+    from deployments.engine.kernels.launch import shared_bytes
+    from deployments.engine.kernels.slab import candidates
+    from deployments.engine.kernels.wide import wide_product
+
+    weight = tile4(weight4(n, k, nested=n == 592)) if kind == "4bit" else tile8(weight8(n, k))
+    bias = torch.randn(n, device="cuda", dtype=dtype)
+    for rows in (1, 32, 50, 64, 100, 300):
+        some = list(candidates(n, k, 4 if kind == "4bit" else 8, rows, shared_bytes(bias.device)))
+        for slab in some[:: max(1, len(some) // 3)]:
+            x = torch.full((rows + 1, k + 64), torch.nan, device="cuda", dtype=dtype)[:rows, :k]
+            x.copy_(torch.randn(rows, k, device="cuda"))
+            torch.full((rows, n), torch.nan, device="cuda", dtype=dtype)
+            out = wide_product(x, weight, bias, slab)
+            # As in `test_products`: of one row a rounding of the largest decides.
+            bound = BOUND[dtype] if rows > 1 else 2 * BOUND[dtype]
+            assert error(out, x.double() @ dense(weight).t() + bias.double()) < bound, slab
+            assert all(torch.equal(wide_product(x, weight, bias, slab), out) for _ in range(10)), slab
+            x[0, k - 1], x[rows // 2, 0] = torch.inf, torch.nan
+            spoilt, clean = wide_product(x, weight, bias, slab), [i for i in range(rows) if i not in (0, rows // 2)]
+            assert spoilt[rows // 2].isnan().all()
+            assert not spoilt[0].isfinite().any()
+            assert torch.equal(spoilt[clean], out[clean])
+
+
 def test_under_cuda_graphs_and_compile() -> None:
     from deployments.engine.kernels.modules import QuantLinear8
 

@@ -6,9 +6,10 @@ A table is `tables/<gpu name in lower case, blanks as _>.json`:
      "8bit": {...}}
 
 The keys of `configs` are rows of x, rounded up to a bucket; `crossover` is the number of rows up to which the kernels
-are used, and above which the weight is dequantised for cuBLAS. The keys of `cuts` (for `skinny.cu`) are most rows, too;
-null stands where the other kernel is faster, and what is missing is `choose_cut`'s. `default` serves every shape that
-has no entry.
+of Triton are used, and above which the weight is dequantised for cuBLAS. The keys of `cuts` are most rows, too, of
+`CUT_ROWS`: a `Cut` is for `skinny.cu`, a `Slab` (it has `rows`) for `wide.cu`. null stands where neither is faster than
+these two ways, and what is missing is chosen by `choose_cut` and `choose_slab`. `default` serves every shape that has
+no entry.
 A folder given to `use_folder` (tuning's own results) comes before the shipped tables.
 """
 
@@ -22,12 +23,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deployments.engine.kernels.cut import Cut
+from deployments.engine.kernels.slab import Slab
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["4bit", "8bit"]
 BUCKETS = (16, 32, 64, 128)
 """Rows of x that one launch computes; the matrix units need at least 16."""
+CUT_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Rows of x for which the CUDA kernels' cuts are kept, each for all up to it. More are dequantised."""
 PARTIAL_BYTES = 36 * 2**20
 """Workspace for partial sums per device."""
 PANELS = 2**16
@@ -78,8 +82,8 @@ class Entry:
     """By bucket of rows."""
     crossover: int
     """Most rows for which the kernels are used."""
-    cuts: dict[int, Cut | None] = field(default_factory=dict)
-    """By most rows; None: the other kernel is faster."""
+    cuts: dict[int, Cut | Slab | None] = field(default_factory=dict)
+    """By most rows; None: the other ways are faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,11 @@ class Table:
 def bucket_of(rows: int) -> int:
     """The smallest bucket that holds `rows`, or the largest."""
     return next((bucket for bucket in BUCKETS if rows <= bucket), BUCKETS[-1])
+
+
+def cut_rows_of(rows: int) -> int | None:
+    """The smallest of `CUT_ROWS` that holds `rows`; None beyond the largest."""
+    return next((most for most in CUT_ROWS if rows <= most), None)
 
 
 HEURISTIC = Table(
@@ -161,7 +170,7 @@ def parse_table(data: dict[str, Any]) -> Table:
     for kind in kinds:
         for shape, fields in data.get(kind, {}).items():
             configs = {int(rows): GemmConfig(**config) for rows, config in fields["configs"].items()}
-            cuts = {int(rows): cut and Cut(**cut) for rows, cut in fields.get("cuts", {}).items()}
+            cuts = {int(rows): cut and _cut(cut) for rows, cut in fields.get("cuts", {}).items()}
             entry = Entry(configs, int(fields["crossover"]), cuts)
             if shape == "default":
                 default[kind] = entry
@@ -169,6 +178,10 @@ def parse_table(data: dict[str, Any]) -> Table:
                 n, k = map(int, shape.split("x"))
                 shapes[kind, n, k] = entry
     return Table(default, shapes)
+
+
+def _cut(fields: dict[str, int]) -> Cut | Slab:
+    return Slab(**fields) if "rows" in fields else Cut(**fields)
 
 
 def dump_table(table: Table) -> dict[str, Any]:

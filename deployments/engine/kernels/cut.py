@@ -91,14 +91,21 @@ def ranked_cuts(n: int, k: int, bits: int, groups: int, multiprocessors: int, sh
 
 
 def candidates(
-    n: int, k: int, bits: int, groups: int, shared: int, clusters: tuple[int, ...] = (1, 2, 4, 8), *, wide: bool = False
+    n: int,
+    k: int,
+    bits: int,
+    groups: int,
+    shared: int,
+    clusters: tuple[int, ...] = (1, 2, 4, 8),
+    *,
+    thorough: bool = False,
 ) -> Iterator[Cut]:
     """Cuts that suit a weight [n, k] and keep within a lane's registers. A block has a multiprocessor to itself, and
     `shared` bytes of shared memory at most.
 
-    wide: also half as many warps with twice the registers each, which are seldom better.
+    thorough: also half as many warps with twice the registers each, which are seldom better.
     """
-    for cluster, warps, strips, depth in product(clusters, (16, 14, 8) if wide else (16, 14), range(1, 10), (1, 2)):
+    for cluster, warps, strips, depth in product(clusters, (16, 14, 8) if thorough else (16, 14), range(1, 10), (1, 2)):
         registers = strips * (depth * (6 if bits == 4 else 8) + groups * 4)
         if registers > (3 if warps == 8 else 1) * _REGISTERS[bits][groups]:
             continue

@@ -1,8 +1,9 @@
 """From tensors to kernel launches on a CUDA device. Imports Triton.
 
-Products of a few rows run on the tiled weight: `skinny.cu` where clusters of blocks are, else and for more rows
-Triton's kernels. Larger ones, and weights that are not tiled, are dequantised into the
-workspace's buffer and multiplied by cuBLAS, in runs of rows where the buffer is smaller than the weight.
+Products run on the tiled weight: of a few rows in `skinny.cu` where clusters of blocks are, of tens to thousands in
+`wide.cu` on GPUs that it is written for, elsewhere of up to 128 or so in Triton's kernels. Larger ones, and weights
+that are not tiled, are dequantised into the workspace's buffer and multiplied by cuBLAS, in runs of rows where the
+buffer is smaller than the weight.
 """
 
 from __future__ import annotations
@@ -15,12 +16,24 @@ import triton
 from torch import Tensor
 
 from deployments.engine.kernels import gemm
-from deployments.engine.kernels.config import BUCKETS, PANELS, Entry, GemmConfig, Kind, Table, bucket_of, table_for
+from deployments.engine.kernels.config import (
+    BUCKETS,
+    PANELS,
+    Entry,
+    GemmConfig,
+    Kind,
+    Table,
+    bucket_of,
+    cut_rows_of,
+    table_for,
+)
 from deployments.engine.kernels.cut import MOST_ROWS, Cut, choose_cut, groups_of
 from deployments.engine.kernels.repack import TILE_COLUMNS, TILE_ROWS
 from deployments.engine.kernels.schedule import Schedule, make_schedule
 from deployments.engine.kernels.skinny import skinny_product
+from deployments.engine.kernels.slab import Slab, choose_slab
 from deployments.engine.kernels.weights import Weight4, Weight8
+from deployments.engine.kernels.wide import wide_product
 from deployments.engine.kernels.workspace import Workspace, prepare
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -38,12 +51,14 @@ def product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, *, batch_
     small = weight.tiled and x.dtype in (torch.bfloat16, torch.float16)
     if small and batch_invariant:
         return small_product(x, weight, bias, entry.configs[BUCKETS[0]], bucket=BUCKETS[0])
-    cut = _cut(entry, weight, x.shape[0], x.device) if small and 0 < x.shape[0] <= MOST_ROWS else None
-    return product_of_more(x, weight, bias) if cut is None else skinny_product(x, weight, bias, cut)
+    cut = _cut(entry, weight, x.shape[0], x.device) if small else None
+    if isinstance(cut, Cut):
+        return skinny_product(x, weight, bias, cut)
+    return product_without_cuda(x, weight, bias) if cut is None else wide_product(x, weight, bias, cut)
 
 
-def product_of_more(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None = None) -> Tensor:
-    """`product` without `skinny.cu`: Triton's kernels up to the crossover, dequantised above it."""
+def product_without_cuda(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None = None) -> Tensor:
+    """`product` without `skinny.cu` and `wide.cu`: Triton's kernels up to the crossover, dequantised above it."""
     entry, rows = _entry(x, weight), x.shape[0]
     if weight.tiled and x.dtype in (torch.bfloat16, torch.float16) and rows <= entry.crossover:
         bucket = bucket_of(rows)
@@ -56,20 +71,29 @@ def _entry(x: Tensor, weight: Weight4 | Weight8) -> Entry:
     return table_of(x.device).entry(kind, weight.n, weight.k)
 
 
-def _cut(entry: Entry, weight: Weight4 | Weight8, rows: int, device: torch.device) -> Cut | None:
-    if not clusters(device):
+def _cut(entry: Entry, weight: Weight4 | Weight8, rows: int, device: torch.device) -> Cut | Slab | None:
+    most = cut_rows_of(rows)
+    if rows == 0 or most is None or not clusters(device):
         return None
-    groups = groups_of(rows)
-    if 8 * groups in entry.cuts:
-        return entry.cuts[8 * groups]
+    if most in entry.cuts:
+        return entry.cuts[most]
     bits = 4 if isinstance(weight, Weight4) else 8
-    return choose_cut(weight.n, weight.k, bits, groups, multiprocessors(device), shared_bytes(device))
+    sizes = (multiprocessors(device), shared_bytes(device))
+    if most <= MOST_ROWS:
+        return choose_cut(weight.n, weight.k, bits, groups_of(rows), *sizes)
+    return choose_slab(weight.n, weight.k, bits, most, *sizes) if warpgroups(device) else None
 
 
 @cache
 def clusters(device: torch.device) -> bool:
     """Whether blocks can read each other's shared memory, as `skinny.cu` wants it."""
     return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def warpgroups(device: torch.device) -> bool:
+    """Whether the GPU has the matrix instructions that `wide.cu` is written in."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @cache

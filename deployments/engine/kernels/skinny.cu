@@ -19,45 +19,11 @@
 // lane at its own bank. The instruction is mma.m16n8k16: 16 rows of the weight, 8 of x. Sums of a row of x do not depend
 // on the other rows, and their order depends on ALONG and CLUSTER alone: the same call gives the same bits.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-
-#define WARPS (ACROSS * ALONG)
-#define THREADS (32 * WARPS)
 #define BLOCK_STRIPS (STRIPS * ACROSS)
 #define BLOCK_ROWS (16 * BLOCK_STRIPS)
 #define SUM_STRIDE (BLOCK_ROWS + 4)  // floats; the four columns that a warp writes at once fall on different banks
-#define TABLE_BYTES (BITS == 4 ? 32768 : 0)
 #define SCALE_AFTER (BITS == 4 && !ROUNDED)
 #define STEP (ALONG * DEPTH)  // 64-column blocks that a block computes between two looks at what has arrived
-#if HALF
-#define TYPE "f16"
-#else
-#define TYPE "bf16"
-#endif
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 pair;
-    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-__device__ __forceinline__ u16 narrow(float value) {
-    u16 bits;
-    asm("cvt.rn." TYPE ".f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
-__device__ __forceinline__ float widen(u16 bits) {
-#if HALF
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-#else
-    return __uint_as_float((u32)bits << 16);
-#endif
-}
 
 __device__ __forceinline__ void multiply(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -65,129 +31,12 @@ __device__ __forceinline__ void multiply(float (&sum)[4], u32 a0, u32 a1, u32 a2
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Predicated, as a branch around each load would keep the compiler from moving others across it.
-__device__ __forceinline__ void read(uint4& words, const u8* at, bool live) {
-    asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
-                 "@p ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];}"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w) : "l"(at), "r"((int)live));
-}
-
-__device__ __forceinline__ float read(const float* at, bool live) {
-    float value;
-    asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.nc.f32 %0, [%1];}"
-                 : "=f"(value) : "l"(at), "r"((int)live));
-    return value;
-}
-
 __device__ __forceinline__ void load_matrices(u32 (&b)[4], u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
 }
 
-// Until at most `pending` groups of copies are on their way.
-__device__ __forceinline__ void wait_for_copies(int pending) {
-    if (pending == 0) asm volatile("cp.async.wait_group 0;" ::: "memory");
-    if (pending == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
-    if (pending == 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
-    if (pending == 3) asm volatile("cp.async.wait_group 3;" ::: "memory");
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank = 0;
-#if CLUSTER > 1
-    asm("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
-#endif
-    return rank;
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
-
-__device__ __forceinline__ float of_rank(u32 at, u32 rank) {
-    float value;
-#if CLUSTER > 1
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there));
-#else
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at));
-#endif
-    return value;
-}
-
-// What a warp holds of one tile until it is computed.
-struct Tile {
-    uint4 words[BITS == 4 ? 1 : 2];
-    float scale[2];  // of rows lane / 4 and 8 + lane / 4, 4 bits only
-};
-
-struct Weight {
-    const u8* tiles;
-    const void* absmax;          // 4 bits: float, or u8 where nested, [k / blocksize, n]; 8 bits: float [n]
-    const float* nested_absmax;  // [blocks / 256]
-    const float* nested_code;    // [256]
-    const float* offset;         // [1]
-    u32 n, columns;              // columns: k / 64
-};
-
-// Of row `row + below` in one block column; `below` is known when this is compiled, so that addresses are shared.
-__device__ __forceinline__ float scale_of(const Weight& w, u32 row, int below, u32 column, bool live) {
-    const u32 block = column / PER_SCALE;
-    const size_t at = block * w.n + row;
-#if NESTED
-    if (!live) return 0;
-    const u8 code = __ldg((const u8*)w.absmax + at + below);
-    const float outer = __ldg(w.nested_absmax + ((row + below) * (w.columns / PER_SCALE) + block) / 256);
-    return __fmaf_rn(__ldg(w.nested_code + code), outer, __ldg(w.offset));
-#else
-    return read((const float*)w.absmax + at + below, live);
-#endif
-}
-
-#define TILE_BYTES (BITS * 128)
-
-// The lane's part of the tile that begins `at` bytes after the first; a weight has less than 4 GiB.
-__device__ __forceinline__ void load(
-    Tile& tile, const Weight& w, u32 at, u32 row, int below, u32 column, bool live) {
-#pragma unroll
-    for (int part = 0; part < BITS / 4; ++part) read(tile.words[part], w.tiles + at + part * 512, live);
 #if BITS == 4
-    tile.scale[0] = scale_of(w, row, below, column, live);
-    tile.scale[1] = scale_of(w, row, below + 8, column, live);
-#endif
-}
-
-#if BITS == 4
-// Entry b of the table, 32 words for 32 lanes: the weights of byte b, that of the even column in the low half.
-__device__ __forceinline__ void fill_table(u8* table, const float* code, int thread) {
-    const float mine = __ldg(code + thread % 16);
-#pragma unroll 4
-    for (int at = thread; at < 2048; at += THREADS) {
-        const u32 pair = pack(__shfl_sync(~0u, mine, at >> 7), __shfl_sync(~0u, mine, at >> 3 & 15));
-        ((uint4*)table)[at] = make_uint4(pair, pair, pair, pair);
-    }
-}
-
-// The table begins at a multiple of its size: an address is put together by one instruction. `mine`: the table's address
-// and the lane's bank.
-__device__ __forceinline__ u32 look_up(u32 word, int byte, u32 mine) {
-    const u32 shifted = byte == 0 ? word << 7 : word >> (8 * byte - 7);
-    u32 pair;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(shifted & 0x7F80u | mine));
-    return pair;
-}
-
-__device__ __forceinline__ u32 scaled(u32 pair, u32 scale) {
-    u32 product;
-    asm("mul.rn." TYPE "x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(scale));
-    return product;
-}
-
 // 32 columns, of the first or the second half of a tile.
 __device__ __forceinline__ void compute(
     float (*sum)[4], const Tile& tile, int half, const u32 (*b)[4], u32 mine) {
@@ -213,21 +62,6 @@ __device__ __forceinline__ void compute(
     }
 }
 #else
-// Bytes 0 and 2, and bytes 1 and 3, of four int8 values as pairs of 16-bit numbers. In bfloat16 v is (128 + (v & 127))
-// - (128 + (v & 128)), in float16 1024 + (v + 128) has the bits 0x6400 | (v ^ 128).
-__device__ __forceinline__ u32 widen_pair(u32 word) {
-    u32 pair;
-#if HALF
-    asm("{.reg .b32 biased;\nlop3.b32 biased, %1, 0x00FF00FF, 0x64806480, 0x6A;\nadd.rn.f16x2 %0, biased, %2;}"
-        : "=r"(pair) : "r"(word), "r"(0xE480E480u));
-#else
-    asm("{.reg .b32 low, sign;\nlop3.b32 low, %1, 0x007F007F, 0x43004300, 0xEA;\n"
-        "lop3.b32 sign, %1, 0x00800080, 0xC300C300, 0xEA;\nfma.rn.bf16x2 %0, low, %2, sign;}"
-        : "=r"(pair) : "r"(word), "r"(0x3F803F80u));
-#endif
-    return pair;
-}
-
 __device__ __forceinline__ void compute(
     float (*sum)[4], const Tile& tile, int half, const u32 (*b)[4], u32) {
     const uint4& words = tile.words[half];

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from deployments.engine.kernels.config import (
     BUCKETS,
+    CUT_ROWS,
     Entry,
     GemmConfig,
     Kind,
@@ -38,8 +39,9 @@ from deployments.engine.kernels.config import (
     table_for,
     use_folder,
 )
-from deployments.engine.kernels.cut import GROUPS, Cut, ranked_cuts
+from deployments.engine.kernels.cut import MOST_ROWS, Cut, groups_of, ranked_cuts
 from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8
+from deployments.engine.kernels.slab import Slab, ranked_slabs
 from deployments.engine.kernels.weights import Weight4, Weight8
 from deployments.once import write_whole
 
@@ -121,10 +123,10 @@ CROSSOVER_ROWS = (*BUCKETS, 256)
 
 Weight = Weight4 | Weight8
 Shape = tuple[Kind, int, int]
-Measure = Callable[[GemmConfig | Cut | None, int], float]
+Measure = Callable[[GemmConfig | Cut | Slab | None, int], float]
 """Microseconds of one product with so many rows; None: the weight is dequantised for it."""
-_Choice = TypeVar("_Choice", GemmConfig, Cut)
-_MOST_CUTS = 6
+_Choice = TypeVar("_Choice", bound=GemmConfig | Cut | Slab | None)
+_MOST_CUTS, _MOST_SLABS = 6, 3
 """Measured of a shape and a number of rows: each takes half a second to compile."""
 
 
@@ -137,11 +139,11 @@ class Bench:
     """What tuning asks of a GPU, and of a clock."""
 
     name: Callable[[torch.device], str]
-    microseconds: Callable[[Sequence[Weight], GemmConfig | Cut | None, int], float]
+    microseconds: Callable[[Sequence[Weight], GemmConfig | Cut | Slab | None, int], float]
     """Of one product with so many rows, over weights of one shape in turn."""
     clock: Callable[[], float]
-    cuts: Callable[[Weight, int], Sequence[Cut]] = lambda weight, groups: ()  # noqa: ARG005 - none
-    """What is worth measuring for a weight and groups of 8 rows."""
+    cuts: Callable[[Weight, int], Sequence[Cut | Slab]] = lambda weight, rows: ()  # noqa: ARG005 - none
+    """What is worth measuring for a weight and most rows."""
 
 
 def tune(model: nn.Module, folder: Path) -> Table:
@@ -202,13 +204,13 @@ def _tune_gpu(gpu: str, shapes: dict[Shape, list[Weight]], folder: Path, deadlin
     for done, (shape, weights) in enumerate(shapes.items()):
         log.info("tuning %s for %s: shape %d of %d", _named(shape), gpu, done + 1, len(shapes))
 
-        def measure(config: GemmConfig | Cut | None, rows: int, weights: list[Weight] = weights) -> float:
+        def measure(config: GemmConfig | Cut | Slab | None, rows: int, weights: list[Weight] = weights) -> float:
             if bench.clock() >= deadline:
                 raise OutOfTime
             return bench.microseconds(weights, config, rows)
 
         try:
-            cuts = {8 * groups: bench.cuts(weights[0], groups) for groups in GROUPS}
+            cuts = {rows: bench.cuts(weights[0], rows) for rows in CUT_ROWS}
             entry = tune_shape(shape[0], measure, table_for(gpu).entry(*shape), cuts)
         except OutOfTime:
             left = list(shapes)[done:]
@@ -229,10 +231,10 @@ def _named(shape: Shape) -> str:
 
 
 def tune_shape(
-    kind: Kind, measure: Measure, default: Entry, cuts: Mapping[int, Sequence[Cut]] = MappingProxyType({})
+    kind: Kind, measure: Measure, default: Entry, cuts: Mapping[int, Sequence[Cut | Slab]] = MappingProxyType({})
 ) -> Entry:
     """The fastest configuration of each bucket, and the most rows for which the kernel is not slower than
-    dequantising; 0 where no configuration runs. Of `cuts`, by most rows, the fastest that beats it.
+    dequantising; 0 where no configuration runs. Of `cuts`, by most rows, the fastest that beats both.
 
     Configurations that can't be built or launched are logged and passed over. From a bucket on of which none runs,
     weights are dequantised, and `default`'s configurations fill the table.
@@ -249,15 +251,19 @@ def tune_shape(
             break
         configs[bucket], runs = min(times, key=times.__getitem__), bucket
     crossover = _crossover(configs, measure, most=math.inf if runs == BUCKETS[-1] else runs)
-    few = {rows: _fastest_cut(some, rows, measure, configs) for rows, some in cuts.items() if some}
-    return Entry(configs, crossover, few)
+    best = {rows: _fastest_cut(some, rows, measure, configs, crossover) for rows, some in cuts.items() if some}
+    return Entry(configs, crossover, best)
 
 
-def _fastest_cut(cuts: Sequence[Cut], rows: int, measure: Measure, configs: dict[int, GemmConfig]) -> Cut | None:
+def _fastest_cut(
+    cuts: Sequence[Cut | Slab], rows: int, measure: Measure, configs: dict[int, GemmConfig], crossover: int
+) -> Cut | Slab | None:
     times = _times(cuts, rows, measure)
     best = min(times, key=times.__getitem__, default=None)
-    other = _times([configs[bucket_of(rows)]], rows, measure) if best is not None else {}
-    return None if best is None or any(times[best] > time for time in other.values()) else best
+    if best is None:
+        return None
+    other = configs[bucket_of(rows)] if rows <= crossover else None
+    return None if any(times[best] > time for time in _times((other,), rows, measure).values()) else best
 
 
 def _times(choices: Sequence[_Choice], rows: int, measure: Measure) -> dict[_Choice, float]:
@@ -281,39 +287,47 @@ def _crossover(configs: dict[int, GemmConfig], measure: Measure, *, most: float)
     return crossover
 
 
-def time_product(weights: Sequence[Weight], config: GemmConfig | Cut | None, rows: int) -> float:
+def time_product(weights: Sequence[Weight], config: GemmConfig | Cut | Slab | None, rows: int) -> float:
     """`Bench.microseconds` on the weights' GPU, in bfloat16."""
     device = weights[0].packed.device
     x = torch.randn(rows, weights[0].k, device=device, dtype=torch.bfloat16)
     if config is None:
         call = partial(_whole, x)
-    elif isinstance(config, Cut):
-        call = partial(_few, x, config)
+    elif isinstance(config, Cut | Slab):
+        call = partial(cut_product, x, config)
     else:
         call = partial(_small, x, config, min(rows, BUCKETS[-1]))
     with torch.cuda.device(device):
         return graph_time(over(weights, call))
 
 
-def cuts_of(weight: Weight, groups: int) -> Sequence[Cut]:
-    """The first of `ranked_cuts`; none on GPUs without clusters."""
-    from deployments.engine.kernels.launch import clusters, multiprocessors, shared_bytes
+def cuts_of(weight: Weight, rows: int) -> Sequence[Cut | Slab]:
+    """The first of `ranked_cuts`, of `ranked_slabs`, or of both where either may be faster; none on GPUs without
+    clusters."""
+    from deployments.engine.kernels.launch import clusters, multiprocessors, shared_bytes, warpgroups
 
     device = weight.packed.device
     if not clusters(device):
         return ()
-    bits = 4 if isinstance(weight, Weight4) else 8
-    ranked = ranked_cuts(weight.n, weight.k, bits, groups, multiprocessors(device), shared_bytes(device))
-    return ranked[:_MOST_CUTS]
+    of = (weight.n, weight.k, 4 if isinstance(weight, Weight4) else 8)
+    sizes = (multiprocessors(device), shared_bytes(device))
+    found: list[Cut | Slab] = []
+    if rows <= MOST_ROWS:
+        found += ranked_cuts(*of, groups_of(rows), *sizes)[:_MOST_CUTS]
+    if rows >= MOST_ROWS and warpgroups(device):
+        found += ranked_slabs(*of, rows, *sizes)[:_MOST_SLABS]
+    return found
 
 
 GPU = Bench(torch.cuda.get_device_name, time_product, time.monotonic, cuts_of)
 
 
-def _few(x: Tensor, cut: Cut, weight: Weight) -> Tensor:
+def cut_product(x: Tensor, cut: Cut | Slab, weight: Weight) -> Tensor:
+    """The product by the CUDA kernel that the cut is for."""
     from deployments.engine.kernels.skinny import skinny_product
+    from deployments.engine.kernels.wide import wide_product
 
-    return skinny_product(x, weight, None, cut)
+    return skinny_product(x, weight, None, cut) if isinstance(cut, Cut) else wide_product(x, weight, None, cut)
 
 
 def _small(x: Tensor, config: GemmConfig, bucket: int, weight: Weight) -> Tensor:

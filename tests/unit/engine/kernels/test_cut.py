@@ -90,7 +90,7 @@ def test_shipped_cuts_fit_their_shapes(path: Path) -> None:
     cuts = 0
     for (kind, n, k), entry in table.shapes.items():
         for rows, cut in entry.cuts.items():
-            if cut is not None:
+            if isinstance(cut, Cut):
                 assert cut.fits(n, k, int(kind.removesuffix("bit")), groups_of(rows), SHARED_BYTES), (kind, n, k, rows)
                 cuts += 1
     assert cuts >= 20

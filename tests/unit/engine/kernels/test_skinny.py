@@ -1,4 +1,4 @@
-"""What surrounds the CUDA kernel: kept binaries that are damaged or can't be read, and x that is not aligned."""
+"""What surrounds the CUDA kernels: kept binaries that are damaged or can't be read, and x that is not aligned."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.engine.kernels import skinny
+from deployments.engine.kernels import cubin, driver, skinny, wide
 from deployments.engine.kernels.cut import Cut
+from deployments.engine.kernels.slab import Slab
 from deployments.engine.kernels.weights import Weight8
 
 CUT = Cut(1, 1, 4, 4, 2)
+FORMAT = {"BITS": 4, "HALF": 0, "PER_SCALE": 1, "NESTED": 0}
 GOOD = b"a kernel"
 
 
@@ -25,12 +27,14 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
     """The options of each compilation."""
     calls: list[list[str]] = []
 
-    def compile_it(_source: bytes, options: list[str]) -> bytes:
+    def compile_it(name: str, source: bytes, options: list[str]) -> bytes:
+        assert f" {name}(".encode() in source
+        assert source.startswith(b"// What the kernels over tiled weights share")
         calls.append(options)
         return GOOD
 
     monkeypatch.setenv("HEADROOM_HOME", str(tmp_path))
-    monkeypatch.setattr(skinny, "_compile", compile_it)
+    monkeypatch.setattr(cubin, "_compile", compile_it)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     return calls
 
@@ -44,7 +48,7 @@ def no_kernels() -> Iterator[None]:
 
 
 def compiled() -> bytes:
-    return skinny.compiled(CUT, 4, 1, half=False, per_scale=1, nested=False)
+    return cubin.compiled("skinny", skinny.macros(CUT, 1, FORMAT), skinny.architecture())
 
 
 def test_a_kernel_is_compiled_once_and_kept(compiler: list[list[str]], tmp_path: Path) -> None:
@@ -84,14 +88,14 @@ def kernel(monkeypatch: pytest.MonkeyPatch, *, loads: bool) -> None:
     def describe(_status: int, _text: Any) -> int:
         return 0
 
-    driver = SimpleNamespace(
+    cuda = SimpleNamespace(
         cuModuleLoadData=load,
         cuModuleGetFunction=lambda *_: 0,
         cuFuncSetAttribute=lambda *_: 0,
         cuGetErrorString=describe,
     )
-    monkeypatch.setattr(skinny, "_driver", lambda: driver)
-    skinny._kernel(torch.device("cpu"), CUT, 4, 1, False, 1, False, 1024)
+    monkeypatch.setattr(driver, "_driver", lambda: cuda)
+    skinny._kernel(torch.device("cpu"), CUT, 1, tuple(FORMAT.items()), 1024)
 
 
 def test_one_that_does_not_load_is_compiled_again(
@@ -114,7 +118,9 @@ def test_one_that_never_loads_is_an_error(compiler: list[list[str]], monkeypatch
 def test_x_that_is_not_aligned_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(skinny, "_kernel", lambda *_: ctypes.c_void_p())
-    monkeypatch.setattr(skinny, "_launch", lambda *arguments: seen.append(arguments[-1]))
+    monkeypatch.setattr(wide, "_kernel", lambda *_: ctypes.c_void_p())
+    monkeypatch.setattr(driver, "launch", lambda *arguments: seen.append(arguments[-1][0]))
+    monkeypatch.setattr(driver, "tensor_map", lambda x, _rows: ctypes.c_void_p(x.data_ptr()))
     weight = Weight8(64, 128, torch.zeros(4, 2, 256, dtype=torch.int32), torch.ones(64))
     whole = torch.arange(2 * 128 + 8).to(torch.bfloat16)
     kept: list[torch.Tensor] = []
@@ -123,9 +129,16 @@ def test_x_that_is_not_aligned_is_copied(monkeypatch: pytest.MonkeyPatch) -> Non
     aligned, shifted = whole[8:].view(2, 128), whole[1:257].view(2, 128)
     for x in (aligned, shifted):
         skinny.skinny_product(x, weight, None, CUT)
+        wide.wide_product(x, weight, None, Slab(32, 4, 1))
     assert shifted.is_contiguous()
-    assert seen[0][0].value == aligned.data_ptr()
-    assert len(kept) == 1
-    assert seen[1][0].value == kept[0].data_ptr()
-    assert seen[1][0].value % 16 == 0
-    assert torch.equal(kept[0], shifted)
+    assert [address.value for address in seen[:2]] == [aligned.data_ptr()] * 2
+    assert [address.value for address in seen[2:]] == [copy.data_ptr() for copy in kept]
+    assert len(kept) == 2
+    assert all(copy.data_ptr() % 16 == 0 and torch.equal(copy, shifted) for copy in kept)
+
+
+def test_the_wide_kernel_is_compiled_for_its_slab_and_operands(compiler: list[list[str]]) -> None:
+    slab = Slab(64, 4, across=2, along=1, cluster=2, slots=5, buffers=1)
+    assert cubin.compiled("wide", slab.macros() | FORMAT, "sm_90a") == GOOD
+    assert compiler[0][0] == "--gpu-architecture=sm_90a"
+    assert {"-DROWS=64", "-DACROSS=2", "-DBUFFERS=1", "-DTHREADS=256", "-DBITS=4"} <= set(compiler[0])

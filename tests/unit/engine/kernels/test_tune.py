@@ -21,6 +21,7 @@ from deployments.engine.kernels import config, tune
 from deployments.engine.kernels.config import BUCKETS, HEURISTIC, Entry, GemmConfig, Kind, bucket_of
 from deployments.engine.kernels.cut import SHARED_BYTES, Cut, choose_cut
 from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8
+from deployments.engine.kernels.slab import Slab, choose_slab
 from deployments.engine.kernels.tune import CANDIDATES, Bench, Weight, tune_model, tuning_folder
 from tests.unit.engine.kernels.test_modules import linear4, linear8
 
@@ -42,7 +43,7 @@ class Timer:
         self.crossover, self.broken = crossover, broken
         self.measured: list[tuple[int, int, GemmConfig | None, int]] = []
 
-    def microseconds(self, weights: Sequence[Weight], choice: GemmConfig | Cut | None, rows: int) -> float:
+    def microseconds(self, weights: Sequence[Weight], choice: GemmConfig | Cut | Slab | None, rows: int) -> float:
         assert not isinstance(choice, Cut)
         self.measured.append((weights[0].n, len(weights), choice, rows))
         if choice is None:
@@ -157,7 +158,7 @@ class CutTimer(Timer):
         super().__init__(**options)
         self.best = best
 
-    def microseconds(self, weights: Sequence[Weight], choice: GemmConfig | Cut | None, rows: int) -> float:
+    def microseconds(self, weights: Sequence[Weight], choice: GemmConfig | Cut | Slab | None, rows: int) -> float:
         if not isinstance(choice, Cut):
             return super().microseconds(weights, choice, rows)
         if choice == CUTS[0]:
@@ -165,10 +166,10 @@ class CutTimer(Timer):
         return self.best + 10 * CUTS.index(choice)
 
     def bench(self) -> Bench:
-        return replace(super().bench(), cuts=lambda _weight, groups: CUTS if groups < 4 else ())
+        return replace(super().bench(), cuts=lambda _weight, rows: CUTS if rows < 32 else ())
 
 
-def tuned_cuts(timer: Timer, folder: Path) -> dict[int, Cut | None]:
+def tuned_cuts(timer: Timer, folder: Path) -> dict[int, Cut | Slab | None]:
     """As they are read back from the disk."""
     assert tune_model(nn.Sequential(QuantLinear4.of(linear4(64, 128))), folder, bench=timer.bench()) == []
     kept = json.loads((folder / config.file_name(TOY)).read_text(encoding="utf-8"))
@@ -192,7 +193,7 @@ def test_where_no_other_kernel_runs_the_fastest_cut_is_kept(tmp_path: Path) -> N
 
 def test_so_many_cuts_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = ModuleType("launch")  # the real one imports Triton
-    found = {"clusters": True, "multiprocessors": 132, "shared_bytes": SHARED_BYTES}
+    found = {"clusters": True, "warpgroups": True, "multiprocessors": 132, "shared_bytes": SHARED_BYTES}
     for name, value in found.items():
         setattr(launch, name, lambda _device, value=value: value)
     monkeypatch.setitem(sys.modules, "deployments.engine.kernels.launch", launch)
@@ -200,6 +201,13 @@ def test_so_many_cuts_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     cuts = tune.cuts_of(weight, 1)
     assert len(set(cuts)) == tune._MOST_CUTS
     assert cuts[0] == choose_cut(2048, 2048, 4, 1, 132, SHARED_BYTES)
+    both = tune.cuts_of(weight, 32)
+    assert [type(cut) for cut in both] == [Cut] * tune._MOST_CUTS + [Slab] * tune._MOST_SLABS
+    slabs = tune.cuts_of(weight, 64)
+    assert slabs[0] == choose_slab(2048, 2048, 4, 64, 132, SHARED_BYTES)
+    assert {type(slab) for slab in slabs} == {Slab}
+    monkeypatch.setattr(launch, "warpgroups", lambda _device: False)
+    assert tune.cuts_of(weight, 64) == []
     monkeypatch.setattr(launch, "clusters", lambda _device: False)
     assert tune.cuts_of(weight, 1) == ()
 
