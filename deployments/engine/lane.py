@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deployments.engine.attention import StepLayout
+from deployments.engine.attention import StepLayout, singles
 from deployments.engine.compiled import compile_layers
 from deployments.engine.stages import Stage, StepRows
 
@@ -36,29 +36,38 @@ class Form:
 
     rows: int
     sequences: int | None = None
-    """Of the graph: the step's, and two that pad it; None: each row is one, and all of them are sampled."""
+    """Of the graph: the step's, and some that pad it; None: each row is one, and all of them are sampled."""
+    decodes: int = 0
+    """Of the sequences, the first ones: for those of one row, which attention takes apart from the others."""
 
     def fits(self, step: StepRows) -> bool:
         """Whether a graph of this form can run a step."""
         rows, sequences = len(step.ids), len(step.spans)
         if self.sequences is None:
             return len(step.sampled) == sequences == rows <= self.rows
-        return rows <= self.rows and sequences + 2 <= self.sequences
+        others = sequences - min(singles(step.spans), self.decodes - 1)
+        return rows <= self.rows and others + 2 <= self.sequences - self.decodes
 
 
 def forms(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
     """The graphs of a lane, the smaller before the larger: of decodes, then of steps with chunks.
 
-    Of a decode's graph less than half is padding, beyond 16 rows less than a third. A step with chunks may have half as
-    many sequences as rows: FlashInfer's tiles for it are then as large as for one long chunk.
+    Of a decode's graph less than half is padding, beyond 16 rows less than a third. In a step with chunks half of the
+    rows may be decodes, and there may be a fourth as many other sequences: FlashInfer's tiles for these are then as
+    large as for one long chunk.
     """
     most = min(max_sequences, max_batch_tokens)
     decodes = {1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, most + 32, 32)}
     chunks = {64, 128, 192, 256, 320, 384, 512, 640, MOST_CAPTURED_ROWS}
     return (
         *(Form(rows) for rows in sorted({min(rows, most) for rows in decodes})),
-        *(Form(rows, rows // 2) for rows in sorted(chunks) if rows <= max_batch_tokens),
+        *(_chunked(rows, max_sequences) for rows in sorted(chunks) if rows <= max_batch_tokens),
     )
+
+
+def _chunked(rows: int, max_sequences: int) -> Form:
+    decodes = min(rows // 2, max_sequences) + 1
+    return Form(rows, decodes + rows // 4, decodes)
 
 
 class Lane:
@@ -130,7 +139,9 @@ class Lane:
             if form is None:
                 self.stage.attention.prepare(layout)
                 return self._compute(rows, incoming)
-            self.stage.attention.prepare(replace(layout, padding=form.rows - rows, sequences=form.sequences))
+            self.stage.attention.prepare(
+                replace(layout, padding=form.rows - rows, sequences=form.sequences, decodes=form.decodes)
+            )
             if self._incoming is not None:
                 assert incoming is not None
                 self._incoming[:, :rows].copy_(incoming[:, :rows])
@@ -215,7 +226,7 @@ class Lane:
 
     def _prepare_scratch(self, form: Form) -> None:
         """Rows that are all padding."""
-        self.stage.attention.prepare(StepLayout((), self._block_size, form.rows, form.sequences))
+        self.stage.attention.prepare(StepLayout((), self._block_size, form.rows, form.sequences, form.decodes))
         self.ids[: form.rows] = 0
         self._positions[: form.rows] = 0
 
