@@ -260,13 +260,13 @@ def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gat
 
 
 def _flashinfer_bytes(footprint: Footprint, workload: Workload) -> int:
-    """Tables of a step, int32; for each kind of layer the plan of a step; and for each size of heads the parts of
-    split sequences before they are merged, float32, which layers share. Upper bounds of what the engine takes for them
-    (`deployments.engine.flashinfer_fit.Room`)."""
+    """Tables of a step, int32; for each kind of layer the plans of a step's decodes and of its chunks; and for each
+    size of heads the parts of split sequences before they are merged, float32, which layers share. Upper bounds of what
+    the engine takes for them (`deployments.engine.flashinfer_fit.Room`)."""
     heads, rows = footprint.geometry.heads, workload.max_batch_tokens
     tables = workload.max_sequences * -(-(workload.max_context + 1) // workload.block_size) + 8 * rows + 64
     kinds = {kv for kv in footprint.geometry.kv if kv.kv_heads}
-    plans = sum(_plan_bytes(heads, kv.kv_heads, rows) for kv in kinds)
+    plans = sum(2 * _plan_bytes(heads, kv.kv_heads, rows) for kv in kinds)
     parts = sum(_part_bytes(heads, *size) for size in {(kv.kv_heads, kv.head_dim) for kv in kinds})
     return 4 * tables + plans + parts
 
