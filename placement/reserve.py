@@ -183,7 +183,9 @@ def reserve(
     visited = dequantised_bytes(footprint) if cuda and footprint.experts else 0
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
-        graphs=0 if gathers else driver_bytes(len(footprint.layers)) + workload.captured_rows * widest + visited,
+        graphs=0
+        if gathers
+        else driver_bytes(len(footprint.layers)) + workload.captured_rows(devices) * widest + visited,
         fragmentation=_fragmentation_bytes(footprint, budget_bytes) if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
@@ -250,7 +252,7 @@ def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gat
     """What a GPU's stage keeps beside weights and KV: the ids, positions and cache slots of a step (int64), hidden
     states that come in (a step for each slot) and go out, cuBLAS', the kernels' and FlashInfer's workspaces."""
     step = workload.max_batch_tokens
-    rows = 2 * workload.captured_rows + (devices * step if devices > 1 else 0)
+    rows = 2 * workload.captured_rows(devices) + (devices * step if devices > 1 else 0)
     kept = 24 * step + rows * footprint.geometry.hidden * dtype_bytes(footprint.dtype) + _CUBLAS_BYTES
     if footprint.quantization in _QUANTISE_BYTES:
         kept += _KERNEL_BYTES + min(

@@ -2,7 +2,8 @@
 
 Steps enter a lane in launch order and run on the device's one compute stream, so all slots share the buffers and the
 graphs. A step of single-token rows runs as one graph, a step with prompt chunks as a graph of another kind up to
-`MOST_CAPTURED_ROWS`; beyond that the device is slower than the host, and a graph would save nothing.
+`MOST_CAPTURED_ROWS`; beyond that one device is slower than the host, and a graph would save nothing. With several
+devices the host launches for all of them, while each has a part of the layers: there steps of all sizes have graphs.
 """
 
 from __future__ import annotations
@@ -45,20 +46,26 @@ class Form:
         rows, sequences = len(step.ids), len(step.spans)
         if self.sequences is None:
             return len(step.sampled) == sequences == rows <= self.rows
+        if self.rows > MOST_CAPTURED_ROWS and 4 * rows < 3 * self.rows:
+            return False
         others = sequences - min(singles(step.spans), self.decodes - 1)
         return rows <= self.rows and others + 2 <= self.sequences - self.decodes
 
 
-def forms(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
+def forms(*, max_batch_tokens: int, max_sequences: int, lanes: int = 1) -> tuple[Form, ...]:
     """The graphs of a lane, the smaller before the larger: of decodes, then of steps with chunks.
 
     Of a decode's graph less than half is padding, beyond 16 rows less than a third. In a step with chunks half of the
     rows may be decodes, and there may be a fourth as many other sequences: FlashInfer's tiles for these are then as
-    large as for one long chunk.
+    large as for one long chunk. Of the large graphs that several lanes have at most a fourth is padding, and a step
+    that would have more runs without a graph.
     """
     most = min(max_sequences, max_batch_tokens)
     decodes = {1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, most + 32, 32)}
     chunks = {64, 128, 192, 256, 320, 384, 512, 640, MOST_CAPTURED_ROWS}
+    if lanes > 1:
+        large = {rows for power in range(10, max_batch_tokens.bit_length()) for rows in (2**power, 3 * 2**power // 2)}
+        chunks |= large | {max(max_batch_tokens, MOST_CAPTURED_ROWS)}
     return (
         *(Form(rows) for rows in sorted({min(rows, most) for rows in decodes})),
         *(_chunked(rows, max_sequences) for rows in sorted(chunks) if rows <= max_batch_tokens),
@@ -78,9 +85,12 @@ class Lane:
         block_size: tokens per KV block.
         max_batch_tokens: most rows of a step.
         max_sequences: most rows of a step that decodes.
+        lanes: of the replica.
     """
 
-    def __init__(self, stage: Stage, *, block_size: int, max_batch_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self, stage: Stage, *, block_size: int, max_batch_tokens: int, max_sequences: int, lanes: int = 1
+    ) -> None:
         self.stage = stage
         self.device = stage.device
         self.compile_error: str | None = None
@@ -91,8 +101,9 @@ class Lane:
         """Block * block_size + offset of each token; on the last lane."""
         self._positions = torch.zeros_like(self.ids)
         self._block_size = block_size
-        self._forms = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
-        shape = (1, max(form.rows for form in self._forms), stage.hidden_size)
+        self.forms = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, lanes=lanes)
+        """Of the graphs."""
+        shape = (1, max(form.rows for form in self.forms), stage.hidden_size)
         self._incoming: Tensor | None = None
         if not stage.is_first:
             self._incoming = torch.zeros(shape, dtype=stage.dtype, device=self.device)
@@ -116,8 +127,8 @@ class Lane:
             return
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the others fit in its memory.
-        for done, form in enumerate(sorted(self._forms, key=lambda form: -form.rows)):
-            progress(done, len(self._forms))
+        for done, form in enumerate(sorted(self.forms, key=lambda form: -form.rows)):
+            progress(done, len(self.forms))
             self._graphs[form] = self._capture(form, pool)
         torch.cuda.synchronize(self.device)
 
@@ -135,7 +146,7 @@ class Lane:
         rows = len(step.ids)
         with torch.cuda.device(self.device):
             self._load(step, last_ids)
-            form = next((form for form in self._forms if form in self._graphs and form.fits(step)), None)
+            form = next((form for form in self.forms if form in self._graphs and form.fits(step)), None)
             if form is None:
                 self.stage.attention.prepare(layout)
                 return self._compute(rows, incoming)

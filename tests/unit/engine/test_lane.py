@@ -53,6 +53,21 @@ def test_the_usual_step_has_a_graph(tokens: int, sequences: int) -> None:
     assert Form(min(64, tokens, sequences)) in forms(max_batch_tokens=tokens, max_sequences=sequences)
 
 
+def test_several_lanes_have_graphs_of_full_steps() -> None:
+    every = forms(max_batch_tokens=3000, max_sequences=64, lanes=2)
+    assert [form.rows for form in every if form.rows > MOST_CAPTURED_ROWS] == [1024, 1536, 2048, 3000]
+    for counts, rows in (
+        ((1,) * 60 + (2940,), 3000),
+        ((128,) * 16, 2048),
+        ((1500, 700), None),  # more than a fourth would be padding
+        ((768, 1), 1024),
+        ((1, 1151), 1536),
+        ((1, 1150), None),
+    ):
+        form = chosen(every, step(*counts))
+        assert (form and form.rows) == rows
+
+
 def test_the_plan_reserves_for_the_largest_graph() -> None:
     every = forms(max_batch_tokens=8192, max_sequences=1)
     assert max(form.rows for form in every) == MOST_CAPTURED_ROWS == CAPTURED_ROWS
