@@ -183,7 +183,9 @@ def reserve(
     visited = dequantised_bytes(footprint) if cuda and footprint.experts else 0
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
-        graphs=0 if gathers else driver_bytes(len(footprint.layers)) + workload.captured_rows * widest + visited,
+        graphs=0
+        if gathers
+        else driver_bytes(len(footprint.layers)) + workload.captured_rows(devices) * widest + visited,
         fragmentation=_fragmentation_bytes(footprint, budget_bytes) if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
@@ -250,7 +252,7 @@ def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gat
     """What a GPU's stage keeps beside weights and KV: the ids, positions and cache slots of a step (int64), hidden
     states that come in (a step for each slot) and go out, cuBLAS', the kernels' and FlashInfer's workspaces."""
     step = workload.max_batch_tokens
-    rows = 2 * workload.captured_rows + (devices * step if devices > 1 else 0)
+    rows = 2 * workload.captured_rows(devices) + (devices * step if devices > 1 else 0)
     kept = 24 * step + rows * footprint.geometry.hidden * dtype_bytes(footprint.dtype) + _CUBLAS_BYTES
     if footprint.quantization in _QUANTISE_BYTES:
         kept += _KERNEL_BYTES + min(
@@ -260,13 +262,13 @@ def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gat
 
 
 def _flashinfer_bytes(footprint: Footprint, workload: Workload) -> int:
-    """Tables of a step, int32; for each kind of layer the plan of a step; and for each size of heads the parts of
-    split sequences before they are merged, float32, which layers share. Upper bounds of what the engine takes for them
-    (`deployments.engine.flashinfer_fit.Room`)."""
+    """Tables of a step, int32; for each kind of layer the plans of a step's decodes and of its chunks; and for each
+    size of heads the parts of split sequences before they are merged, float32, which layers share. Upper bounds of what
+    the engine takes for them (`deployments.engine.flashinfer_fit.Room`)."""
     heads, rows = footprint.geometry.heads, workload.max_batch_tokens
     tables = workload.max_sequences * -(-(workload.max_context + 1) // workload.block_size) + 8 * rows + 64
     kinds = {kv for kv in footprint.geometry.kv if kv.kv_heads}
-    plans = sum(_plan_bytes(heads, kv.kv_heads, rows) for kv in kinds)
+    plans = sum(2 * _plan_bytes(heads, kv.kv_heads, rows) for kv in kinds)
     parts = sum(_part_bytes(heads, *size) for size in {(kv.kv_heads, kv.head_dim) for kv in kinds})
     return 4 * tables + plans + parts
 

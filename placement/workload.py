@@ -9,7 +9,8 @@ Attention = Literal["flashinfer", "torch"]
 """What computes attention on GPUs: FlashInfer, or PyTorch's own operators over gathered blocks, as on the CPU."""
 
 CAPTURED_ROWS = 768
-"""Rows of the largest CUDA graph of a step with prompt chunks; the largest of decodes has a row per sequence."""
+"""Rows of the largest CUDA graph of a step with prompt chunks on one GPU; the largest of decodes has a row per
+sequence, and on several GPUs the largest steps have graphs too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class Workload:
         """Blocks that all sequences together can hold at most."""
         return self.max_sequences * -(-self.max_context // self.block_size)
 
-    @property
-    def captured_rows(self) -> int:
-        """Rows of the largest CUDA graph, at most."""
+    def captured_rows(self, devices: int) -> int:
+        """Rows of the largest CUDA graph of a replica on so many GPUs, at most."""
+        if devices > 1:
+            return self.max_batch_tokens
         return min(self.max_batch_tokens, max(CAPTURED_ROWS, self.max_sequences))

@@ -13,10 +13,11 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, ClassVar
 
 import torch
@@ -54,16 +55,33 @@ class StepLayout:
     sequences: int | None = None
     """Sequences of a captured graph whose rows are no decodes alone: the step's, one that has the padding, and others
     without rows, one at least. None: as many as there are."""
+    decodes: int | None = None
+    """The first of those sequences, for decodes, and one at least without rows. None: there are none apart."""
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
     """What the first stage's backend computes and the others take over."""
+
+    @property
+    def ahead(self) -> int:
+        """Sequences of one row that come before others, at most as many as a graph has room for."""
+        count = singles(self.spans)
+        if self.sequences is None:
+            return count if count < len(self.spans) else 0
+        return min(count, max(0, (self.decodes or 0) - 1))
 
     def padded(self, scratch: int) -> tuple[RowSpan, ...]:
         """The spans, and what pads them: a first token in the scratch block for each row, or one sequence of all."""
         if self.sequences is None:
             return self.spans + (RowSpan(0, 1, (scratch,)),) * self.padding
+        ahead, empty = self.ahead, (RowSpan(0, 0, ()),)
+        spans = self.spans[:ahead] + empty * ((self.decodes or 0) - ahead) + self.spans[ahead:]
         blocks = -(-self.padding // self.block_size)
         rest = (RowSpan(0, self.padding, (scratch,) * blocks),) if self.padding else ()
-        return self.spans + rest + (RowSpan(0, 0, ()),) * (self.sequences - len(self.spans) - len(rest))
+        return spans + rest + empty * (self.sequences - len(spans) - len(rest))
+
+
+def singles(spans: Iterable[RowSpan]) -> int:
+    """How many sequences of one row come before all others."""
+    return sum(1 for _ in takewhile(lambda span: span.count == 1, spans))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deployments.engine.attention import AttentionBackend, Scoring, StepLayout
 from deployments.engine.attention_staging import HostStep, StagingPool
-from deployments.engine.attention_tables import Shape, Tables, pack
+from deployments.engine.attention_tables import PARTS, Shape, Tables, pack
 from deployments.engine.flashinfer_fit import Kind, Room
 from deployments.engine.flashinfer_kernels import Call, Planned, Progress, Workspace
 
@@ -44,8 +44,8 @@ class Kernels(Protocol):
     def append(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, tables: Tables) -> None:
         """Write rows to the blocks."""
 
-    def run(self, call: Call, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend over the blocks."""
+    def run(self, call: Call, query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        """Attend over the blocks, with the call's rows of the step."""
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,22 @@ class FlashInferAttention(AttentionBackend):
         self._pool = pool
         self._buffer = torch.zeros(limits.table_size, dtype=torch.int32, device=device)
         self._tables: Tables | None = None
+        self._parts: tuple[Tables, ...] = ()
         self._step: HostStep | None = None
         self._warm: set[Kind] = set()
         self._floats: dict[int, Tensor] = {}
         """By size: layers follow each other, so kinds share them."""
-        self._spaces: dict[Kind, Workspace] = {}
-        self._planned: dict[Kind, Planned] = {}
-        self._captured: dict[tuple[Kind, int, int], tuple[int, ...]] = {}
-        """By sequences and rows: the `Planned.info` that a graph may have kept."""
+        self._spaces: dict[Kind, tuple[Workspace, ...]] = {}
+        """One for each part of a step."""
+        self._planned: dict[Kind, list[Planned]] = {}
+        self._captured: dict[tuple[Kind, int, int, bool], tuple[int, ...]] = {}
+        """By sequences, rows, and whether they are a graph's of any steps: the `Planned.info` that a graph may keep."""
 
     @property
     def bytes(self) -> int:
         """Device memory held beside the blocks."""
-        spaces = [self._buffer, *self._floats.values(), *(space.ints for space in self._spaces.values())]
-        return sum(tensor.nbytes for tensor in spaces)
+        plans = [space.ints for spaces in self._spaces.values() for space in spaces]
+        return sum(tensor.nbytes for tensor in (self._buffer, *self._floats.values(), *plans))
 
     def warm(self, kinds: Iterable[Kind], progress: Progress) -> None:
         """Load the kernels of `kinds`, compiling what the cache does not have; `progress` hears of each.
@@ -137,6 +139,7 @@ class FlashInferAttention(AttentionBackend):
         shape = step.tables.shape
         self._buffer[: shape.size].copy_(step.staging.tables[: shape.size], non_blocking=True)
         self._tables = Tables.view(self._buffer, shape)
+        self._parts = self._tables.parts()
         self._step = step
         self._planned = {kind: self._plan(kind, step) for kind in self._spaces}
         self._note_copies(step)
@@ -153,63 +156,69 @@ class FlashInferAttention(AttentionBackend):
         kind = Kind(heads, keys.shape[2], head_dim, query.dtype, keys.dtype, how.window, how.softcap)
         planned = self._planned.get(kind) or self._learn(kind, step)
         self._kernels.append(_rows(key), _rows(value), keys, values, tables)
-        call = Call(kind, planned, tables, self._spaces[kind], how.scale)
-        return self._kernels.run(call, _rows(query), keys, values)[None]
+        out = torch.empty(rows, heads, head_dim, dtype=query.dtype, device=query.device)
+        for plan, part, space in zip(planned, self._parts, self._spaces[kind], strict=False):
+            self._kernels.run(Call(kind, plan, part, space, how.scale), _rows(query), keys, values, out)
+        return out[None]
 
     def _host_step(self, layout: StepLayout) -> HostStep:
-        key = (FlashInferAttention, layout.padding, layout.sequences)
+        key = (FlashInferAttention, layout.padding, layout.sequences, layout.decodes)
         if key not in layout.shared:
             staging = self._pool.take()
             shape = pack(layout.padded(self._scratch), self._block_size, staging.tables.numpy())
             if shape.rows > self._limits.max_rows:
                 raise ValueError(f"a step has {shape.rows} rows, and attention was made for {self._limits.max_rows}")
-            shape = replace(shape, captured=layout.sequences is not None)
+            captured, rows = layout.sequences is not None, layout.ahead
+            shape = replace(shape, captured=captured, ahead=(layout.decodes or 0) if captured else rows, before=rows)
             step = layout.shared[key] = HostStep(staging, Tables.view(staging.tables, shape))
             staging.step = weakref.ref(step)
         found: HostStep = layout.shared[key]
         return found
 
-    def _plan(self, kind: Kind, step: HostStep) -> Planned:
+    def _plan(self, kind: Kind, step: HostStep) -> list[Planned]:
+        """A plan for each part of the step."""
+        return [self._plan_part(kind, step, part) for part in range(len(step.parts))]
+
+    def _plan_part(self, kind: Kind, step: HostStep, part: int) -> Planned:
         """Plan for this model of device, or copy what a stage on another device of the model has planned."""
-        key = (kind, self._kernels.model)
-        space = self._spaces[kind]
+        key, tables = (kind, self._kernels.model, part), step.parts[part]
+        space, shape = self._spaces[kind][part], tables.shape
         pinned = self._pool.plan(step.staging, key, space.ints.nbytes)
         planned = step.plans.get(key)
         if planned is None:
-            planned = step.plans[key] = self._kernels.plan(kind, step.tables, self._block_size, space, pinned)
+            planned = step.plans[key] = self._kernels.plan(kind, tables, self._block_size, space, pinned)
         else:
-            shape = step.tables.shape
             used = self._kernels.room(kind, sequences=shape.sequences, rows=shape.rows).ints
             space.ints[:used].copy_(pinned[:used], non_blocking=True)
-        if step.tables.shape.decodes or step.tables.shape.captured:
-            self._check_graphs(kind, step.tables.shape, tuple(planned.info))
+        if shape.decodes or shape.captured:
+            self._check_graphs(kind, shape, tuple(planned.info))
         return planned
 
     def _check_graphs(self, kind: Kind, shape: Shape, info: tuple[int, ...]) -> None:
         """A graph keeps the plan's sizes and places that it was captured with; they must be those of every plan."""
-        before = self._captured.setdefault((kind, shape.sequences, shape.rows), info)
+        before = self._captured.setdefault((kind, shape.sequences, shape.rows, shape.captured), info)
         if info != before:
             raise RuntimeError(
                 f"FlashInfer plans {shape.rows} rows of {shape.sequences} sequences as {list(info)}, where it planned "
                 f"{list(before)} before: a CUDA graph of them would read the wrong memory"
             )
 
-    def _learn(self, kind: Kind, step: HostStep) -> Planned:
+    def _learn(self, kind: Kind, step: HostStep) -> list[Planned]:
         """A kind that was not there when the step was prepared."""
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{kind} first appears in a CUDA graph's capture; run a step without a graph before")
         self.warm([kind], log.info)
-        self._spaces[kind] = self._workspace(kind)
+        self._spaces[kind] = self._workspaces(kind)
         self._planned[kind] = self._plan(kind, step)
         self._note_copies(step)
         return self._planned[kind]
 
-    def _workspace(self, kind: Kind) -> Workspace:
+    def _workspaces(self, kind: Kind) -> tuple[Workspace, ...]:
         room = self._kernels.room(kind, sequences=self._limits.max_rows, rows=self._limits.max_rows)
         if room.floats not in self._floats:
             self._floats[room.floats] = torch.zeros(room.floats, dtype=torch.uint8, device=self._device)
-        ints = torch.zeros(room.ints, dtype=torch.uint8, device=self._device)
-        return Workspace(self._floats[room.floats], ints)
+        plans = [torch.zeros(room.ints, dtype=torch.uint8, device=self._device) for _ in range(PARTS)]
+        return tuple(Workspace(self._floats[room.floats], ints) for ints in plans)
 
     def _note_copies(self, step: HostStep) -> None:
         if self._device.type == "cuda":

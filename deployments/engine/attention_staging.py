@@ -20,7 +20,12 @@ class HostStep:
     staging: Staging
     tables: Tables
     plans: dict[Hashable, Planned] = field(default_factory=dict)
-    """By kind of layer and model of device."""
+    """By kind of layer, model of device, and part."""
+    parts: tuple[Tables, ...] = field(init=False)
+    """What is planned."""
+
+    def __post_init__(self) -> None:
+        self.parts = self.tables.parts()
 
 
 @dataclass(eq=False)
@@ -30,7 +35,7 @@ class Staging:
     tables: Tensor
     """int32."""
     plans: dict[Hashable, Tensor] = field(default_factory=dict)
-    """uint8, by kind of layer and model of device."""
+    """uint8, by kind of layer, model of device, and part."""
     copied: list[torch.cuda.Event] = field(default_factory=list)
     """Pass once what was copied from here has arrived."""
     step: weakref.ref[HostStep] | None = None

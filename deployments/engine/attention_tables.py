@@ -18,6 +18,8 @@ from deployments.engine.attention import RowSpan
 
 _ALIGN = 4
 """Every array starts at a multiple of so many integers: 16 bytes."""
+PARTS = 2
+"""Of a step, at most, that attention is planned for: decodes, and chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,11 @@ class Shape:
     """Entries of all block tables together."""
     captured: bool = False
     """Whether a graph holds for all steps of so many sequences and rows, however the rows are divided."""
+    ahead: int = 0
+    """Sequences, the first ones, that are computed by themselves: those of one row, and in a graph those without rows
+    that leave room for more. 0: all are computed together."""
+    before: int = 0
+    """Of a part of a step: rows before its own. Of a whole step that has parts: rows of the first one."""
 
     @property
     def decodes(self) -> bool:
@@ -76,6 +83,36 @@ class Tables:
         parts = [buffer[start : start + size] for start, size in zip(starts, sizes, strict=False)]
         parts.append(buffer[starts[-1] :])
         return cls(shape, *parts)
+
+    def parts(self) -> tuple[Tables, ...]:
+        """What attention is planned for and runs on, one after the other: decodes, then chunks.
+
+        A kernel takes tiles of one size for all sequences that it is planned for: a decode beside a chunk would take
+        one as large as the chunk's. In a graph the rows of a part are a bound.
+        """
+        shape = self.shape
+        if not shape.ahead:
+            return (self,)
+        rest, captured = shape.sequences - shape.ahead, shape.captured
+        rows = shape.rows if captured else shape.rows - shape.before
+        return (
+            self._cut(0, Shape(shape.ahead, shape.ahead, shape.pages, captured)),
+            self._cut(shape.ahead, Shape(rest, rows, shape.pages, captured, before=shape.before)),
+        )
+
+    def _cut(self, first: int, shape: Shape) -> Tables:
+        """The sequences from `first` on, as `shape` says; rows and pages stay counted through the whole step."""
+        some, ends = slice(first, first + shape.sequences), slice(first, first + shape.sequences + 1)
+        return Tables(
+            shape,
+            self.query_starts[ends],
+            self.page_starts[ends],
+            self.last_page_tokens[some],
+            self.lengths[some],
+            self.row_sequences,
+            self.positions,
+            self.pages,
+        )
 
 
 def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32]) -> Shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-BURST = 8
+BURST = 32
 """Prompts are a burst from one more in so many sequences that decode. One alone never is."""
 
 

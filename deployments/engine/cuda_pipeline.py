@@ -18,7 +18,7 @@ from torch import Tensor
 from deployments.engine.attention import StepLayout
 from deployments.engine.budget import chunk_within
 from deployments.engine.draw import Draw
-from deployments.engine.lane import Form, Lane, forms
+from deployments.engine.lane import Form, Lane
 from deployments.engine.link import Link
 from deployments.engine.sampler import Drawn, Sampler
 from deployments.engine.sampling import SampledToken
@@ -84,6 +84,7 @@ class CudaPipeline:
                 block_size=block_size,
                 max_batch_tokens=max_batch_tokens,
                 max_sequences=max_sequences,
+                lanes=self.depth,
             )
             for stage in stages
         ]
@@ -154,8 +155,7 @@ class CudaPipeline:
         lane = self._lanes[0]
         decodes = min(_DECODES, max_batch_tokens, max_sequences)  # of a form that has a graph
         usual = lane.milliseconds(Form(decodes))
-        every = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
-        mixed = (form for form in every if form.sequences is not None and form.rows > decodes)
+        mixed = (form for form in lane.forms if form.sequences is not None and form.rows > decodes)
         chunk = chunk_within(
             ((form.rows, lane.milliseconds(form)) for form in mixed),
             limit=CHUNK_SLOWDOWN * usual,

@@ -5,7 +5,8 @@ classes: a wrapper is bound to one batch size and to one pinned buffer, keeps 16
 tables, so that with wrappers neither could a step's uploads be one copy nor its plan serve the stages on other GPUs.
 
 A decode of few query heads per KV head runs on CUDA cores. With `TENSOR_CORE_GROUP` or more it runs as a prefill of one
-row per sequence, on tensor cores, where the group's heads fill a tile. A step with chunks is one prefill of all rows.
+row per sequence, on tensor cores, where the group's heads fill a tile. In a step with chunks decodes are one call, and
+chunks another.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from deployments.home import state_folder
 
 _NHD, _NO_ROTARY, _EVERY_KEY, _CAUSAL = 0, 0, 0, 1
 """FlashInfer's codes: of the blocks' layout, of positions encoded in the kernel, and of masks."""
+_TILE_COUNT, _FIRST_ROWS = 0, 8
+"""Where a prefill's plan has these: `padded_batch_size`, and the offset of `o_indptr`."""
 
 Progress = Callable[[str], None]
 
@@ -165,9 +168,20 @@ class FlashInferKernels:
             shape.captured,  # whether no sequence may be split: in a graph it would take room for all that might be
             0,
         )
-        if parts is not None and info[0] != parts:
-            raise RuntimeError(f"FlashInfer plans {info[0]} parts for {shape}, and {parts} were expected")
+        if parts is not None and info[_TILE_COUNT] != parts:
+            raise RuntimeError(f"FlashInfer plans {info[_TILE_COUNT]} parts for {shape}, and {parts} were expected")
+        if shape.captured and shape.before:
+            self._shift_output(shape, info[_FIRST_ROWS], *buffers[1:])
         return info
+
+    def _shift_output(self, shape: Shape, offset: int, ints: Tensor, pinned: Tensor) -> None:
+        """Let each sequence's output begin behind the rows before the plan's, which FlashInfer counts from 0.
+
+        The plan's copy may still be under way and take old or new values: one behind it takes the new ones.
+        """
+        place = slice(offset, offset + 4 * (shape.sequences + 1))
+        pinned[place].view(torch.int32).add_(shape.before)
+        ints[place].copy_(pinned[place], non_blocking=True)
 
     def _fill_captured(self, kind: Kind, shape: Shape, pinned: Tensor) -> int:
         """Let the plan's unused entries name the first part of the last sequence, which has no rows.
@@ -199,10 +213,17 @@ class FlashInferKernels:
             tables.last_page_tokens,
         )
 
-    def run(self, call: Call, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend with queries [T, heads, head_dim] over the blocks; [T, heads, head_dim]. Can be captured."""
+    def run(self, call: Call, query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        """Attend over the blocks with the rows that the call's tables name. Can be captured.
+
+        Args:
+            query: [T, heads, head_dim], all rows of the step.
+            out: [T, heads, head_dim]; the call's rows are written.
+        """
         kind, planned, tables, space = call.kind, call.planned, call.tables, call.space
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if not (shape := tables.shape).captured:  # there the plan knows where the rows begin
+            end = shape.before + shape.rows
+            query, out = query[:end], out[shape.before : end]
         pages = (tables.page_starts, tables.pages, tables.last_page_tokens)
         workspace = (space.floats, space.ints, planned.info)
         softcap = kind.softcap or 0.0
@@ -220,7 +241,6 @@ class FlashInferKernels:
                 *(softcap, call.scale, None, None, None, rope_scale, rope_theta),
                 *(0, space.floats.nbytes),
             )
-        return out
 
 
 def _import() -> None:

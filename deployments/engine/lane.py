@@ -2,7 +2,8 @@
 
 Steps enter a lane in launch order and run on the device's one compute stream, so all slots share the buffers and the
 graphs. A step of single-token rows runs as one graph, a step with prompt chunks as a graph of another kind up to
-`MOST_CAPTURED_ROWS`; beyond that the device is slower than the host, and a graph would save nothing.
+`MOST_CAPTURED_ROWS`; beyond that one device is slower than the host, and a graph would save nothing. With several
+devices the host launches for all of them, while each has a part of the layers: there steps of all sizes have graphs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deployments.engine.attention import StepLayout
+from deployments.engine.attention import StepLayout, singles
 from deployments.engine.compiled import compile_layers
 from deployments.engine.stages import Stage, StepRows
 
@@ -36,29 +37,44 @@ class Form:
 
     rows: int
     sequences: int | None = None
-    """Of the graph: the step's, and two that pad it; None: each row is one, and all of them are sampled."""
+    """Of the graph: the step's, and some that pad it; None: each row is one, and all of them are sampled."""
+    decodes: int = 0
+    """Of the sequences, the first ones: for those of one row, which attention takes apart from the others."""
 
     def fits(self, step: StepRows) -> bool:
         """Whether a graph of this form can run a step."""
         rows, sequences = len(step.ids), len(step.spans)
         if self.sequences is None:
             return len(step.sampled) == sequences == rows <= self.rows
-        return rows <= self.rows and sequences + 2 <= self.sequences
+        if self.rows > MOST_CAPTURED_ROWS and 4 * rows < 3 * self.rows:
+            return False
+        others = sequences - min(singles(step.spans), self.decodes - 1)
+        return rows <= self.rows and others + 2 <= self.sequences - self.decodes
 
 
-def forms(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
+def forms(*, max_batch_tokens: int, max_sequences: int, lanes: int = 1) -> tuple[Form, ...]:
     """The graphs of a lane, the smaller before the larger: of decodes, then of steps with chunks.
 
-    Of a decode's graph less than half is padding, beyond 16 rows less than a third. A step with chunks may have half as
-    many sequences as rows: FlashInfer's tiles for it are then as large as for one long chunk.
+    Of a decode's graph less than half is padding, beyond 16 rows less than a third. In a step with chunks half of the
+    rows may be decodes, and there may be a fourth as many other sequences: FlashInfer's tiles for these are then as
+    large as for one long chunk. Of the large graphs that several lanes have at most a fourth is padding, and a step
+    that would have more runs without a graph.
     """
     most = min(max_sequences, max_batch_tokens)
     decodes = {1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, most + 32, 32)}
     chunks = {64, 128, 192, 256, 320, 384, 512, 640, MOST_CAPTURED_ROWS}
+    if lanes > 1:
+        large = {rows for power in range(10, max_batch_tokens.bit_length()) for rows in (2**power, 3 * 2**power // 2)}
+        chunks |= large | {max(max_batch_tokens, MOST_CAPTURED_ROWS)}
     return (
         *(Form(rows) for rows in sorted({min(rows, most) for rows in decodes})),
-        *(Form(rows, rows // 2) for rows in sorted(chunks) if rows <= max_batch_tokens),
+        *(_chunked(rows, max_sequences) for rows in sorted(chunks) if rows <= max_batch_tokens),
     )
+
+
+def _chunked(rows: int, max_sequences: int) -> Form:
+    decodes = min(rows // 2, max_sequences) + 1
+    return Form(rows, decodes + rows // 4, decodes)
 
 
 class Lane:
@@ -69,9 +85,12 @@ class Lane:
         block_size: tokens per KV block.
         max_batch_tokens: most rows of a step.
         max_sequences: most rows of a step that decodes.
+        lanes: of the replica.
     """
 
-    def __init__(self, stage: Stage, *, block_size: int, max_batch_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self, stage: Stage, *, block_size: int, max_batch_tokens: int, max_sequences: int, lanes: int = 1
+    ) -> None:
         self.stage = stage
         self.device = stage.device
         self.compile_error: str | None = None
@@ -82,8 +101,9 @@ class Lane:
         """Block * block_size + offset of each token; on the last lane."""
         self._positions = torch.zeros_like(self.ids)
         self._block_size = block_size
-        self._forms = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
-        shape = (1, max(form.rows for form in self._forms), stage.hidden_size)
+        self.forms = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, lanes=lanes)
+        """Of the graphs."""
+        shape = (1, max(form.rows for form in self.forms), stage.hidden_size)
         self._incoming: Tensor | None = None
         if not stage.is_first:
             self._incoming = torch.zeros(shape, dtype=stage.dtype, device=self.device)
@@ -107,8 +127,8 @@ class Lane:
             return
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the others fit in its memory.
-        for done, form in enumerate(sorted(self._forms, key=lambda form: -form.rows)):
-            progress(done, len(self._forms))
+        for done, form in enumerate(sorted(self.forms, key=lambda form: -form.rows)):
+            progress(done, len(self.forms))
             self._graphs[form] = self._capture(form, pool)
         torch.cuda.synchronize(self.device)
 
@@ -126,11 +146,13 @@ class Lane:
         rows = len(step.ids)
         with torch.cuda.device(self.device):
             self._load(step, last_ids)
-            form = next((form for form in self._forms if form in self._graphs and form.fits(step)), None)
+            form = next((form for form in self.forms if form in self._graphs and form.fits(step)), None)
             if form is None:
                 self.stage.attention.prepare(layout)
                 return self._compute(rows, incoming)
-            self.stage.attention.prepare(replace(layout, padding=form.rows - rows, sequences=form.sequences))
+            self.stage.attention.prepare(
+                replace(layout, padding=form.rows - rows, sequences=form.sequences, decodes=form.decodes)
+            )
             if self._incoming is not None:
                 assert incoming is not None
                 self._incoming[:, :rows].copy_(incoming[:, :rows])
@@ -215,7 +237,7 @@ class Lane:
 
     def _prepare_scratch(self, form: Form) -> None:
         """Rows that are all padding."""
-        self.stage.attention.prepare(StepLayout((), self._block_size, form.rows, form.sequences))
+        self.stage.attention.prepare(StepLayout((), self._block_size, form.rows, form.sequences, form.decodes))
         self.ids[: form.rows] = 0
         self._positions[: form.rows] = 0
 

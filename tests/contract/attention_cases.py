@@ -82,9 +82,11 @@ class World:
         shapes = [(heads, n, self.head_dim) for n in self.lengths]
         return [torch.randn(shape, generator=draw).to(self.bounds.device, self.dtype) for shape in shapes]
 
-    def layout(self, spans: Spans, padding: int = 0, sequences: int | None = None) -> StepLayout:
+    def layout(
+        self, spans: Spans, padding: int = 0, sequences: int | None = None, decodes: int | None = None
+    ) -> StepLayout:
         rows = tuple(RowSpan(start, count, self.tables[i]) for i, start, count in spans)
-        return StepLayout(rows, self.bounds.block_size, padding, sequences)
+        return StepLayout(rows, self.bounds.block_size, padding, sequences, decodes)
 
     def inputs(self, layer: int, spans: Spans, padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of the step's rows, each [1, heads, rows + padding, head_dim]; padding is 1.0."""
@@ -110,16 +112,18 @@ class World:
         return out[0]
 
     @torch.inference_mode()
-    def step(self, spans: Spans, padding: int = 0, sequences: int | None = None) -> list[Tensor]:
+    def step(
+        self, spans: Spans, padding: int = 0, sequences: int | None = None, decodes: int | None = None
+    ) -> list[Tensor]:
         """Prepare and attend, layer after layer: [rows, heads, head_dim] of each."""
-        self.backend.prepare(self.layout(spans, padding, sequences))
+        self.backend.prepare(self.layout(spans, padding, sequences, decodes))
         with self.backend.step():
             outs = [self.attend(i, self.inputs(i, spans, padding)) for i in range(len(self.layers))]
         return [out[: len(out) - padding] for out in outs]
 
-    def check(self, spans: Spans, padding: int = 0, sequences: int | None = None) -> None:
+    def check(self, spans: Spans, padding: int = 0, sequences: int | None = None, decodes: int | None = None) -> None:
         """Take the step, and compare each layer with the truth."""
-        for layer, out in enumerate(self.step(spans, padding, sequences)):
+        for layer, out in enumerate(self.step(spans, padding, sequences, decodes)):
             self.compare(layer, spans, out)
 
     def compare(self, layer: int, spans: Spans, out: Tensor) -> None:
@@ -163,6 +167,8 @@ class Case:
     rows: int | None = None
     """Rows of a graph for steps with chunks: every step is padded to so many, and to `sequences` in all."""
     sequences: int | None = None
+    decodes: int | None = None
+    """Of these, for decodes."""
 
     def world(self, factory: Factory, device: torch.device, dtype: torch.dtype, *, spare: int = 2) -> World:
         """Blocks are dealt out from both ends in turn, so that no table is in order."""
@@ -189,7 +195,7 @@ class Case:
         world = self.world(factory, device, dtype)
         for spans in self.steps:
             padding = self.padding if self.rows is None else self.rows - sum(count for _, _, count in spans)
-            world.check(spans, padding, self.sequences)
+            world.check(spans, padding, self.sequences, self.decodes)
         return world
 
 
@@ -214,6 +220,13 @@ _MIXED: tuple[Spans, ...] = (
     [(2, 20, 33), (0, 38, 1), (1, 6, 1), (3, 0, 1)],
     [(3, 1, 1), (1, 7, 1), (2, 53, 1), (0, 39, 1)],
 )
+_APART: tuple[Spans, ...] = (
+    [(0, 0, 37), (1, 0, 5)],
+    [(1, 5, 1), (0, 37, 1), (2, 0, 20)],
+    [(0, 38, 1), (1, 6, 1), (3, 0, 1), (2, 20, 33)],
+    [(3, 1, 1), (1, 7, 1), (2, 53, 1), (0, 39, 1)],
+)
+"""Decodes first, one more than there is room for among them."""
 _GEMMA = (Layer(2, 4, window=24, softcap=50.0, scale=0.09), Layer(2, 4, softcap=50.0, scale=0.09))
 _UNLIKE = (Layer(4, 1), Layer(1, 4), Layer(2, 2, window=9))
 _LENGTHS = (40, 8, 54, 2)
@@ -245,6 +258,9 @@ CASES: dict[str, Case] = {
     "padded decodes, group of 4": Case((9, 40, 17), life(9, 40, 17), (Layer(2, 4),), padding=5),
     "a padded mixed step": Case(_LENGTHS, _MIXED, (Layer(2, 4),), padding=3),
     "steps of one graph's size": Case(_LENGTHS, _MIXED, (Layer(2, 4),), rows=64, sequences=9),
+    "steps of one graph's size, decodes apart": Case(
+        _LENGTHS, _APART, (Layer(2, 4),), rows=64, sequences=12, decodes=3
+    ),
     "steps of one graph's size, full": Case(_LENGTHS, _MIXED, (Layer(2, 2, window=9),), rows=42, sequences=5),
     "fp8 blocks": Case(_LENGTHS, _MIXED, (Layer(2, 4),), kv_dtype=FP8),
     "fp8 blocks, no grouping": Case(_LENGTHS, _MIXED, (Layer(2, 1),), kv_dtype=FP8),

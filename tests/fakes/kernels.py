@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable
 import torch
 from torch import Tensor
 
-from deployments.engine.attention_tables import Tables
+from deployments.engine.attention_tables import Shape, Tables
 from deployments.engine.flashinfer_fit import Kind, Room
 from deployments.engine.flashinfer_kernels import Call, Planned, Progress, Workspace
 
@@ -19,6 +19,8 @@ class FakeKernels:
         self.model = model
         self.compiled: list[Kind] = []
         self.plans: list[tuple[Kind, str]] = []
+        self.shapes: list[Shape] = []
+        """What was planned for, like `plans`."""
         self.moody = False
         """Plans equal steps differently."""
 
@@ -36,9 +38,11 @@ class FakeKernels:
         assert pinned.shape == space.ints.shape
         plan = torch.cat([torch.tensor([block_size], dtype=torch.int32), host.lengths])
         pinned[: plan.nbytes] = plan.view(torch.uint8)
+        assert host.query_starts[0] == host.shape.before
         space.ints[: plan.nbytes].copy_(pinned[: plan.nbytes])
         method = kind.method(decodes=host.shape.decodes)
         self.plans.append((kind, method))
+        self.shapes.append(host.shape)
         return Planned(method, 0 if host.shape.decodes else 1, [host.shape.rows, len(self.plans) * self.moody])
 
     def append(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, tables: Tables) -> None:
@@ -50,20 +54,19 @@ class FakeKernels:
             flat = blocks.view(torch.uint8) if blocks.itemsize == 1 else blocks
             flat.flatten(0, 1)[slots] = rows.contiguous().view(flat.dtype)
 
-    def run(self, call: Call, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def run(self, call: Call, query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
         kind, tables = call.kind, call.tables
         block_size, *lengths = call.space.ints.view(torch.int32)[: tables.shape.sequences + 1].tolist()
         assert query.shape[1:] == (kind.heads, kind.head_dim)
         assert block_size == keys.shape[1]
-        outs = []
         for i, length in enumerate(lengths):
-            rows = query[tables.query_starts[i] : tables.query_starts[i + 1]]
+            own = slice(tables.query_starts[i], tables.query_starts[i + 1])
+            rows = query[own]
             pages = tables.pages[tables.page_starts[i] : tables.page_starts[i + 1]]
             last = tables.last_page_tokens[i].item()
             assert length == (len(pages) - 1) * block_size + last
             assert len(rows) == 1 or call.planned.mask == 1
-            outs.append(_attend(call, rows, *(_gather(blocks, pages, length, kind.group) for blocks in (keys, values))))
-        return torch.cat(outs)
+            out[own] = _attend(call, rows, *(_gather(blocks, pages, length, kind.group) for blocks in (keys, values)))
 
 
 def _gather(blocks: Tensor, pages: Tensor, length: int, group: int) -> Tensor:

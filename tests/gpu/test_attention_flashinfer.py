@@ -118,12 +118,13 @@ class Graph:
 
     Args:
         sequences: of steps with chunks, one for padding included; None: the steps are decodes.
+        decodes: of these, for decodes, one more than there may be.
     """
 
-    def __init__(self, world: World, rows: int, sequences: int | None = None) -> None:
-        self.world, self.rows, self.sequences = world, rows, sequences
+    def __init__(self, world: World, rows: int, sequences: int | None = None, decodes: int | None = None) -> None:
+        self.world, self.rows, self.room = world, rows, (sequences, decodes)
         self.inputs = [world.inputs(i, [(0, 0, 1)], rows - 1) for i in range(len(world.layers))]
-        self.world.backend.prepare(world.layout([(0, 0, 1)], rows - 1, sequences))
+        self.world.backend.prepare(world.layout([(0, 0, 1)], rows - 1, *self.room))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         self.graph = torch.cuda.CUDAGraph()
@@ -140,7 +141,7 @@ class Graph:
     def check(self, spans: Spans) -> None:
         used = sum(count for _, _, count in spans)
         padding = self.rows - used
-        self.world.backend.prepare(self.world.layout(spans, padding, self.sequences))
+        self.world.backend.prepare(self.world.layout(spans, padding, *self.room))
         for layer, static in enumerate(self.inputs):
             for old, new in zip(static, self.world.inputs(layer, spans, padding), strict=True):
                 old.copy_(new)
@@ -200,6 +201,26 @@ def test_a_captured_step_with_chunks_serves_every_later_one(layers: tuple[Layer,
         )
         for i, length in enumerate(lengths):
             world.step([(i, length - back, 4)])
+
+
+@pytest.mark.parametrize(
+    "layers", [(Layer(2, 1),), (Layer(8, 4),), (Layer(2, 4, window=24), Layer(2, 4)), GEMMA], ids=str
+)
+def test_a_captured_step_takes_decodes_apart(layers: tuple[Layer, ...]) -> None:
+    """Any number of them beside any chunks, between other steps that plan into the same memory."""
+    lengths = (2500, 90, 17, 300, 33, 1200) + (40,) * 26
+    case = Case(lengths, (prefills(lengths, 10),), layers, padding=140)
+    world, decoding = graphed(case, (32,))
+    apart = Graph(world, 128, 34 + 12, 34)
+    singles = decodes(lengths, 10)
+    apart.check(singles)
+    for i, length in enumerate(lengths):
+        world.step([(i, length - 10, 4)])
+    apart.check([*decodes(lengths, 6)[:5], (5, 1194, 3), (6, 34, 2), (7, 34, 1)])
+    decoding[32].check(decodes(lengths, 7))
+    apart.check([(0, 1000, 100)])
+    apart.check([*decodes(lengths, 7)[1:], (0, 2400, 90)])
+    world.check([*decodes(lengths, 7)[1:], (0, 2400, 90)])  # the same without a graph
 
 
 def test_a_captured_decode_that_fills_the_device() -> None:

@@ -279,7 +279,7 @@ DECODES = [[Part(p.sequence, p.end + k, p.end + k + 1) for p in PROMPTS] for k i
 CHUNKED = [*(Part(p.sequence, p.end + 4, p.end + 5) for p in PROMPTS), Part(6, 0, 33), Part(7, 0, 1)]
 LATER = [*(Part(p.sequence, p.end + 5, p.end + 6) for p in PROMPTS), Part(6, 33, 96), Part(7, 1, 2)]
 SCRIPT = [PROMPTS, *DECODES, CHUNKED, LATER]
-GRAPHS = [Form(192, 96), *[Form(8)] * 4, Form(64, 32), Form(128, 64)]
+GRAPHS = [Form(192, 65, 17), *[Form(8)] * 4, Form(64, 33, 17), Form(128, 49, 17)]
 
 
 def test_nothing_fell_back(served: Served) -> None:

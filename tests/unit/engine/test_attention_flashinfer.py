@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from deployments.engine.attention import RowSpan, StepLayout
 from deployments.engine.attention_flashinfer import FlashInferAttention, Limits, flashinfer_backends
 from deployments.engine.attention_staging import StagingPool
-from deployments.engine.attention_tables import Shape
+from deployments.engine.attention_tables import PARTS, Shape
 from deployments.engine.flashinfer_fit import Kind
 from tests.contract.attention_cases import (
     CASES,
@@ -70,8 +70,35 @@ def test_one_plan_per_step_and_kind() -> None:
     case = replace(CASES["decodes and chunks"], layers=layers)
     kernels = kernels_of(case.check(make, CPU, torch.float32))
     assert len(kernels.compiled) == 2
-    assert len(kernels.plans) == 2 * len(case.steps)
+    assert len(kernels.plans) == 2 * (len(case.steps) + 1), "one step has decodes before a chunk"
     assert {kind.window for kind, _ in kernels.plans} == {None, 9}
+
+
+def test_decodes_before_a_chunk_are_planned_as_decodes() -> None:
+    spans = [(1, 5, 1), (0, 37, 1), (2, 0, 20), (3, 0, 1)]
+    case = Case((40, 8, 54, 2), ([(0, 0, 37), (1, 0, 5)], spans), (Layer(2, 1),))
+    kernels = kernels_of(case.check(make, CPU, torch.float32))
+    assert [method for _, method in kernels.plans] == ["prefill", "decode", "prefill"]
+    assert [(shape.sequences, shape.rows, shape.before) for shape in kernels.shapes[1:]] == [(2, 2, 0), (2, 21, 2)]
+
+
+@pytest.mark.parametrize("back", [2, 1])
+def test_a_graph_has_room_for_decodes_apart(back: int) -> None:
+    """However many of the rows are decodes, kernels are planned for as many sequences and rows."""
+    lengths = (40, 8, 54, 2)
+    world = Case(lengths, (), rows=128).world(make, CPU, torch.float32)
+    world.step(prefills(lengths, back))
+    mixed = [(0, 40 - back, 1), (1, 8 - back, 1), (2, 54 - back, back)]
+    world.check(mixed, 128 - 2 - back, sequences=12, decodes=5)
+    world.check([(2, 52, 2), (3, 0, 1)], 125, sequences=12, decodes=5)
+    world.check([(3, 1, 1), *decodes(lengths)[:3]], 124, sequences=12, decodes=4)
+    found = [(shape.sequences, shape.rows, shape.before, shape.captured) for shape in kernels_of(world).shapes[1:]]
+    before = 2 if back == 2 else 3  # the last of three single rows is one more decode
+    assert found == [
+        *((5, 5, 0, True), (7, 128, before, True)),
+        *((5, 5, 0, True), (7, 128, 0, True)),
+        *((4, 4, 0, True), (8, 128, 3, True)),
+    ]
 
 
 def test_few_heads_per_kv_head_decode_on_cuda_cores() -> None:
@@ -112,14 +139,14 @@ def test_stages_share_tables_and_plans() -> None:
     worlds, kernels = two_stages()
     check_both(worlds)
     steps = len(CASES["decodes and chunks"].steps)
-    assert [len(each.plans) for each in kernels] == [steps, 0], "the second stage copies"
+    assert [len(each.plans) for each in kernels] == [steps + 1, 0], "the second stage copies"
 
 
 def test_gpus_of_unlike_models_plan_for_themselves() -> None:
     worlds, kernels = two_stages(("big GPU", "small GPU"))
     check_both(worlds)
     steps = len(CASES["decodes and chunks"].steps)
-    assert [len(each.plans) for each in kernels] == [steps, steps]
+    assert [len(each.plans) for each in kernels] == [steps + 1, steps + 1]
 
 
 def test_a_stage_with_other_padding_makes_its_own_tables() -> None:
@@ -150,7 +177,7 @@ def test_bytes_count_all_that_is_held() -> None:
     tables = 4 * bounds.table_size
     assert backend.bytes == tables
     run_one_row(backend)
-    assert backend.bytes == tables + 4 * 5 * 4 + 4 * (1 + 5)
+    assert backend.bytes == tables + 4 * 5 * 4 + PARTS * 4 * (1 + 5)
 
 
 def run_one_row(backend: FlashInferAttention, rows: int = 1, **layout: Any) -> None:

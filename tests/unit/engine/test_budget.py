@@ -18,8 +18,9 @@ from deployments.engine.budget import chunk_within, prefill_budget
         (0, 32, 1, 64),  # those that decode are in other slots, and wait behind this step
         (480, 480, 1, 32),  # what the decodes left
         (512, 600, 1, 0),
-        (32, 32, 8, 64),
-        (32, 32, 9, 128),  # a burst: two more prompts in eight that decode
+        (32, 32, 2, 64),
+        (32, 32, 3, 128),  # a burst: two more prompts in 32 that decode
+        (64, 64, 4, 64),
         (4, 4, 60, 508),  # 120 chunks are more than the step holds
     ],
 )

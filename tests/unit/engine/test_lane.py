@@ -53,6 +53,21 @@ def test_the_usual_step_has_a_graph(tokens: int, sequences: int) -> None:
     assert Form(min(64, tokens, sequences)) in forms(max_batch_tokens=tokens, max_sequences=sequences)
 
 
+def test_several_lanes_have_graphs_of_full_steps() -> None:
+    every = forms(max_batch_tokens=3000, max_sequences=64, lanes=2)
+    assert [form.rows for form in every if form.rows > MOST_CAPTURED_ROWS] == [1024, 1536, 2048, 3000]
+    for counts, rows in (
+        ((1,) * 60 + (2940,), 3000),
+        ((128,) * 16, 2048),
+        ((1500, 700), None),  # more than a fourth would be padding
+        ((768, 1), 1024),
+        ((1, 1151), 1536),
+        ((1, 1150), None),
+    ):
+        form = chosen(every, step(*counts))
+        assert (form and form.rows) == rows
+
+
 def test_the_plan_reserves_for_the_largest_graph() -> None:
     every = forms(max_batch_tokens=8192, max_sequences=1)
     assert max(form.rows for form in every) == MOST_CAPTURED_ROWS == CAPTURED_ROWS
@@ -65,35 +80,52 @@ def test_the_plan_reserves_for_the_largest_graph() -> None:
         (Form(8), step(*[1] * 9), False),
         (Form(8), step(1, 1, 1, unsampled=1), False),  # a prompt's one-token chunk, in the middle of it
         (Form(8), step(1, 3), False),
-        (Form(64, 32), step(*[1] * 30), True),
-        (Form(64, 32), step(*[1] * 31), False),  # two sequences are left to pad it
-        (Form(64, 32), step(1, 1, 62), True),
-        (Form(64, 32), step(1, 1, 63), False),
-        (Form(64, 32), step(64, unsampled=1), True),
+        (Form(64, 32, 20), step(*[1] * 29), True),  # a decode of the 29 has no room among the others
+        (Form(64, 32, 20), step(*[1] * 30), False),  # two sequences are left to pad it, and one of the decodes'
+        (Form(64, 32, 20), step(*[2] * 10), True),
+        (Form(64, 32, 20), step(*[2] * 11), False),
+        (Form(64, 32, 20), step(1, 1, *[2] * 10), True),
+        (Form(64, 32, 20), step(1, 1, 62), True),
+        (Form(64, 32, 20), step(1, 1, 63), False),
+        (Form(64, 32, 20), step(64, unsampled=1), True),
     ],
 )
 def test_fits(form: Form, rows: StepRows, fits: bool) -> None:
     assert form.fits(rows) is fits
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 40), (62,), (64,), (1,) * 30])
+@pytest.mark.parametrize("counts", [(1, 1, 40), (62,), (64,), (1,) * 29, (1,) * 19, (2,) * 10, (1, *(2,) * 10)])
 def test_what_fits_can_be_padded(counts: tuple[int, ...]) -> None:
-    """Attention pads a step with at least one sequence without rows."""
-    form, rows = Form(64, 32), step(*counts)
+    """Attention pads decodes, and what comes behind them, each with at least one sequence without rows."""
+    form, rows = Form(64, 32, 20), step(*counts)
     assert form.fits(rows)
-    layout = StepLayout(rows.spans, 16, padding=form.rows - len(rows.ids), sequences=form.sequences)
+    layout = StepLayout(
+        rows.spans, 16, padding=form.rows - len(rows.ids), sequences=form.sequences, decodes=form.decodes
+    )
     padded = layout.padded(scratch=99)
     assert len(padded) == form.sequences
     assert sum(span.count for span in padded) == form.rows
-    assert padded[-1].count == 0
+    assert padded[-1].count == padded[form.decodes - 1].count == 0
+    assert all(span.count <= 1 for span in padded[: form.decodes])
+    assert [span for span in padded if span.count][: len(counts)] == list(rows.spans)
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), SIZES)
+def test_a_chunk_beside_all_decodes_has_a_graph(tokens: int, sequences: int) -> None:
+    every = forms(max_batch_tokens=tokens, max_sequences=sequences)
+    for chunk in (64, 256):
+        rows = step(*[1] * sequences, chunk)
+        if len(rows.ids) <= every[-1].rows:
+            assert chosen(every, rows) is not None
 
 
 def test_the_smallest_graph_is_taken() -> None:
     every = forms(max_batch_tokens=2048, max_sequences=256)
     assert chosen(every, step(*[1] * 9)) == Form(16)
     assert chosen(every, step(*[1] * 64)) == Form(64)
-    assert chosen(every, step(1, 1, 100)) == Form(128, 64)
-    assert chosen(every, step(*[1] * 70, 2)) == Form(192, 96), "72 rows, but 71 sequences and two to pad"
+    assert chosen(every, step(1, 1, 100)) == Form(128, 97, 65)
+    assert chosen(every, step(*[1] * 70, 2)) == Form(128, 97, 65), "six of the decodes go with the others"
+    assert chosen(every, step(*[2] * 30)) == Form(128, 97, 65), "60 rows, but 30 sequences and two to pad"
     assert chosen(every, step(1, 800)) is None
 
 
