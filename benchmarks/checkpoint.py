@@ -23,8 +23,10 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
@@ -68,6 +70,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512,
         "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True,
         "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    },
+    "t5-3b": {  # with which T5's sequences are of up to 512 tokens
+        "model_type": "t5", "vocab_size": 32128, "d_model": 1024, "d_kv": 128, "d_ff": 16384, "num_layers": 24,
+        "num_decoder_layers": 24, "num_heads": 32, "max_position_embeddings": 512, "decoder_start_token_id": 0,
+    },
+    "t5-tiny": {
+        "model_type": "t5", "vocab_size": 1024, "d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3,
+        "num_decoder_layers": 3, "num_heads": 4, "max_position_embeddings": 512, "decoder_start_token_id": 0,
     },
 }  # fmt: skip
 """Configs by name; of Llama models where they name no other type."""
@@ -129,13 +139,15 @@ def shape_config(shape: str) -> PreTrainedConfig:
     if sizes["model_type"] == "llama":
         sizes |= {"rope_theta": 500000.0, "tie_word_embeddings": False}
     config = AutoConfig.for_model(**sizes)
-    config.architectures, config.dtype = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__], "bfloat16"
+    kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    config.architectures, config.dtype = [kinds[type(config)].__name__], "bfloat16"
     return config
 
 
 def _shards(config: PreTrainedConfig) -> Iterator[dict[str, torch.Size]]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto.from_config(config, dtype=torch.bfloat16)
     shard: dict[str, torch.Size] = {}
     held = 0
     for name, parameter in model.named_parameters():

@@ -6,7 +6,7 @@
 
 Requests arrive at once, with random prompts of `--input` tokens that share nothing, and each produces `--output` tokens
 greedily. The floor of a decode step is the bytes that it must read (the weights once, and the KV cache of all its
-sequences at half of the output) over the bandwidth of a large copy on this GPU.
+sequences at half of the output) over the bandwidth of a large copy on this GPU. It does not read an encoder's weights.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint import FOLDER, SHAPES, write
+from deployments.checkpoint import is_encoder_decoder
 from deployments.compare.throughput import Burst, Step, burst, random_prompts
 from deployments.engine.loader import load, quantization_config
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
 from deployments.protocol import GenerationRequest, Sampling
 from placement import probe
-from placement.footprint import footprint
+from placement.footprint import Footprint, footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
 
@@ -103,7 +104,10 @@ def _arguments() -> argparse.ArgumentParser:
 
 def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     concurrencies = _numbers(options.concurrency)
-    plan = _plan(folder, quantization, options, max(concurrencies))
+    weighed = footprint(
+        folder, quantization=quantization.removesuffix("+experts"), experts=quantization.endswith("+experts")
+    )
+    plan = _plan(weighed, options, max(concurrencies))
     began = time.monotonic()
     limits = _limits(options, max(concurrencies))
     model = load(folder, plan, device_type=plan.stages[0].gpu.device_type, limits=limits)
@@ -120,7 +124,8 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
     results: dict[str, Any] = {"load_s": loaded - began, "engine": [], "generate": []}
     burst(engine, 2, options.input, min(8, options.output), tag="warm-up")
     for concurrency in concurrencies:
-        floor = _floor_s(plan, concurrency, options.input + options.output // 2, bandwidth)
+        context = options.input + options.output // 2
+        floor = _floor_s(plan, concurrency, context, bandwidth, _encoder_bytes(plan, weighed))
         measured, done = _run(engine, concurrency, options, floor)
         if options.steps and concurrency == max(concurrencies):
             _append(options.steps, quantization, done.steps)
@@ -143,7 +148,7 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
     return results
 
 
-def _plan(folder: Path, quantization: str, options: argparse.Namespace, most: int) -> Plan:
+def _plan(weighed: Footprint, options: argparse.Namespace, most: int) -> Plan:
     devices = probe.cuda_gpus()[: options.stages] or virtual_cpu_devices(("4GB",) * options.stages)
     if len(devices) < options.stages:
         sys.exit(f"--stages {options.stages} needs as many GPUs, and {len(devices)} are visible")
@@ -153,9 +158,7 @@ def _plan(folder: Path, quantization: str, options: argparse.Namespace, most: in
         stages = [stage for stage, count in enumerate(counts) for _ in range(count)]
         pins = {"pins": {f"model.layers.{layer}": stage for layer, stage in enumerate(stages)}}
     return solve(
-        footprint(
-            folder, quantization=quantization.removesuffix("+experts"), experts=quantization.endswith("+experts")
-        ),
+        weighed,
         devices,
         block_size=16,
         max_batch_tokens=options.max_batch_tokens,
@@ -188,13 +191,22 @@ def _append(path: Path, quantization: str, steps: Sequence[Step]) -> None:
         csv.writer(file).writerows((quantization, f"{step.ms:.3f}", step.tokens, step.running) for step in steps)
 
 
-def _floor_s(plan: Plan, concurrency: int, context: int, bandwidth: float) -> float:
+def _floor_s(plan: Plan, concurrency: int, context: int, bandwidth: float, encoder_bytes: Sequence[int]) -> float:
     """Bytes that the slowest stage reads in a decode step over the bandwidth; with as many steps as stages in flight,
     each stage reads its weights for a share of the sequences."""
     share = -(-concurrency // len(plan.stages))
     kv_tokens = share * context
-    read = max(s.weight_bytes + kv_tokens * s.kv_block_bytes // plan.block_size for s in plan.stages)
+    read = max(
+        stage.weight_bytes - encoder + kv_tokens * stage.kv_block_bytes // plan.block_size
+        for stage, encoder in zip(plan.stages, encoder_bytes, strict=True)
+    )
     return read / bandwidth
+
+
+def _encoder_bytes(plan: Plan, weighed: Footprint) -> list[int]:
+    """Of each stage: its encoder layers."""
+    sizes = {layer.name: layer.bytes for layer in weighed.layers if layer.stack == "encoder"}
+    return [sum(sizes.get(name, 0) for name in stage.modules) for stage in plan.stages]
 
 
 def copy_bandwidth() -> float:
@@ -254,11 +266,12 @@ def _profile(engine: Engine, concurrency: int, options: argparse.Namespace) -> N
 
 def _generate(folder: Path, plan: Plan, options: argparse.Namespace) -> list[dict[str, float]]:
     """transformers' generate() on the same quantised weights, in batches; several GPUs by device_map="auto"."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    auto = AutoModelForSeq2SeqLM if is_encoder_decoder(folder) else AutoModelForCausalLM
     device_map = ("auto" if options.stages > 1 else {"": 0}) if torch.cuda.is_available() else {"": "cpu"}
     extra = {} if (config := quantization_config(plan)) is None else {"quantization_config": config}
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto.from_pretrained(
         folder, dtype=getattr(torch, plan.dtype), device_map=device_map, local_files_only=True, **extra
     )
     results = []

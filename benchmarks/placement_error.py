@@ -45,16 +45,20 @@ ONE_GPU = (
     "bloom-3b:nf4",
     "bloom-3b:int8:0=12GiB",
     "moe-7b:nf4+experts",
+    "t5-3b:int8",
 )
 TWO_GPUS = (
     "8b:nf4:0=20GiB,1=20GiB",
     "8b:bf16:0=16GiB,1=60GiB",
     "14b:int8:0=20GiB,1=40GiB",
     "bloom-3b:nf4:0=5GiB,1=8GiB",
+    "t5-3b:nf4:0=12GiB,1=20GiB",
 )
 MAX_SEQUENCES, MAX_BATCH_TOKENS = 256, 2048
 _PROMPT = 4096
 """Tokens of the longest prompt: more than a step takes, so the chunks after the first attend over a context too."""
+_OUTPUT = 64
+"""Tokens that an encoder-decoder's requests produce: enough for all to decode at once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +121,7 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     engine = Engine(model, plan, limits)
     ready_s = time.monotonic() - began
     parts.append(_used("warm", devices_count=len(devices)))
-    _serve(engine, plan)
+    _serve(engine, _whole_prompts(plan) if model.encodes else _prompts(plan), output=_OUTPUT if model.encodes else 8)
     parts.append(_used("after the heaviest steps", devices_count=len(devices)))
     measured = [total - free for free, total in map(torch.cuda.mem_get_info, range(len(devices)))]
     predicted = [stage.weight_bytes + stage.reserve_bytes + plan.kv_bytes(stage) for stage in plan.stages]
@@ -136,16 +140,26 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _serve(engine: Engine, plan: Plan) -> None:
-    """The longest prefill, then a full batch of decodes with every sampling setting that needs memory."""
-    draw = random.Random(0)
+def _prompts(plan: Plan) -> list[int]:
+    """Lengths: the longest prefill, and a full batch of short ones."""
     length = min(_PROMPT, plan.max_context - 8)
-    prompts = [tuple(draw.randrange(3, engine.vocab_size) for _ in range(length))]
     sequences = min(MAX_SEQUENCES, plan.num_blocks // 4 - length // plan.block_size)
-    prompts += [tuple(draw.randrange(3, engine.vocab_size) for _ in range(24)) for _ in range(sequences)]
-    for i, prompt in enumerate(prompts):
+    return [length] + [24] * sequences
+
+
+def _whole_prompts(plan: Plan) -> list[int]:
+    """Lengths: of an encoder-decoder, which gathers in each step what all sequences hold, the longest for all."""
+    sequences = min(MAX_SEQUENCES, plan.capacity_tokens // plan.max_context)
+    return [plan.max_context - _OUTPUT] * sequences
+
+
+def _serve(engine: Engine, lengths: Sequence[int], *, output: int) -> None:
+    """Prompts of these lengths at once, with every sampling setting that needs memory."""
+    draw = random.Random(0)
+    for i, length in enumerate(lengths):
+        prompt = tuple(draw.randrange(3, engine.vocab_size) for _ in range(length))
         sampling = Sampling(
-            max_tokens=8, seed=i, temperature=0.8, top_p=0.9, top_k=50, logprobs=5, repetition_penalty=1.1
+            max_tokens=output, seed=i, temperature=0.8, top_p=0.9, top_k=50, logprobs=5, repetition_penalty=1.1
         )
         engine.submit(GenerationRequest(f"{i}", prompt, sampling))
     while engine.has_work():

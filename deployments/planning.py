@@ -86,7 +86,7 @@ def _check_served(
     if reason := _why_not_loaded(weighed, source, device_type):
         raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
     if "encoder" in weighed.stacks:
-        _check_encoder_decoder(name, model_dir, pool, on_gpu=device_type == "cuda")
+        _check_encoder_decoder(name, model_dir, pool)
     if reason := why_not_served(weighed.geometry.kv):
         raise ConfigError(
             f"pool {pool.name}: {name} caches {reason}, which the engine does not serve yet; "
@@ -116,14 +116,12 @@ def step_tokens(model_dir: Path, pool: PoolSettings, device_type: DeviceType) ->
     return max(tokens, need)
 
 
-def _check_encoder_decoder(name: str, model_dir: Path, pool: PoolSettings, *, on_gpu: bool) -> None:
+def _check_encoder_decoder(name: str, model_dir: Path, pool: PoolSettings) -> None:
     """Refuse what the engine does not do with an encoder-decoder."""
     kind = read_config(model_dir)["model_type"]
     asked = pool.model_fields_set & {"prefix_cache", "prefill_chunk_tokens"}
     if kind not in _ENCODER_DECODERS:
         reason = f"is an encoder-decoder of type {kind}, and the engine serves {', '.join(_ENCODER_DECODERS)} alone"
-    elif on_gpu:
-        reason = "is an encoder-decoder, which the engine runs on the CPU alone yet; set `device: cpu`"
     elif "prefill_chunk_tokens" in asked and pool.prefill_chunk_tokens is not None:
         reason = "is an encoder-decoder, whose prompts are computed whole; leave prefill_chunk_tokens out"
     elif "prefix_cache" in asked and pool.prefix_cache:
@@ -143,7 +141,7 @@ def _attention(weighed: Footprint, pool: PoolSettings) -> Attention:
 
     from deployments.engine.flashinfer_fit import Kind, why_not, why_not_here
 
-    if weighed.geometry.own_attention or pool.int8_threshold:
+    if weighed.geometry.own_attention or "encoder" in weighed.stacks or pool.int8_threshold:
         return "torch"
     dtype = getattr(torch, weighed.dtype)
     stored = dtype if pool.kv_dtype == "auto" else getattr(torch, kv_dtype_name(pool.kv_dtype))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from placement.footprint import Footprint
 from placement.kv import LayerKv, dtype_bytes
+from placement.workload import Workload
 
 TOKENS = 65_536
 """Gathered at most in one forward for several sequences."""
@@ -29,6 +30,11 @@ _SCORE_BYTES, _MASK_BYTES = 12, 8
 def most_tokens(longest: int) -> int:
     """Tokens that a forward gathers at most, where a sequence has up to `longest`."""
     return max(longest, TOKENS)
+
+
+def most_blocks(workload: Workload) -> int:
+    """Blocks of them."""
+    return -(-most_tokens(workload.max_context) // workload.block_size)
 
 
 def most_pairs(longest: int) -> int:

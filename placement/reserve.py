@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from placement import arena, gathered
+from placement import encoder_decoder as cross
 from placement.experts import dequantised_bytes, largest_fused, waiting_bytes
-from placement.footprint import Footprint, Geometry, Module, Tensor
+from placement.footprint import Footprint, Module, Tensor
 from placement.hardware import DeviceType, format_bytes
 from placement.kv import dtype_bytes, kv_dtype_bytes
 from placement.workload import Workload
@@ -156,6 +157,8 @@ def why_not_flashinfer(footprint: Footprint, workload: Workload) -> str | None:
     dtype, kv_dtype = footprint.dtype, workload.kv_dtype
     if footprint.geometry.own_attention:
         return footprint.geometry.own_attention
+    if cross.encodes(footprint):
+        return "an encoder-decoder attends to what is gathered from the blocks"
     if dtype_bytes(dtype) != 2:
         return f"its kernels compute in 16 bits, not {dtype}"
     if kv_dtype != dtype and kv_dtype_bytes(kv_dtype) != 1:
@@ -176,7 +179,7 @@ def reserve(
     """The reserve of one of the replica's `devices`."""
     cuda = device_type == "cuda"
     chosen = workload.attention or ("torch" if why_not_flashinfer(footprint, workload) else "flashinfer")
-    own = footprint.geometry.own_attention is not None
+    own, encodes = footprint.geometry.own_attention is not None, cross.encodes(footprint)
     gathers = own or not cuda or chosen == "torch"
     load_peak = _cuda_load_peak_bytes if cuda else _cpu_load_peak_bytes
     widest = (_activation_bytes if gathers else _compiled_activation_bytes)(footprint)
@@ -198,7 +201,7 @@ def reserve(
         load_peak=load_peak(footprint, devices, head=False),
         last_load_peak=load_peak(footprint, devices, head=True),
         scores=gathered.scores_bytes(footprint, workload.max_batch_tokens, workload.max_context) if own else 0,
-        gathered_blocks=-(-gathered.most_tokens(workload.max_context) // workload.block_size) if own else None,
+        gathered_blocks=gathered.most_blocks(workload) if own else cross.most_blocks(workload) if encodes else None,
     )
 
 
@@ -253,7 +256,10 @@ def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gat
     states that come in (a step for each slot) and go out, cuBLAS', the kernels' and FlashInfer's workspaces."""
     step = workload.max_batch_tokens
     rows = 2 * workload.captured_rows(devices) + (devices * step if devices > 1 else 0)
-    kept = 24 * step + rows * footprint.geometry.hidden * dtype_bytes(footprint.dtype) + _CUBLAS_BYTES
+    size, tables = dtype_bytes(footprint.dtype), 24 * step
+    if cross.encodes(footprint):
+        size, tables = cross.hidden_bytes(footprint), cross.layout_bytes(workload)
+    kept = tables + rows * footprint.geometry.hidden * size + _CUBLAS_BYTES
     if footprint.quantization in _QUANTISE_BYTES:
         kept += _KERNEL_BYTES + min(
             _DEQUANTISED_MOST, 2 * dtype_bytes(footprint.dtype) * _largest_quantised(footprint, head=True)
@@ -289,9 +295,12 @@ def _activation_bytes(footprint: Footprint) -> int:
     """Per token: input, residual, normed and output in the compute dtype and twice in float32 (norms), every
     projection's result, and once more the widest (the activation function's)."""
     size, hidden = dtype_bytes(footprint.dtype), footprint.geometry.hidden
-    outs = [_widths(layer) for layer in footprint.layers]
-    widest = max((sum(out) + max(out, default=0) for out in outs), default=0)
-    per_token = size * (4 * hidden + widest) + 2 * 4 * hidden
+    if cross.encodes(footprint):
+        per_token = cross.activation_bytes(footprint)
+    else:
+        outs = [_widths(layer) for layer in footprint.layers]
+        widest = max((sum(out) + max(out, default=0) for out in outs), default=0)
+        per_token = size * (4 * hidden + widest) + 2 * 4 * hidden
     if footprint.quantization == "int8":
         # Inputs once more in float16 and int8, results once more in int32 and float16.
         shapes = [t.shape for layer in footprint.layers for t in layer.tensors if t.linear]
@@ -323,11 +332,6 @@ def _head_product_bytes(footprint: Footprint, rows: int) -> int:
     return 4 * largest + rows * max((3 * t.shape[-1] + 6 * t.shape[-2] for t in heads), default=0)
 
 
-def _scored(geometry: Geometry) -> bool:
-    """Whether attention's scores are there as a tensor: they pass a tanh, or an encoder-decoder adds its biases."""
-    return geometry.softcap or any(kv.cross_elements for kv in geometry.kv)
-
-
 def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
     """A chunk of a prompt against the longest context: gathered keys and values repeated to all query heads, and the
     mask as kept (bool, per kind of window), per query head of one KV head (bool), and as SDPA adds it."""
@@ -335,7 +339,8 @@ def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
     pairs = workload.max_batch_tokens * workload.max_context
     kinds = {kv for kv in geometry.kv if kv.kv_heads}
     windows = len({kv.window for kv in kinds})
-    scores = pairs * geometry.heads * (2 * size + 2 * 4) if _scored(geometry) else 0
+    # There as a tensor: they pass a tanh, or an encoder-decoder adds its biases.
+    scores = pairs * geometry.heads * (2 * size + 2 * 4) if geometry.softcap or cross.encodes(footprint) else 0
     return max(
         (
             pairs * (windows + (1 + size) * (geometry.heads // kv.kv_heads))
@@ -352,9 +357,10 @@ def _gather_bytes(footprint: Footprint, workload: Workload) -> int:
     geometry, size = footprint.geometry, kv_dtype_bytes(workload.kv_dtype)
     if geometry.own_attention:
         return workload.block_size * gathered.token_bytes(footprint)
+    if cross.encodes(footprint):
+        return cross.block_bytes(footprint, workload)
     per_token = max(kv.elements_per_token for kv in geometry.kv) * size + 1 + size
-    if _scored(geometry):
-        per_token += geometry.heads * (2 * size + 2 * 4)
+    per_token += geometry.heads * (2 * size + 2 * 4) if geometry.softcap else 0
     return _PADDING * workload.block_size * per_token
 
 

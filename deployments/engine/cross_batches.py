@@ -3,11 +3,14 @@
 A sequence's first positions are the encoder's tokens, those behind them the decoder's. One block table holds both: at
 an encoder's position what the decoder's cross-attention keeps of the token, at a decoder's what its self-attention
 keeps. A sequence's first step computes the encoder whole, so a sequence is fresh (nothing of it is cached) or encoded.
+
+All of it is laid out on the host, and goes to a stage's device by one copy: sizes that a device would have to tell are
+known here already, so that no step waits for one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -16,6 +19,8 @@ from torch import Tensor
 
 from deployments.engine.attention import RowSpan
 from deployments.engine.gather import Batch
+from deployments.engine.stages import StepRows
+from placement.encoder_decoder import most_tokens
 
 _WASTE = 2
 """What is gathered for a batch is padded to at most so many times what its sequences hold."""
@@ -29,6 +34,20 @@ class EncoderBatch:
     """int64 [B, longest]: rows of the step; padding repeats a prompt's first."""
     mask: Tensor
     """bool [B, longest]: False where padded."""
+    kept: Tensor
+    """int64: where `mask` is True, as indices into one dimension."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Of fresh sequences: what their encoder tokens become in this step."""
+
+    rows: Tensor
+    """int64 [B, longest]: rows of the step that hold the encoder's output; padding repeats the first."""
+    kept: Tensor
+    """int64: those that are no padding, as indices into one dimension."""
+    written: Tensor
+    """int64: block * block_size + offset that the keys and values of each of `kept` are written to."""
 
 
 @dataclass(frozen=True)
@@ -41,108 +60,163 @@ class DecoderBatch:
     """int64 [B, longest]: block * block_size + offset of the encoder's tokens; padding repeats the first."""
     mask: Tensor
     """bool [B, longest]: False where padded."""
-    encoded: Tensor | None
-    """int64 [B, longest]: rows of the step that hold the encoder's output; None where the cache has it."""
+    fresh: Prompts | None
+    """None where the cache has what the encoder made of the prompts."""
+
+
+@dataclass(frozen=True)
+class CrossStep:
+    """One step as tensors; made on the host, the same for all stages."""
+
+    ids: Tensor
+    """int64 [T]; negative as in `StepItem.ids`."""
+    slots: Tensor
+    """int64 [T]: the place of each row's token in the KV cache."""
+    sampled: Tensor
+    """int64: rows whose logits are wanted."""
+    encoders: tuple[EncoderBatch, ...]
+    decoders: tuple[DecoderBatch, ...]
+
+    @classmethod
+    def of(cls, step: StepRows, block_size: int) -> CrossStep:
+        """The rows of `step`, those of a sequence's first one its whole prompt and one token of the decoder."""
+        longest = max((span.start + span.count for span in step.spans), default=0)
+        return cls(
+            torch.tensor(step.ids, dtype=torch.int64),
+            torch.tensor(step.cache_slots(block_size), dtype=torch.int64),
+            torch.tensor(step.sampled, dtype=torch.int64),
+            encoder_batches(step.spans),
+            decoder_batches(step.spans, block_size, most_tokens(longest)),
+        )
 
 
 @dataclass(frozen=True)
 class _Part:
     """One sequence in a step."""
 
+    span: RowSpan
     first: int
-    """Row of its first decoder token."""
-    new: int
-    own: tuple[int, ...]
-    """Places of all its decoder tokens, the new ones last."""
-    cross: tuple[int, ...]
-    encoder_row: int | None
-    """Row of its first encoder token; None where the encoder has run."""
+    """Row of its first token in the step."""
+
+    @property
+    def fresh(self) -> bool:
+        return self.span.start == 0
+
+    @property
+    def encoded(self) -> int:
+        return self.span.encoded
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence with this step."""
+        return self.span.start + self.span.count
+
+    @property
+    def own(self) -> int:
+        """Those of them that are the decoder's."""
+        return self.end - self.encoded
+
+    @property
+    def new(self) -> int:
+        """Decoder tokens of the step."""
+        return self.own if self.fresh else self.span.count
 
 
-def encoder_batches(spans: Sequence[RowSpan], device: torch.device) -> tuple[EncoderBatch, ...]:
+def encoder_batches(spans: Sequence[RowSpan]) -> tuple[EncoderBatch, ...]:
     """The prompts of a step's fresh sequences, padded to no more tokens than the step has rows."""
-    firsts = accumulate((span.count for span in spans), initial=0)
-    fresh = sorted((s.encoded, first) for first, s in zip(firsts, spans, strict=False) if s.count and not s.start)
-    limit, batches, batch = sum(span.count for span in spans), [], list[tuple[int, int]]()
-    for count, first in fresh:
-        if batch and count * (len(batch) + 1) > limit:
-            batches.append(_encoder_batch(batch, device))
+    fresh = sorted((part for part in _parts(spans) if part.fresh), key=lambda part: part.encoded)
+    limit, batches, batch = sum(span.count for span in spans), [], list[_Part]()
+    for part in fresh:
+        if batch and part.encoded * (len(batch) + 1) > limit:
+            batches.append(_encoder_batch(batch))
             batch = []
-        batch.append((count, first))
-    return (*batches, _encoder_batch(batch, device)) if batch else ()
+        batch.append(part)
+    return (*batches, _encoder_batch(batch)) if batch else ()
 
 
-def decoder_batches(spans: Sequence[RowSpan], block_size: int, device: torch.device) -> tuple[DecoderBatch, ...]:
-    """A step's decoder tokens."""
-    firsts = accumulate((span.count for span in spans), initial=0)
-    parts = [_part(span, first, block_size) for first, span in zip(firsts, spans, strict=False) if span.count]
+def decoder_batches(spans: Sequence[RowSpan], block_size: int, tokens: int) -> tuple[DecoderBatch, ...]:
+    """A step's decoder tokens.
+
+    Args:
+        tokens: of which a batch gathers keys and values at once at most, unless a sequence alone has more.
+    """
     limit = sum(span.count for span in spans)
     kinds: dict[tuple[bool, int], list[_Part]] = {}
-    for part in parts:
-        kinds.setdefault((part.encoder_row is not None, part.new), []).append(part)
+    for part in _parts(spans):
+        kinds.setdefault((part.fresh, part.new), []).append(part)
     return tuple(
-        _decoder_batch(group, device) for (fresh, _), kind in kinds.items() for group in _groups(kind, fresh, limit)
+        _decoder_batch(group, block_size)
+        for (fresh, _), kind in kinds.items()
+        for group in _groups(kind, min(limit, tokens) if fresh else tokens)
     )
 
 
-def _groups(parts: list[_Part], fresh: bool, rows: int) -> Iterator[list[_Part]]:
+def _parts(spans: Sequence[RowSpan]) -> list[_Part]:
+    firsts = accumulate((span.count for span in spans), initial=0)
+    return [_Part(span, first) for first, span in zip(firsts, spans, strict=False) if span.count]
+
+
+def _groups(parts: list[_Part], tokens: int) -> Iterator[list[_Part]]:
     """Parts to pad to one length. The encoder's output of fresh ones takes no more rows than the step has, which
-    activations are planned for; of the others so much is gathered as decode attention is planned for."""
+    activations are planned for; of all so much is gathered at once as attention is planned for."""
     group: list[_Part] = []
-    for part in sorted(parts, key=lambda each: len(each.cross)):
+    for part in sorted(parts, key=lambda each: each.encoded):
         more = [*group, part]
-        cross, own = len(part.cross), max(len(each.own) for each in more)
-        held = sum(len(each.cross) + len(each.own) for each in more)
-        if group and ((fresh and cross * len(more) > rows) or (cross + own) * len(more) > _WASTE * held):
+        cross, own = part.encoded, max(each.own for each in more)
+        held = sum(each.end for each in more)
+        if group and (max(cross, own) * len(more) > tokens or (cross + own) * len(more) > _WASTE * held):
             yield group
             more = [part]
         group = more
     yield group
 
 
-def _part(span: RowSpan, first: int, block_size: int) -> _Part:
-    table = span.block_table
-    places = tuple(table[p // block_size] * block_size + p % block_size for p in range(span.start + span.count))
-    fresh = span.start == 0
-    new = span.count - span.encoded if fresh else span.count
-    return _Part(
-        first=first + span.count - new,
-        new=new,
-        own=places[span.encoded :],
-        cross=places[: span.encoded],
-        encoder_row=first if fresh else None,
-    )
+def _encoder_batch(parts: Sequence[_Part]) -> EncoderBatch:
+    rows, mask = _encoder_rows(parts)
+    return EncoderBatch(rows, mask, _where(mask))
 
 
-def _encoder_batch(prompts: Sequence[tuple[int, int]], device: torch.device) -> EncoderBatch:
-    rows, mask = _padded([range(first, first + count) for count, first in prompts])
-    return EncoderBatch(rows.to(device), mask.to(device))
-
-
-def _decoder_batch(parts: Sequence[_Part], device: torch.device) -> DecoderBatch:
-    new = parts[0].new
-    places, mask = _padded([part.cross for part in parts])
-    fresh = [range(p.encoder_row, p.encoder_row + len(p.cross)) for p in parts if p.encoder_row is not None]
-    past = max(len(part.own) for part in parts) - new
-    padding = [past + new - len(part.own) for part in parts]
-
-    def on_device(values: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor([value for row in values for value in row], device=device)
-
+def _decoder_batch(parts: Sequence[_Part], block_size: int) -> DecoderBatch:
+    new, past = parts[0].new, max(part.own for part in parts) - parts[0].new
+    encoded, ends = _column(part.encoded for part in parts), _column(part.end for part in parts)
+    every = _places(parts, block_size)
+    rows, mask = _encoder_rows(parts)
+    places = every.gather(1, torch.arange(mask.shape[1]).where(mask, 0))
+    positions = ends + torch.arange(-past - new, 0)  # padding: before the decoder's first
+    gathered = every.gather(1, positions.maximum(encoded))
     own = Batch(
-        rows=on_device([range(part.first, part.first + new) for part in parts]),
+        rows=(_column(part.first + part.span.count - new for part in parts) + torch.arange(new)).flatten(),
         new=new,
         past=past,
-        written=on_device([part.own[len(part.own) - new :] for part in parts]),
-        gathered=on_device([part.own[:1] * pad + part.own for part, pad in zip(parts, padding, strict=True)]),
-        mask=torch.tensor([[0] * pad + [1] * (past + new - pad) for pad in padding], device=device),
+        written=gathered[:, past:].flatten(),
+        gathered=gathered.flatten(),
+        mask=(positions >= encoded).long(),
     )
-    return DecoderBatch(own, places.to(device), mask.to(device), _padded(fresh)[0].to(device) if fresh else None)
+    fresh = None
+    if parts[0].fresh:
+        kept = _where(mask)
+        fresh = Prompts(rows, kept, places.flatten()[kept])
+    return DecoderBatch(own, places, mask, fresh)
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """int64 [B, longest], each padded on the right with its first, and bool [B, longest], True where it is not."""
-    longest = max(map(len, rows))
-    values = torch.tensor([[*row, *[row[0]] * (longest - len(row))] for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return values, torch.arange(longest) < lengths[:, None]
+def _encoder_rows(parts: Sequence[_Part]) -> tuple[Tensor, Tensor]:
+    """int64 [B, longest], rows of encoder tokens as if they were in the step, each padded on the right with its first;
+    and bool [B, longest], True where not padded."""
+    at = torch.arange(max(part.encoded for part in parts))
+    mask = at < _column(part.encoded for part in parts)
+    return _column(part.first for part in parts) + at.where(mask, 0), mask
+
+
+def _places(parts: Sequence[_Part], block_size: int) -> Tensor:
+    """int64 [B, longest]: block * block_size + offset of each position of the sequences, and of no more behind them."""
+    width = max(len(part.span.block_table) for part in parts)
+    tables = torch.tensor([[*part.span.block_table, *[0] * (width - len(part.span.block_table))] for part in parts])
+    return (tables[:, :, None] * block_size + torch.arange(block_size)).flatten(1)
+
+
+def _column(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values))[:, None]
+
+
+def _where(mask: Tensor) -> Tensor:
+    return mask.flatten().nonzero().flatten()

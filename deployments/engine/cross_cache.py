@@ -58,7 +58,7 @@ class CrossLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Encoder tokens in the cache before the forward, padding included."""
-        return 0 if self._batch.encoded is not None else self._batch.places.shape[1]
+        return 0 if self._batch.fresh is not None else self._batch.places.shape[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys, index of the first), however many queries."""
@@ -88,8 +88,11 @@ class CrossLayer(CacheLayerMixin):
         rows = new.transpose(1, 2)
         if rows.shape != want:
             raise UnsupportedAttention(f"cross-attention caches {tuple(rows.shape)}, and its config promises {want}")
-        kept, mask = stored(rows, blocks.dtype), self._batch.mask
-        indexable(blocks).flatten(0, 1).index_copy_(0, self._batch.places[mask], indexable(kept[mask]))
+        fresh = self._batch.fresh
+        assert fresh is not None, "transformers asks for what is in the cache instead"
+        kept = stored(rows, blocks.dtype)
+        tokens = indexable(kept).flatten(0, 1).index_select(0, fresh.kept)
+        indexable(blocks).flatten(0, 1).index_copy_(0, fresh.written, tokens)
         return kept.to(new.dtype).transpose(1, 2)
 
 

@@ -7,21 +7,28 @@ cross-attention's keys and values from them, once, and keeps them in its KV bloc
 
 T5's stacks do nothing to hidden states before their layers and only normalise them after, so a stack whose embedding
 and norm are `Absent` is a run of layers. The probe at load compares all this with transformers' own forward.
+
+On a GPU nothing here waits for it: all sizes are the host's (`cross_batches`), and masks are made whole, as what is
+added to scores, because transformers would look into smaller ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from deployments.engine.attention import PagedKv
-from deployments.engine.cross_batches import decoder_batches, encoder_batches
+from deployments.engine.cross_batches import CrossStep
 from deployments.engine.cross_cache import CrossCache
+from deployments.engine.gather import Batch
 from deployments.engine.stages import (
     Absent,
     Rows,
@@ -32,6 +39,7 @@ from deployments.engine.stages import (
     shallow,
     with_submodule,
 )
+from deployments.engine.upload import upload
 
 
 class CutStack:
@@ -83,12 +91,19 @@ class EncoderDecoderStage:
         self.kv = kv
         self.dtype: torch.dtype = model.dtype
         """Of what the stacks take and hand over."""
+        self.hidden_dtype = reduce(torch.promote_types, _dtypes(encoder, decoder), self.dtype)
+        """Of hidden states between layers: in float16, T5 adds them up in float32."""
         self.hidden_size: int = model.config.hidden_size
         self.encoder = _cut(encoder, layers, encoder_layers)
         self.decoder = _cut(decoder, (layers[0] - encoder_layers, layers[1] - encoder_layers), decoder_layers)
         self._kv_by_layer = {} if self.decoder is None else dict(zip(self.decoder.layers, kv, strict=True))
         is_last = layers[1] == encoder_layers + decoder_layers
         self._head = with_submodule(model, decoder_name, Rows()) if is_last else None
+
+    @property
+    def embeds_outputs(self) -> bool:
+        """Whether it looks up the decoder's ids, which an earlier step may have drawn."""
+        return self.decoder is not None and self.decoder.embeds
 
     @torch.inference_mode()
     def run(self, step: StepRows, incoming: Tensor | None, block_size: int) -> Tensor:
@@ -100,52 +115,85 @@ class EncoderDecoderStage:
             block_size: tokens per KV block.
 
         Returns:
-            [1, T, hidden] for the next stage, in float32 where a stack's hidden states are between its layers; or on
-            the last stage the logits [sampled rows, vocab].
+            [1, T, hidden] for the next stage, or on the last stage the logits [sampled rows, vocab].
         """
         with current(self.device):
-            ids = torch.tensor(step.ids, device=self.device)
-            start = torch.zeros(len(step.ids), self.hidden_size, dtype=self.dtype, device=self.device)
-            hidden = start if incoming is None else incoming[0].to(self.device)
-            if self.encoder is not None:
-                hidden = self._encode(self.encoder, step, ids, hidden)
-            if self.decoder is not None:
-                hidden = self._decode(self.decoder, step, ids, hidden, block_size)
-            return hidden[None] if self._head is None else self._logits(self._head, step, hidden)
+            rows = upload(CrossStep.of(step, block_size), self.device)
+            hidden = self.hidden(rows, None if incoming is None else incoming.to(self.device))
+            return hidden if self._head is None else self.logits(rows, hidden)
 
-    def _encode(self, encoder: CutStack, step: StepRows, ids: Tensor, hidden: Tensor) -> Tensor:
+    def hidden(self, step: CrossStep, incoming: Tensor | None) -> Tensor:
+        """[1, T, hidden] in `hidden_dtype`, of a step that is on the stage's device, as is `incoming` (see `run`)."""
+        shape = (len(step.ids), self.hidden_size)
+        hidden = torch.zeros(shape, dtype=self.hidden_dtype, device=self.device) if incoming is None else incoming[0]
+        with _attention_kernels(self.device):
+            if self.encoder is not None:
+                hidden = self._encode(self.encoder, step, hidden)
+            if self.decoder is not None:
+                hidden = self._decode(self.decoder, step, hidden)
+        return hidden[None]
+
+    def logits(self, step: CrossStep, hidden: Tensor) -> Tensor:
+        """[sampled rows, vocab] of hidden states [1, T, hidden]; on the last stage alone."""
+        assert self._head is not None, "the head is on the last stage"
+        rows = hidden[:, step.sampled].to(self.dtype)
+        out = self._head(encoder_outputs=BaseModelOutput(rows), decoder_inputs_embeds=rows, use_cache=False)
+        logits: Tensor = out.logits
+        return logits[0]
+
+    def _encode(self, encoder: CutStack, step: CrossStep, hidden: Tensor) -> Tensor:
         """`hidden` [T, hidden] with the rows of new prompts run through the encoder's layers."""
-        source = ids if encoder.embeds else hidden
-        for batch in encoder_batches(step.spans, self.device):
-            found = encoder(source[batch.rows], attention_mask=batch.mask)
-            hidden = _put(hidden, batch.rows[batch.mask], found[batch.mask])
+        source = step.ids if encoder.embeds else hidden
+        for batch in step.encoders:
+            found = encoder(source[batch.rows], attention_mask=self._added(batch.mask[:, None]))
+            rows = batch.rows.flatten()[batch.kept]
+            hidden = hidden.index_copy(0, rows, found.flatten(0, 1)[batch.kept].to(hidden.dtype))
         return hidden
 
-    def _decode(self, decoder: CutStack, step: StepRows, ids: Tensor, hidden: Tensor, block_size: int) -> Tensor:
+    def _decode(self, decoder: CutStack, step: CrossStep, hidden: Tensor) -> Tensor:
         """`hidden` [T, hidden] with the decoder's rows run through its layers."""
-        source = ids if decoder.embeds else hidden
-        for batch in decoder_batches(step.spans, block_size, self.device):
+        source = step.ids if decoder.embeds else hidden
+        for batch in step.decoders:
             cache = CrossCache(self._kv_by_layer, batch, self.dtype)
-            rows = batch.own.rows.view(-1, batch.own.new)
             # Where the cache has the encoder's keys, transformers wants to see its output's length alone.
-            encoded = hidden.new_empty(*batch.mask.shape, 1) if batch.encoded is None else hidden[batch.encoded]
+            shape = (*batch.mask.shape, 1)
+            encoded = hidden.new_empty(shape) if batch.fresh is None else hidden[batch.fresh.rows]
             found = decoder(
-                source[rows],
-                attention_mask=batch.own.mask,
+                source[batch.own.rows.view(-1, batch.own.new)],
+                attention_mask=self._added(_seen(batch.own)),
                 encoder_hidden_states=encoded.to(self.dtype),
-                encoder_attention_mask=batch.mask,
+                encoder_attention_mask=self._added(batch.mask[:, None]),
                 past_key_values=cache.shown,
                 use_cache=True,
             )
             cache.check()
-            hidden = _put(hidden, batch.own.rows, found.flatten(0, 1))
+            hidden = hidden.index_copy(0, batch.own.rows, found.flatten(0, 1).to(hidden.dtype))
         return hidden
 
-    def _logits(self, head: nn.Module, step: StepRows, hidden: Tensor) -> Tensor:
-        rows = hidden[torch.tensor(step.sampled, dtype=torch.int64, device=self.device)][None].to(self.dtype)
-        out = head(encoder_outputs=BaseModelOutput(rows), decoder_inputs_embeds=rows, use_cache=False)
-        logits: Tensor = out.logits
-        return logits[0]
+    def _added(self, seen: Tensor) -> Tensor:
+        """bool [B, new or 1, keys] as what is added to scores, [B, 1, new or 1, keys]."""
+        added = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+        return added.masked_fill_(~seen, torch.finfo(self.dtype).min)[:, None]
+
+
+def _seen(batch: Batch) -> Tensor:
+    """bool [B, new, past + new]: the tokens that a new one attends to, all up to its own."""
+    keys = torch.arange(batch.past + batch.new, device=batch.mask.device)
+    return batch.mask.bool()[:, None] & (keys <= keys[batch.past :, None])
+
+
+def _attention_kernels(device: torch.device) -> AbstractContextManager[None]:
+    """On GPUs the kernels that take any length as it comes: cuDNN's would be built anew for each."""
+    if device.type != "cuda":
+        return nullcontext()
+    made: AbstractContextManager[None] = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    return made
+
+
+def _dtypes(*stacks: nn.Module) -> Iterator[torch.dtype]:
+    """Of what is not quantised."""
+    for stack in stacks:
+        yield from (p.dtype for p in stack.parameters() if p.is_floating_point() and not hasattr(p, "quant_state"))
 
 
 def find_encoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
@@ -175,9 +223,3 @@ def lend_biases(model: nn.Module, layer: str, copies: Mapping[str, nn.Module]) -
 def _cut(stack: nn.Module, layers: tuple[int, int], count: int) -> CutStack | None:
     start, end = max(0, layers[0]), min(layers[1], count)
     return CutStack(stack, (start, end)) if start < end else None
-
-
-def _put(hidden: Tensor, rows: Tensor, found: Tensor) -> Tensor:
-    """`hidden` [T, hidden] with `found` at `rows`; in float32 if either is (in float16, T5 adds its layers up so)."""
-    hidden = hidden.to(torch.promote_types(hidden.dtype, found.dtype))
-    return hidden.index_copy(0, rows.flatten(), found.to(hidden.dtype))

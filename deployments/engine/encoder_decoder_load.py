@@ -72,18 +72,18 @@ def _sample(
 
 
 def untie(model: PreTrainedModel, plan: Plan, devices: Sequence[torch.device]) -> None:
-    """Give each stage a weight of its own where an earlier one holds it too: embeddings of both stacks and the head."""
+    """Give each stage a weight of its own where another one holds it too: embeddings of both stacks and the head. Which
+    device the one weight is on is left to accelerate."""
     holder: dict[int, int] = {}
-    for index, stage in enumerate(plan.stages):
+    for index, (stage, device) in enumerate(zip(plan.stages, devices, strict=True)):
         copies: dict[int, nn.Parameter] = {}
         for module in map(model.get_submodule, stage.modules):
             for name, weight in [*module.named_parameters(recurse=False)]:
                 address = weight.data_ptr()
-                if holder.setdefault(address, index) == index:
+                if weight.device == device and holder.setdefault(address, index) == index:
                     continue
                 if address not in copies:
-                    own = weight.detach().clone().to(devices[index])
-                    copies[address] = nn.Parameter(own, requires_grad=False)
+                    copies[address] = nn.Parameter(weight.detach().clone().to(device), requires_grad=False)
                 setattr(module, name, copies[address])
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
@@ -31,7 +31,7 @@ from transformers import (
 from deployments.checkpoint import is_encoder_decoder, read_config
 from deployments.engine.cut import Cut
 from deployments.engine.embedding import quantising_embedding, settle_embedding, untied_config
-from deployments.engine.encoder_decoder import EncoderDecoderStage
+from deployments.engine.encoder_decoder import EncoderDecoderStage, find_encoder
 from deployments.engine.encoder_decoder_load import ATTENTION, proven, samples, untie
 from deployments.engine.expert_loading import quantising_experts, settle_experts
 from deployments.engine.grouped import grouped_options, settle_grouped
@@ -49,6 +49,8 @@ from placement.export import device_map
 from placement.plan import Plan
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,12 @@ class LoadedModel:
         """
         stages = tuple(stage for stage in self.stages if isinstance(stage, Stage))
         if len(stages) < len(self.stages):
-            raise ConfigError("an encoder-decoder runs on the CPU, without perplexity; take a decoder-only model")
+            raise ConfigError("an encoder-decoder has no perplexity of text that goes on; take a decoder-only model")
         return stages
+
+    def with_encoder(self) -> tuple[EncoderDecoderStage, ...]:
+        """The stages of an encoder-decoder; none of another model."""
+        return tuple(stage for stage in self.stages if isinstance(stage, EncoderDecoderStage))
 
 
 def load(
@@ -97,7 +103,9 @@ def load(
     devices = [
         torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
     ]
-    if len(devices) > 1 and not model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
+        untie(model, plan, devices)
+    elif len(devices) > 1:
         _untie(model, devices)
     if quantization is not None and plan.head:
         quantise_head(model, quantization)
@@ -113,19 +121,7 @@ def load(
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     copies = _copies(model, plan, devices)
     verify_bytes(model, plan, copies)
-    kernels = device_type == "cuda" and (limits is None or limits.kernels)
-    if early := kernels and plan.quantization == "int8":
-        _settle(model, plan, kernels=kernels)  # before the plain forward, where bitsandbytes would round activations
-    expected = plain_logits(model, plan, ids)
-    remove_hook_from_submodules(model)
-    if device_type == "cpu":
-        _shorten_linears(model)
-    else:
-        if not early:
-            _settle(model, plan, kernels=kernels)
-        if kernels and limits is not None and limits.tuning is not None:
-            _tune(model, limits.tuning)
-        expand_segments()
+    expected = _settled(model, plan, device_type, limits, lambda: plain_logits(model, plan, ids))
     stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
     return LoadedModel(stages, int(expected.shape[-1]), attention)
 
@@ -152,15 +148,33 @@ def _read_as_planned(
 def _encoder_decoder(
     model: PreTrainedModel, plan: Plan, devices: list[torch.device], limits: EngineLimits | None
 ) -> LoadedModel:
-    untie(model, plan, devices)
     copies = _copies(model, plan, devices)
     verify_bytes(model, plan, copies)
-    expected = samples(model, plan)
-    remove_hook_from_submodules(model)
-    _shorten_linears(model)
+    expected = _settled(model, plan, devices[0].type, limits, lambda: samples(model, plan))
     rounds_by_batch = limits is not None and limits.int8_threshold > 0
     stages = proven(model, plan, devices, copies, expected, rounds_by_batch=rounds_by_batch)
     return LoadedModel(stages, int(expected[0].expected.shape[-1]), ATTENTION, encodes=True)
+
+
+def _settled(
+    model: PreTrainedModel, plan: Plan, device_type: str, limits: EngineLimits | None, expect: Callable[[], T]
+) -> T:
+    """Make `model`'s linears and memory as they will be served; `expect` runs transformers' own forward of it for the
+    probe, at the last moment at which that gives what will be served."""
+    kernels = device_type == "cuda" and (limits is None or limits.kernels)
+    if early := kernels and plan.quantization == "int8":
+        _settle(model, plan, kernels=kernels)  # before the plain forward, where bitsandbytes would round activations
+    expected = expect()
+    remove_hook_from_submodules(model)
+    if device_type == "cpu":
+        _shorten_linears(model)
+        return expected
+    if not early:
+        _settle(model, plan, kernels=kernels)
+    if kernels and limits is not None and limits.tuning is not None:
+        _tune(model, limits.tuning)
+    expand_segments()
+    return expected
 
 
 def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
@@ -293,7 +307,8 @@ def _settle(model: PreTrainedModel, plan: Plan, *, kernels: bool) -> None:
             "weights are dequantised for every product: the kernels multiply 16-bit activations, and %s computes in "
             "float32; set dtype to bfloat16 or float16", plan.model
         )  # fmt: skip
-    layers = find_layers(find_decoder(model)[1])[1]
+    stacks = [find_decoder(model), *([find_encoder(model)] if model.config.is_encoder_decoder else [])]
+    layers = [layer for _, stack in stacks for layer in find_layers(stack)[1]]
     settle_layers(model, layers, kernels=kernels, arenas=plan.quantization in QUANTISED)
 
 

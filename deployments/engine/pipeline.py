@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deployments.engine.cuda_pipeline import CudaPipeline
 from deployments.engine.draw import Draw
+from deployments.engine.eager_pipeline import EagerPipeline
 from deployments.engine.loader import LoadedModel
 from deployments.engine.messages import EngineLimits
 from deployments.engine.sampler import Sampler
@@ -94,6 +95,8 @@ def open_pipeline(model: LoadedModel, plan: Plan, limits: EngineLimits) -> Pipel
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
     )
+    if model.stages[0].device.type == "cuda" and model.encodes:
+        return EagerPipeline(model.with_encoder(), sampler, plan, limits)
     if model.stages[0].device.type == "cuda":
         return CudaPipeline(
             model.decoder_only(),

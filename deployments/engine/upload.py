@@ -17,7 +17,8 @@ _ALIGN = 16
 
 
 def upload(values: T, device: torch.device) -> T:
-    """A dataclass with its tensors, and those of dataclasses in it, copied to `device`; all else stays as it is.
+    """A dataclass with its tensors, and those of dataclasses and tuples of them in it, copied to `device`; all else
+    stays as it is.
 
     The copy is on the device's current stream. Its pinned buffer returns to PyTorch's pool, which hands it out again
     only after the copy.
@@ -29,28 +30,38 @@ def upload(values: T, device: torch.device) -> T:
     for part, tensor in zip(_parts(staging, tensors), tensors, strict=True):
         part.copy_(tensor)
     there = staging.to(device, non_blocking=True)
-    return _with_tensors(values, _parts(there, tensors))
+    uploaded: T = _with_tensors(values, _parts(there, tensors))
+    return uploaded
 
 
-def _tensors(values: DataclassInstance) -> Iterator[Tensor]:
-    for field in fields(values):
-        value = getattr(values, field.name)
-        if isinstance(value, Tensor):
-            yield value
-        elif is_dataclass(value) and not isinstance(value, type):
-            yield from _tensors(value)
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif _holds_parts(value):
+        for each in value:
+            yield from _tensors(each)
+    elif _is_instance(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
 
 
-def _with_tensors(values: T, tensors: Iterator[Tensor]) -> T:
+def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
     """A copy whose tensors are `tensors`, in the order in which `_tensors` finds them."""
-    new: dict[str, Any] = {}
-    for field in fields(values):
-        value = getattr(values, field.name)
-        if isinstance(value, Tensor):
-            new[field.name] = next(tensors)
-        elif is_dataclass(value) and not isinstance(value, type):
-            new[field.name] = _with_tensors(value, tensors)
-    return replace(values, **new)
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if _holds_parts(value):
+        return tuple(_with_tensors(each, tensors) for each in value)
+    if _is_instance(value):
+        return replace(value, **{f.name: _with_tensors(getattr(value, f.name), tensors) for f in fields(value)})
+    return value
+
+
+def _holds_parts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_instance, value))
+
+
+def _is_instance(value: Any) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _parts(buffer: Tensor, like: list[Tensor]) -> Iterator[Tensor]:
