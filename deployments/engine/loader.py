@@ -35,6 +35,7 @@ from deployments.engine.encoder_decoder import EncoderDecoderStage
 from deployments.engine.encoder_decoder_load import ATTENTION, proven, samples, untie
 from deployments.engine.expert_loading import quantising_experts, settle_experts
 from deployments.engine.grouped import grouped_options, settle_grouped
+from deployments.engine.grouped_stored import StoredLinear, repack
 from deployments.engine.head import quantise_head
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits, Tuning
@@ -112,12 +113,18 @@ def load(
         return _encoder_decoder(model, plan, devices, limits)
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     copies = _copies(model, plan, devices)
-    verify_bytes(model, plan, copies)
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
+    if stored := any(isinstance(module, StoredLinear) for module in model.modules()):
+        _check_kernels(plan, kernels=kernels)
+    else:
+        verify_bytes(model, plan, copies)
     if early := kernels and plan.quantization == "int8":
         _settle(model, plan, kernels=kernels)  # before the plain forward, where bitsandbytes would round activations
     expected = plain_logits(model, plan, ids)
     remove_hook_from_submodules(model)
+    if stored:
+        repack(model, getattr(torch, plan.dtype))
+        verify_bytes(model, plan, copies)
     if device_type == "cpu":
         _shorten_linears(model)
     else:
@@ -256,7 +263,9 @@ def _read(
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     options: dict[str, Any] = (
-        grouped_options(model_dir) if quantization is None else {"quantization_config": quantization}
+        grouped_options(model_dir, on_gpu="cpu" not in devices.values())
+        if quantization is None
+        else {"quantization_config": quantization}
     )
     if config is not None:
         options["config"] = config
@@ -295,6 +304,14 @@ def _settle(model: PreTrainedModel, plan: Plan, *, kernels: bool) -> None:
         )  # fmt: skip
     layers = find_layers(find_decoder(model)[1])[1]
     settle_layers(model, layers, kernels=kernels, arenas=plan.quantization in QUANTISED)
+
+
+def _check_kernels(plan: Plan, *, kernels: bool) -> None:
+    if not kernels:
+        raise ConfigError(
+            f"{plan.model} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute with; set "
+            "`kernels: headroom`"
+        )
 
 
 def _tune(model: PreTrainedModel, tuning: Tuning) -> None:
