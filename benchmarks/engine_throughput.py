@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoint import FOLDER, SHAPES, write
+from benchmarks.checkpoint import FOLDER, SHAPES, asked, write
 from deployments.compare.throughput import Burst, Step, burst, random_prompts
 from deployments.engine.loader import load, quantization_config
 from deployments.engine.loop import Engine
@@ -84,7 +84,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the checkpoint is kept")
     parser.add_argument(
-        "--quantization", default="nf4", help="one or several, with commas between; nf4+experts: fused experts too"
+        "--quantization",
+        default="nf4",
+        help="one or several, with commas between; nf4+experts: fused experts too; gptq, awq: as the shape is packed",
     )
     parser.add_argument("--concurrency", default="1,8,32,64,128,256")
     parser.add_argument("--input", type=int, default=128, help="tokens of each prompt")
@@ -154,7 +156,9 @@ def _plan(folder: Path, quantization: str, options: argparse.Namespace, most: in
         pins = {"pins": {f"model.layers.{layer}": stage for layer, stage in enumerate(stages)}}
     return solve(
         footprint(
-            folder, quantization=quantization.removesuffix("+experts"), experts=quantization.endswith("+experts")
+            folder,
+            quantization=asked(options.shape, quantization.removesuffix("+experts")),
+            experts=quantization.endswith("+experts"),
         ),
         devices,
         block_size=16,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from deployments.engine import loader
 from deployments.engine.grouped import grouped_options
 from deployments.engine.grouped_stored import StoredLinear, repack
 from deployments.engine.kernels.fuse import Part, fuse_linears
 from deployments.engine.kernels.grouped import GroupedLinear4
+from deployments.engine.loader import load
 from deployments.engine.residents import move_to_arena, resident_bytes
 from deployments.errors import ConfigError
 from placement.footprint import footprint
+from placement.hardware import virtual_cpu_devices
+from placement.plan import solve
+from tests.contract.greedy import LIMITS, generated, make_prompts, run
 from tests.contract.grouped import CASES, Grouping, checkpoint
 from tests.contract.test_grouped_checkpoints import CONFIGS
 
@@ -73,6 +79,29 @@ def test_repacked_linears_compute_what_the_codes_stand_for(name: str, grouping: 
     check_close(logits(model), expected, 1e-5)
 
 
+@pytest.mark.parametrize(("name", "grouping"), [SUITED[4], SUITED[-1]], ids=[LABELS[4], LABELS[-1]])
+def test_the_engine_serves_them(name: str, grouping: Grouping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that `load` does with one for GPUs, with the CPU in their place."""
+    monkeypatch.setattr(loader, "grouped_options", lambda where, **_: grouped_options(where, on_gpu=True))
+    monkeypatch.setattr(loader, "_check_kernels", lambda *_, **__: None)
+    folder, _ = checkpoint(CONFIGS[name], grouping, tmp_path)
+    oracle, prompts = read(folder), make_prompts()
+    repack(oracle, torch.float32)
+    outputs = generated(oracle, prompts)
+    expected = {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
+    for stages in (1, 2):
+        plan = solve(
+            footprint(folder, dtype="float32").on_gpus(),
+            virtual_cpu_devices(("40MB",) * stages),
+            block_size=4,
+            max_batch_tokens=LIMITS.max_batch_tokens,
+            max_sequences=LIMITS.max_sequences,
+            max_context=64,
+        )
+        assert len(plan.stages) == stages
+        assert run(load(folder, plan, device_type="cpu"), plan, LIMITS, prompts)[0] == expected
+
+
 def test_linears_of_one_order_are_one_product(tmp_path: Path) -> None:
     folder, _ = checkpoint(CONFIGS["Mistral"], Grouping(group_size=64, act_order=True, symmetric=False), tmp_path)
     weights = load_file(folder / "model.safetensors")
@@ -84,6 +113,9 @@ def test_linears_of_one_order_are_one_product(tmp_path: Path) -> None:
     expected = logits(model)
     repack(model, torch.float32)
     assert fuse_linears(model) == 2 * model.config.num_hidden_layers
+    check_close(logits(model), expected, 1e-5)
+    layer: Any = model.get_decoder().layers[0]
+    layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True, backend="eager")  # raises at a break
     check_close(logits(model), expected, 1e-5)
     part = of_kind(model, Part)[0]
     with pytest.raises(NotImplementedError, match="copy the one that it was loaded from"):

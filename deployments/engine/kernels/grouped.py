@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deployments.engine.kernels import ops
 from deployments.engine.kernels.modules import QuantLinear4, Saved4
 from deployments.engine.kernels.weights import Weight4
 
@@ -54,11 +55,22 @@ class GroupedLinear4(QuantLinear4):
         x = x.to(self.compute_dtype)
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        out = super().forward(x)
-        if self.shift is not None:
-            sums = x.view(*x.shape[:-1], self.shift.shape[1], -1).sum(-1)
-            flat = torch.addmm(out.flatten(0, -2), sums.flatten(0, -2), self.shift.t())
-            out = flat.view(out.shape)
+        if self.shift is None:
+            return super().forward(x).to(given)
+        sums = x.view(*x.shape[:-1], self.shift.shape[1], -1).sum(-1)
+        out: Tensor = ops.linear_4bit_shifted(
+            x,
+            self.packed,
+            self.absmax,
+            self.code,
+            sums,
+            self.shift,
+            self.bias,
+            self.out_features,
+            self.in_features,
+            self.blocksize,
+            self.batch_invariant,
+        )
         return out.to(given)
 
     def why_not_fused(self, other: GroupedLinear4) -> str | None:
