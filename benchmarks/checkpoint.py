@@ -37,10 +37,10 @@ _TINY: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 8192,
 }  # fmt: skip
-_MISTRAL: dict[str, Any] = {  # Mistral-7B-v0.1, as Zephyr 7B is
+_MISTRAL: dict[str, Any] = {  # Mistral-7B-v0.2
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768,
-    "sliding_window": 4096, "tie_word_embeddings": False,
+    "sliding_window": None, "rope_theta": 1e6, "tie_word_embeddings": False,
 }  # fmt: skip
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
@@ -133,8 +133,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def asked(shape: str, quantization: str) -> str | None:
-    """What the planner is asked for: a name of its own; None for what a shape is packed as (`gptq`, `awq`).
+def asked(shape: str, quantization: str) -> dict[str, Any]:
+    """What the planner is asked for: a quantisation; or, where it is what a shape is packed as (`gptq`, `awq`), nothing
+    but the dtype that a pool has on GPUs.
 
     Raises:
         ValueError: the shape is packed otherwise, or not at all.
@@ -143,7 +144,7 @@ def asked(shape: str, quantization: str) -> str | None:
     method = stored and stored["quant_method"]
     if (method or quantization) != quantization or (quantization in ("gptq", "awq") and not method):
         raise ValueError(f"the checkpoint of {shape} is {method or 'not quantised'}, and {quantization} was asked for")
-    return None if method else quantization
+    return {"dtype": "bfloat16"} if method else {"quantization": quantization}
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -157,7 +157,7 @@ def _plan(folder: Path, quantization: str, options: argparse.Namespace, most: in
     return solve(
         footprint(
             folder,
-            quantization=asked(options.shape, quantization.removesuffix("+experts")),
+            **asked(options.shape, quantization.removesuffix("+experts")),
             experts=quantization.endswith("+experts"),
         ),
         devices,

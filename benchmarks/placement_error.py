@@ -106,7 +106,7 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     devices = probe.cuda_gpus()[: max(1, len(caps))]
     parts = [_used("context alone", devices_count=len(devices))]
     plan = solve(
-        footprint(path, quantization=asked(shape, name), double_quant="dq" in options, experts="experts" in options),
+        footprint(path, **asked(shape, name), double_quant="dq" in options, experts="experts" in options),
         devices,
         block_size=16,
         max_batch_tokens=MAX_BATCH_TOKENS,

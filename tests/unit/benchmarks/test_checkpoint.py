@@ -18,19 +18,17 @@ from placement.footprint import footprint
 @pytest.mark.parametrize("shape", ["tiny-gptq", "tiny-awq"])
 def test_packed_checkpoints_are_read_as_planned(shape: str, tmp_path: Path) -> None:
     folder = write(shape, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, **grouped_options(folder, on_gpu=True))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **grouped_options(folder, on_gpu=True))
     linear = model.model.layers[0].mlp.down_proj
     assert isinstance(linear, StoredLinear)
     assert 0.015 < float(linear.dequantised(torch.float32).std()) < 0.025
-    repack(model, torch.float16)
-    assert (
-        resident_bytes([model])
-        == footprint(folder, quantization=asked(shape, shape.removeprefix("tiny-"))).on_gpus().bytes
-    )
+    repack(model, torch.bfloat16)
+    weighed = footprint(folder, **asked(shape, shape.removeprefix("tiny-")))
+    assert resident_bytes([model]) == weighed.on_gpus().bytes
 
 
 def test_what_a_shape_is_not_packed_as_is_refused() -> None:
-    assert asked("tiny", "nf4") == "nf4"
+    assert asked("tiny", "nf4") == {"quantization": "nf4"}
     for shape, quantization in (("tiny", "gptq"), ("tiny-awq", "gptq"), ("tiny-gptq", "nf4")):
         with pytest.raises(ValueError, match=f"the checkpoint of {shape} is .*, and {quantization} was asked for"):
             asked(shape, quantization)
