@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,24 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.packed import packed
+
 _LLAMA3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_TINY: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 8192,
+}  # fmt: skip
+_MISTRAL: dict[str, Any] = {  # Mistral-7B-v0.2
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768,
+    "sliding_window": None, "rope_theta": 1e6, "tie_word_embeddings": False,
+}  # fmt: skip
+_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+_AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 8192,
-    },
+    "tiny": _TINY,
+    "tiny-gptq": {**_TINY, "quantization_config": _GPTQ | {"desc_act": True}},
+    "tiny-awq": {**_TINY, "quantization_config": _AWQ},
     "1b": {  # Llama-3.2-1B, its head untied
         **_LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "head_dim": 64,
@@ -55,6 +68,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "70b": {  # Llama-3.1-70B
         **_LLAMA3, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     },
+    "mistral-7b": _MISTRAL,
+    "mistral-7b-gptq": {**_MISTRAL, "quantization_config": _GPTQ},
+    "mistral-7b-gptq-act-order": {**_MISTRAL, "quantization_config": _GPTQ | {"desc_act": True}},
+    "mistral-7b-awq": {**_MISTRAL, "quantization_config": _AWQ},
     "bloom-3b": {  # which attends in code of its own, with a tied embedding of 1.28 GB
         "model_type": "bloom", "vocab_size": 250880, "hidden_size": 2560, "n_layer": 30, "n_head": 32,
         "seq_length": 2048, "max_position_embeddings": 2048,
@@ -80,7 +97,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_decoder_layers": 3, "num_heads": 4, "max_position_embeddings": 512, "decoder_start_token_id": 0,
     },
 }  # fmt: skip
-"""Configs by name; of Llama models where they name no other type."""
+"""Configs by name; of Llama models where they name no other type. With a quantization_config the linears are packed."""
 FOLDER = Path("/tmp/headroom-checkpoints")
 _SHARD_BYTES = 4 * 10**9
 _SCALE = 0.02
@@ -88,7 +105,8 @@ _SCALE = 0.02
 
 
 def write(shape: str, folder: Path) -> Path:
-    """The checkpoint of a shape below `folder`, in bfloat16; what is there already is kept."""
+    """The checkpoint of a shape below `folder`, in bfloat16 (beside packed weights float16); what is there already is
+    kept."""
     target = folder / f"random-{shape}"
     if (target / "config.json").exists():
         return target
@@ -102,8 +120,8 @@ def write(shape: str, folder: Path) -> Path:
         writes = []
         for i, names in enumerate(shards, 1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            index.update(dict.fromkeys(names, file))
-            tensors = {name: _random(size) for name, size in names.items()}
+            tensors = {key: value for name, size in names.items() for key, value in _made(name, size, config).items()}
+            index.update(dict.fromkeys(tensors, file))
             writes.append(pool.submit(save_file, tensors, partial / file, {"format": "pt"}))
         for done in writes:
             done.result()
@@ -125,6 +143,20 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def asked(shape: str, quantization: str) -> dict[str, Any]:
+    """What the planner is asked for: a quantisation; or, where it is what a shape is packed as (`gptq`, `awq`), nothing
+    but the dtype that a pool has on GPUs.
+
+    Raises:
+        ValueError: the shape is packed otherwise, or not at all.
+    """
+    stored = SHAPES[shape].get("quantization_config")
+    method = stored and stored["quant_method"]
+    if (method or quantization) != quantization or (quantization in ("gptq", "awq") and not method):
+        raise ValueError(f"the checkpoint of {shape} is {method or 'not quantised'}, and {quantization} was asked for")
+    return {"dtype": "bfloat16"} if method else {"quantization": quantization}
+
+
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     """Each byte is a token."""
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
@@ -140,14 +172,15 @@ def shape_config(shape: str) -> PreTrainedConfig:
         sizes |= {"rope_theta": 500000.0, "tie_word_embeddings": False}
     config = AutoConfig.for_model(**sizes)
     kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    config.architectures, config.dtype = [kinds[type(config)].__name__], "bfloat16"
+    config.architectures = [kinds[type(config)].__name__]
+    config.dtype = "float16" if "quantization_config" in sizes else "bfloat16"
     return config
 
 
 def _shards(config: PreTrainedConfig) -> Iterator[dict[str, torch.Size]]:
     with torch.device("meta"):
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_config(config, dtype=torch.bfloat16)
+        model = auto.from_config(deepcopy(config), dtype=torch.bfloat16)
     shard: dict[str, torch.Size] = {}
     held = 0
     for name, parameter in model.named_parameters():
@@ -159,11 +192,23 @@ def _shards(config: PreTrainedConfig) -> Iterator[dict[str, torch.Size]]:
     yield shard
 
 
-def _random(size: torch.Size) -> torch.Tensor:
+def _made(name: str, size: torch.Size, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """What the checkpoint has of a parameter."""
+    stored = getattr(config, "quantization_config", None)
+    if stored and ".layers." in name and len(size) == 2:
+        parts = packed(stored, *size, deviation=_SCALE, device=_device())
+        return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
+    return {name: _random(size, torch.float16 if stored else torch.bfloat16)}
+
+
+def _random(size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     if len(size) == 1:
-        return torch.ones(size, dtype=torch.bfloat16)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return (_SCALE * torch.randn(size, dtype=torch.bfloat16, device=device)).cpu()
+        return torch.ones(size, dtype=dtype)
+    return (_SCALE * torch.randn(size, dtype=dtype, device=_device())).cpu()
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

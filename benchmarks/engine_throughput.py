@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoint import FOLDER, SHAPES, write
+from benchmarks.checkpoint import FOLDER, SHAPES, asked, write
 from deployments.checkpoint import is_encoder_decoder
 from deployments.compare.throughput import Burst, Step, burst, random_prompts
 from deployments.engine.loader import load, quantization_config
@@ -85,7 +85,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the checkpoint is kept")
     parser.add_argument(
-        "--quantization", default="nf4", help="one or several, with commas between; nf4+experts: fused experts too"
+        "--quantization",
+        default="nf4",
+        help="one or several, with commas between; nf4+experts: fused experts too; gptq, awq: as the shape is packed",
     )
     parser.add_argument("--concurrency", default="1,8,32,64,128,256")
     parser.add_argument("--input", type=int, default=128, help="tokens of each prompt")
@@ -105,7 +107,9 @@ def _arguments() -> argparse.ArgumentParser:
 def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     concurrencies = _numbers(options.concurrency)
     weighed = footprint(
-        folder, quantization=quantization.removesuffix("+experts"), experts=quantization.endswith("+experts")
+        folder,
+        **asked(options.shape, quantization.removesuffix("+experts")),
+        experts=quantization.endswith("+experts"),
     )
     plan = _plan(weighed, options, max(concurrencies))
     began = time.monotonic()

@@ -4,8 +4,9 @@
     python -m benchmarks.placement_error --case 8b:nf4 --case 8b:int8:0=20GiB,1=40GiB
 
 A case is SHAPE:QUANTISATION[:CAPS]; `nf4+dq` has double quantisation, `nf4+experts` quantised experts, caps name
-devices. Each case runs in a process of its own. The measured peak is what the device has taken from it at the end, CUDA
-context and libraries included (the allocator gives nothing back), against everything that the plan accounts for.
+devices. A packed shape goes with what it is (mistral-7b-gptq:gptq). Each case runs in a process of its own. The
+measured peak is what the device has taken from it at the end, CUDA context and libraries included (the allocator gives
+nothing back), against everything that the plan accounts for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoint import FOLDER, SHAPES, write
+from benchmarks.checkpoint import FOLDER, SHAPES, asked, write
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
@@ -46,6 +47,8 @@ ONE_GPU = (
     "bloom-3b:int8:0=12GiB",
     "moe-7b:nf4+experts",
     "t5-3b:int8",
+    "mistral-7b-gptq:gptq",
+    "mistral-7b-awq:awq",
 )
 TWO_GPUS = (
     "8b:nf4:0=20GiB,1=20GiB",
@@ -53,6 +56,7 @@ TWO_GPUS = (
     "14b:int8:0=20GiB,1=40GiB",
     "bloom-3b:nf4:0=5GiB,1=8GiB",
     "t5-3b:nf4:0=12GiB,1=20GiB",
+    "mistral-7b-awq:awq:0=8GiB,1=12GiB",
 )
 MAX_SEQUENCES, MAX_BATCH_TOKENS = 256, 2048
 _PROMPT = 4096
@@ -106,7 +110,7 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     devices = probe.cuda_gpus()[: max(1, len(caps))]
     parts = [_used("context alone", devices_count=len(devices))]
     plan = solve(
-        footprint(path, quantization=name, double_quant="dq" in options, experts="experts" in options),
+        footprint(path, **asked(shape, name), double_quant="dq" in options, experts="experts" in options),
         devices,
         block_size=16,
         max_batch_tokens=MAX_BATCH_TOKENS,

@@ -1,10 +1,7 @@
 """`python -m deployments.dequantize FOLDER NEW_FOLDER`: a GPTQ or AWQ checkpoint becomes a plain one in 16 bits.
 
 The plain one can be quantised as any other, to int8 or NF4, on GPUs too; no library of either method is needed.
-A linear's weight is scale[g] * (code - zero[g]), g the group of the input; codes and zeros are packed into int32:
-
-    gptq    codes along the inputs, zeros along the outputs and less one in the older format, g_idx names the groups
-    awq     both along the outputs, eight at a time in the order 0 2 4 6 1 3 5 7 from the lowest bits
+`deployments.engine.grouped_codes` has the formats.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deployments.checkpoint import INDEX, WEIGHT_SUFFIXES, check_safetensors, read_config, shards
+from deployments.engine.grouped_codes import awq_codes, gptq_codes, gptq_zeros
 from deployments.errors import ConfigError
 from deployments.gptqmodel_fit import stored_format, why_not_read
 from deployments.once import make_new
@@ -30,8 +28,6 @@ from placement.recipe import Grouped, read_recipe
 WEIGHTS = "model.safetensors"
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _OTHER_CONFIGS = ("config.json", "quantize_config.json", "quant_config.json", INDEX)
-_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word the outputs 0 to 7 are."""
 
 
 def dequantize(source: Path, folder: Path) -> Path:
@@ -74,30 +70,21 @@ def gptq_weight(parts: Mapping[str, Tensor], bits: int, *, less_one: bool) -> Te
         less_one: zeros are stored less one.
     """
     groups = parts["g_idx"].long()
-    codes = _unpack(parts["qweight"].t(), bits).t()
-    zeros = _unpack(parts["qzeros"], bits) + int(less_one)
+    codes = gptq_codes(parts["qweight"], bits)
+    zeros = gptq_zeros(parts["qzeros"], bits, less_one=less_one)
     return _scaled(codes, zeros, parts["scales"], groups)
 
 
 def awq_weight(parts: Mapping[str, Tensor]) -> Tensor:
     """[out, in] in the dtype of the scales; qweight int32 [in, out/8], qzeros int32 [groups, out/8], scales
     [groups, out], by name."""
-    codes, zeros = (
-        _unpack(parts[name], 4).view(len(parts[name]), -1, 8)[..., _AWQ_PLACES].flatten(1)
-        for name in ("qweight", "qzeros")
-    )
+    codes, zeros = (awq_codes(parts[name]) for name in ("qweight", "qzeros"))
     groups = torch.arange(len(codes)) // (len(codes) // len(zeros))
     return _scaled(codes, zeros, parts["scales"], groups)
 
 
 def _scaled(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
     return ((codes - zeros[groups]).to(scales.dtype) * scales[groups]).t().contiguous()
-
-
-def _unpack(words: Tensor, bits: int) -> Tensor:
-    """int32 [rows, words] -> int32 [rows, words * 32 / bits], the lowest bits first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
 def _write_weights(files: list[Path], target: Path, recipe: Grouped, *, less_one: bool) -> None:

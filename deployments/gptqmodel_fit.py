@@ -1,4 +1,5 @@
-"""Which GPTQ and AWQ checkpoints GPTQModel loads here. Nothing is imported to find out."""
+"""Which GPTQ and AWQ checkpoints are loaded here: by GPTQModel on the CPU, on GPUs without it. Nothing is imported to
+find out."""
 
 from __future__ import annotations
 
@@ -29,10 +30,18 @@ def why_not(recipe: Grouped, config: Mapping[str, Any], device_type: DeviceType)
         part = "its head, too" if recipe.lm_head else "with settings of their own for some modules (dynamic)"
         return f"{stored}, {part}, which transformers does not load; {_DEQUANTISE}"
     if device_type == "cuda":
-        return f"{stored}, which is for the CPU yet; set `device: cpu`, or {_DEQUANTISE}"
+        return None
     if absent := [name for name in _PACKAGES if find_spec(name) is None]:
         return f"{stored}, which needs {' and '.join(absent)}, not installed here; {EXTRA}"
     return None
+
+
+def why_not_on_gpus(recipe: Grouped) -> str:
+    """The same of one whose linears don't suit GPUs (`placement.footprint.Footprint.on_gpus`)."""
+    return (
+        f"is quantised already ({recipe.name}), and GPUs have codes of up to 4 bits in whole groups; set "
+        f"`device: cpu`, or {_DEQUANTISE}"
+    )
 
 
 def why_not_read(recipe: Grouped, config: Mapping[str, Any]) -> str | None:

@@ -61,6 +61,11 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
                 f"pool {pool.name}: int8_threshold is for int8, and {name} is served in {weighed.quantization}; "
                 "drop it, or set `quantization: int8`"
             )
+        if weighed.grouped is not None and on_gpu and pool.kernels != "headroom":
+            raise ConfigError(
+                f"pool {pool.name}: {name} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute "
+                "with; leave `kernels` out"
+            )
         _check_served(name, model_dir, pool, weighed, source, device_type)
         plan = solve(
             weighed,
@@ -156,6 +161,8 @@ def _why_not_loaded(weighed: Footprint, source: Source, device_type: DeviceType)
     recipe = None if stored is None else read_recipe(stored)
     if isinstance(recipe, Grouped) and (reason := gptqmodel_fit.why_not(recipe, stored or {}, device_type)):
         return reason
+    if isinstance(recipe, Grouped) and device_type == "cuda" and weighed.on_gpus().grouped is not None:
+        return gptqmodel_fit.why_not_on_gpus(recipe)
     if weighed.left_out:
         return (
             f"has other parts than text ({', '.join(weighed.left_out)}), which the engine can't load the text model "

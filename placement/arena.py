@@ -13,7 +13,7 @@ from itertools import accumulate
 ALIGNMENT = 512
 """Bytes: that of PyTorch's own CUDA allocations, which kernels may count on."""
 
-QUANTISED = ("nf4", "fp4", "int8")
+QUANTISED = ("nf4", "fp4", "int8", "gptq-2bit", "gptq-4bit", "awq-4bit")
 """Quantisations whose layers get an arena. Other weights are loaded once, as they stay, and leave nothing behind."""
 
 _SMALL, _OWN = 2**20, 10 * 2**20

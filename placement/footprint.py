@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from placement.errors import PlacementError
-from placement.kv import LayerKv
+from placement.kv import LayerKv, dtype_bytes
 from placement.recipe import (
     BLOCK,
     FourBit,
@@ -38,6 +38,7 @@ from placement.source import Source, find_source
 __all__ = ["Footprint", "Geometry", "Module", "Quantization", "Role", "Tensor", "footprint", "resident_bytes"]
 
 Role = Literal["first", "layer", "shared", "last"]
+_Of = TypeVar("_Of", bound=Recipe)
 _LENT = ".relative_attention_bias"
 
 
@@ -131,6 +132,9 @@ class Footprint:
     """The head is quantised too; where it is tied to the embedding, it is a quantised copy beside it."""
     embeddings: bool = False
     """The input embedding is quantised too, apart from a head that is tied to it."""
+    grouped: Grouped | None = None
+    """How GPTQ's or AWQ's linears are stored, which is what the modules weigh; on GPUs they weigh what `on_gpus`
+    says."""
 
     @cached_property
     def layers(self) -> tuple[Module, ...]:
@@ -169,6 +173,16 @@ class Footprint:
     def bytes(self) -> int:
         """The whole model on one device."""
         return resident_bytes(self.modules)
+
+    def on_gpus(self) -> Footprint:
+        """The same model as GPUs hold it: GPTQ's and AWQ's linears are repacked there, all others are as they are.
+        Where one of theirs does not suit GPUs, so is the whole model, and `grouped` stays."""
+        recipe = self.grouped
+        linears = [tensor for module in self.modules for tensor in module.tensors if tensor.linear]
+        if recipe is None or not all(_own(recipe, tensor).suits_gpus(tensor.shape) for tensor in linears):
+            return self
+        modules = tuple(_repacked(module, recipe, dtype_bytes(self.dtype)) for module in self.modules)
+        return replace(self, modules=modules, grouped=None)
 
     def with_role(self, role: Role) -> tuple[Module, ...]:
         """The modules of one role, in order."""
@@ -274,6 +288,7 @@ def footprint(
         experts=experts,
         head=head,
         embeddings=embeddings,
+        grouped=recipe if isinstance(recipe, Grouped) else None,
     )
 
 
@@ -309,6 +324,22 @@ def _weigh(module: Module, recipe: Recipe) -> Module:
     return replace(module, tensors=tensors)
 
 
+def _repacked(module: Module, recipe: Grouped, itemsize: int) -> Module:
+    biases = {f"{tensor.name.removesuffix('weight')}bias" for tensor in module.tensors if tensor.linear}
+    sizes = {
+        tensor.name: _own(recipe, tensor).kernel_bytes(tensor.shape, itemsize)
+        for tensor in module.tensors
+        if tensor.linear
+    } | {tensor.name: itemsize * tensor.elements for tensor in module.tensors if tensor.name in biases}
+    return replace(module, tensors=tuple(replace(t, bytes=sizes.get(t.name, t.bytes)) for t in module.tensors))
+
+
 def _weighed(tensor: Tensor, recipe: Recipe) -> Tensor:
-    own = recipe.for_module(tensor.name.removesuffix(".weight")) or recipe
-    return replace(tensor, bytes=own.weight_bytes(tensor.shape, tensor.itemsize))
+    return replace(tensor, bytes=_own(recipe, tensor).weight_bytes(tensor.shape, tensor.itemsize))
+
+
+def _own(recipe: _Of, tensor: Tensor) -> _Of:
+    """A linear's own recipe."""
+    found: Any = recipe.for_module(tensor.name.removesuffix(".weight")) or recipe
+    own: _Of = found
+    return own

@@ -108,6 +108,8 @@ def ask(footprint: Footprint, gpus: Inventory | Sequence[Gpu], **conditions: Unp
         PlacementError: a value that makes no sense; the message names it.
     """
     devices = tuple(gpus.gpus if isinstance(gpus, Inventory) else gpus)
+    if any(device.device_type == "cuda" for device in devices):
+        footprint = footprint.on_gpus()
     dtype, order = conditions.get("dtype"), conditions.get("order", "given")
     if dtype is not None and dtype != footprint.dtype:
         raise PlacementError(f"the footprint was weighed with dtype {footprint.dtype}, not {dtype}")

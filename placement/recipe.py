@@ -9,11 +9,14 @@ For a weight of n = out * in elements, everything that is resident after loading
     gptq, k bits        qweight 4 * (in/32*k) * out, qzeros 4 * ceil(in/g) * (out/32*k), scales 2 * ceil(in/g) * out,
                         g_idx 4 * in, in groups of g inputs
     awq, 4 bits         qweight 4 * in * (out/8), qzeros 4 * (in/g) * (out/8), scales 2 * (in/g) * out
+    ... both on GPUs    as in 4-bit blocks of g: ceil(n/2) packed + 4 * (in/g) * out absmax + 64 code;
+                        itemsize * (in/g) * out where zeros differ, 4 * in where inputs are in another order
 
 bitsandbytes 0.50 stores the same on CPU and CUDA: blocks of 32 to 4096 (64 unless told), nested blocks of 256, and
 under a `quant_storage` of s bytes floor(ceil(n/2)/s) elements of it. GPTQ and AWQ are counted as GPTQModel's linears
 register their buffers (int32 packing, float16 scales, zeros packed also where the quantisation is symmetric, g_idx with
-or without act-order); what one of its kernels repacks or adds at first use is not in a checkpoint and not counted.
+or without act-order); what one of its kernels repacks or adds at first use is not in a checkpoint and not counted. On
+GPUs they are as this project's kernels take them (`deployments.engine.kernels.grouped`).
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK = 256
 _CODE_BYTES, _NESTED_CODE_BYTES, _OFFSET_BYTES = 16 * 4, 256 * 4, 4
 _PACKED_BITS, _PACKED_BYTES = 32, 4
-_SCALE_BYTES = 2
+_SCALE_BYTES, _ABSMAX_BYTES = 2, 4
+_KERNEL_BITS = 4
 _STORAGE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -145,6 +149,10 @@ class Grouped(Recipe):
     """GPTQ: ends of the names of the linears in a layer that are quantised; None: all."""
     overrides: tuple[tuple[str, int, int], ...] = ()
     """GPTQ: (regex, bits, group size) of the modules that differ; bits 0: not quantised. The first match counts."""
+    symmetric: bool = True
+    """GPTQ: all zeros are the middle code (`sym`). AWQ's never are."""
+    act_order: bool = False
+    """GPTQ: the inputs of a group are not neighbours (`desc_act`)."""
 
     def __post_init__(self) -> None:
         known = (2, 3, 4, 5, 6, 7, 8) if self.method == "gptq" else (4,)
@@ -175,6 +183,27 @@ class Grouped(Recipe):
         qzeros = groups * out * self.bits // _PACKED_BITS * _PACKED_BYTES
         g_idx = 4 * inputs if self.method == "gptq" else 0
         return qweight + qzeros + groups * out * _SCALE_BYTES + g_idx
+
+    @property
+    def shifted(self) -> bool:
+        """Zeros differ, so a GPU keeps what they are off the middle code."""
+        return self.method == "awq" or not self.symmetric
+
+    def suits_gpus(self, shape: tuple[int, ...]) -> bool:
+        """Whether this project's kernels can read the weight [out, in]: codes of 4 bits at most, in whole groups."""
+        return self.bits <= _KERNEL_BITS and shape[-1] % self.group_of(shape[-1]) == 0
+
+    def kernel_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """What a GPU holds of the weight [out, in] where that suits, `itemsize` bytes an element of the compute dtype;
+        see the module's docstring."""
+        out, inputs = shape
+        scales = inputs // self.group_of(inputs) * out
+        packed = (out * inputs + 1) // 2 + _ABSMAX_BYTES * scales + _CODE_BYTES
+        return packed + itemsize * scales * self.shifted + _PACKED_BYTES * inputs * self.act_order
+
+    def group_of(self, inputs: int) -> int:
+        """How many of a linear's inputs share a scale."""
+        return inputs if self.group_size == -1 else min(inputs, self.group_size)
 
     def for_module(self, name: str) -> Recipe | None:
         """What `only` and `overrides` say of the linear `name`."""
@@ -271,6 +300,8 @@ def _gptq(config: Mapping[str, Any]) -> Recipe:
         lm_head=bool(config.get("lm_head")),
         only=None if inside is None else _names([name for names in inside for name in _listed(names)]),
         overrides=_dynamic(config.get("dynamic") or {}, bits, group_size),
+        symmetric=bool(config.get("sym", True)),
+        act_order=bool(config.get("desc_act")),
         prequantized=True,
     )
 

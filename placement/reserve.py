@@ -60,9 +60,10 @@ _PADDING = 2
 """Decodes are gathered in groups padded to at most twice their length."""
 _FRAGMENTATION_BYTES, _FRAGMENTATION = 256 * 2**20, 512
 """Left to the allocator, whose segments expand by pages of 20 MiB: a sum, and one part in so many of a CUDA budget."""
-_HOLES = {"nf4": 45, "fp4": 45, "int8": 30}
+_HOLES = {"nf4": 45, "fp4": 45, "int8": 30, "gptq-2bit": 45, "gptq-4bit": 45, "awq-4bit": 45}
 """Per cent of the quantised weights: what the allocator keeps between them while they are loaded, until each layer has
-an arena. Measured on an H200 with an 8B shape: 45 in NF4, 27 in int8."""
+an arena. Measured on an H200 with an 8B shape: 45 in NF4, 27 in int8. Taken for GPTQ and AWQ, whose tensors are as
+many: as in NF4."""
 _PIECES = 6
 """Tensors of a quantised weight, at most: codes, scales and their table; the same of the scales, and an offset."""
 
@@ -260,7 +261,7 @@ def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gat
     if cross.encodes(footprint):
         size, tables = cross.hidden_bytes(footprint), cross.layout_bytes(workload)
     kept = tables + rows * footprint.geometry.hidden * size + _CUBLAS_BYTES
-    if footprint.quantization in _QUANTISE_BYTES:
+    if footprint.quantization in arena.QUANTISED:
         kept += _KERNEL_BYTES + min(
             _DEQUANTISED_MOST, 2 * dtype_bytes(footprint.dtype) * _largest_quantised(footprint, head=True)
         )
@@ -394,7 +395,7 @@ def _cuda_load_peak_bytes(footprint: Footprint, devices: int, *, head: bool) -> 
 def _largest_quantised(footprint: Footprint, *, head: bool) -> int:
     """Elements of the largest weight in a layer, or beside the last one too, that the quantisation converts. An
     embedding is quantised part by part."""
-    if footprint.quantization not in _QUANTISE_BYTES:
+    if footprint.quantization not in arena.QUANTISED:
         return 0
     modules = (*footprint.layers, *(footprint.with_role("last") if head else ()))
     return max((t.elements for module in modules for t in module.tensors if t.linear), default=0)

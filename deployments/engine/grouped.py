@@ -1,8 +1,8 @@
-"""GPTQ and AWQ checkpoints, as transformers loads them through GPTQModel, on the CPU.
+"""GPTQ and AWQ checkpoints: on the CPU as transformers loads them through GPTQModel, on GPUs without it.
 
 Of GPTQModel's kernels the plain torch ones are used: they keep the tensors as a checkpoint stores them, so that what is
 resident is what the plan says, and compute the same for every batch. Its int4 kernels for the CPU repack at the first
-forward, and round the scales.
+forward, and round the scales. On GPUs `grouped_stored` reads the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from deployments.engine.grouped_stored import stored_options
+
 _BACKENDS = {"gptq": "gptq_torch", "awq": "torch_awq"}
 _TABLES = ("wf_unsqueeze_zero", "wf_unsqueeze_neg_one")
 
 
-def grouped_options(model_dir: Path) -> dict[str, Any]:
-    """What `from_pretrained` is told to have those kernels; nothing for what is neither GPTQ nor AWQ.
+def grouped_options(model_dir: Path, *, on_gpu: bool = False) -> dict[str, Any]:
+    """What `from_pretrained` is told to have those kernels, or on GPUs to read what is stored; nothing for what is
+    neither GPTQ nor AWQ.
 
     In the config, as if the checkpoint asked for them: told beside it, transformers warns that it follows.
     """
@@ -28,7 +31,7 @@ def grouped_options(model_dir: Path) -> dict[str, Any]:
     backend = _BACKENDS.get(str(stored.get("quant_method")))
     if backend is None:
         return {}
-    config.quantization_config = stored | {"backend": backend}
+    config.quantization_config = stored_options(model_dir, stored) if on_gpu else stored | {"backend": backend}
     return {"config": config}
 
 

@@ -35,6 +35,7 @@ from deployments.engine.encoder_decoder import EncoderDecoderStage, find_encoder
 from deployments.engine.encoder_decoder_load import ATTENTION, proven, samples, untie
 from deployments.engine.expert_loading import quantising_experts, settle_experts
 from deployments.engine.grouped import grouped_options, settle_grouped
+from deployments.engine.grouped_stored import StoredLinear, repack
 from deployments.engine.head import quantise_head
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits, Tuning
@@ -120,8 +121,9 @@ def load(
         return _encoder_decoder(model, plan, devices, limits)
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     copies = _copies(model, plan, devices)
-    verify_bytes(model, plan, copies)
-    expected = _settled(model, plan, device_type, limits, lambda: plain_logits(model, plan, ids))
+    if not any(isinstance(module, StoredLinear) for module in model.modules()):
+        verify_bytes(model, plan, copies)
+    expected = _settled(model, plan, device_type, limits, copies, lambda: plain_logits(model, plan, ids))
     stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
     return LoadedModel(stages, int(expected.shape[-1]), attention)
 
@@ -150,22 +152,32 @@ def _encoder_decoder(
 ) -> LoadedModel:
     copies = _copies(model, plan, devices)
     verify_bytes(model, plan, copies)
-    expected = _settled(model, plan, devices[0].type, limits, lambda: samples(model, plan))
+    expected = _settled(model, plan, devices[0].type, limits, copies, lambda: samples(model, plan))
     rounds_by_batch = limits is not None and limits.int8_threshold > 0
     stages = proven(model, plan, devices, copies, expected, rounds_by_batch=rounds_by_batch)
     return LoadedModel(stages, int(expected[0].expected.shape[-1]), ATTENTION, encodes=True)
 
 
 def _settled(
-    model: PreTrainedModel, plan: Plan, device_type: str, limits: EngineLimits | None, expect: Callable[[], T]
+    model: PreTrainedModel,
+    plan: Plan,
+    device_type: str,
+    limits: EngineLimits | None,
+    copies: dict[str, nn.Module],
+    expect: Callable[[], T],
 ) -> T:
     """Make `model`'s linears and memory as they will be served; `expect` runs transformers' own forward of it for the
     probe, at the last moment at which that gives what will be served."""
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
+    if stored := any(isinstance(module, StoredLinear) for module in model.modules()):
+        _check_kernels(plan, kernels=kernels)
     if early := kernels and plan.quantization == "int8":
         _settle(model, plan, kernels=kernels)  # before the plain forward, where bitsandbytes would round activations
     expected = expect()
     remove_hook_from_submodules(model)
+    if stored:
+        repack(model, getattr(torch, plan.dtype))
+        verify_bytes(model, plan, copies)
     if device_type == "cpu":
         _shorten_linears(model)
         return expected
@@ -270,7 +282,9 @@ def _read(
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     options: dict[str, Any] = (
-        grouped_options(model_dir) if quantization is None else {"quantization_config": quantization}
+        grouped_options(model_dir, on_gpu="cpu" not in devices.values())
+        if quantization is None
+        else {"quantization_config": quantization}
     )
     if config is not None:
         options["config"] = config
@@ -310,6 +324,14 @@ def _settle(model: PreTrainedModel, plan: Plan, *, kernels: bool) -> None:
     stacks = [find_decoder(model), *([find_encoder(model)] if model.config.is_encoder_decoder else [])]
     layers = [layer for _, stack in stacks for layer in find_layers(stack)[1]]
     settle_layers(model, layers, kernels=kernels, arenas=plan.quantization in QUANTISED)
+
+
+def _check_kernels(plan: Plan, *, kernels: bool) -> None:
+    if not kernels:
+        raise ConfigError(
+            f"{plan.model} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute with; set "
+            "`kernels: headroom`"
+        )
 
 
 def _tune(model: PreTrainedModel, tuning: Tuning) -> None:

@@ -60,9 +60,10 @@ def test_others_are_refused_by_what_they_are(
     assert reason in str(said(config))
 
 
-def test_not_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "gptqmodel", "optimum")
-    assert "is for the CPU yet; set `device: cpu`, or make a plain checkpoint" in str(said(AWQ, "cuda"))
+def test_gpus_need_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    assert said(AWQ, "cuda") is None
+    assert "in the format marlin" in str(said(GPTQ | {"checkpoint_format": "marlin"}, "cuda"))
 
 
 @pytest.mark.parametrize(

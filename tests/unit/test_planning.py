@@ -15,6 +15,7 @@ from deployments.errors import ConfigError
 from deployments.planning import plan_pool, step_tokens
 from deployments.settings import PoolSettings
 from placement import probe
+from placement.footprint import footprint
 from placement.hardware import Gpu
 from tests.unit.engine.tiny import llama, save
 from tests.unit.placement.tiny_models import ENCODER_DECODERS, MULTIMODAL
@@ -189,6 +190,30 @@ def test_checkpoints_that_the_engine_cannot_load_are_refused_by_name(
         plan_pool("tiny", tmp_path, pool())
     MULTIMODAL["gemma3_vision"].save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"other parts than text \(model.vision_tower, .*serve a text model"):
+        plan_pool("tiny", tmp_path, pool())
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus_take_gptq_and_awq_of_up_to_4_bits_on_our_kernels(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan, _ = plan_pool("tiny", tmp_path, pool(stages=2))
+    assert (plan.quantization, plan.dtype) == ("gptq-4bit", "bfloat16")
+    linears = [t for layer in footprint(tmp_path).layers for t in layer.tensors if t.linear]
+    # 4 bits a weight, a float32 scale for each 32, a table of 16 float32, an int32 for each input.
+    held = sum(t.elements // 2 + t.elements // 32 * 4 + 64 + 4 * t.shape[1] for t in linears)
+    stored = sum(t.bytes for t in linears)
+    as_stored = footprint(tmp_path, dtype="bfloat16").bytes
+    one, _ = plan_pool("tiny", tmp_path, pool())
+    assert one.stages[0].weight_bytes == as_stored - stored + held
+    with pytest.raises(ConfigError, match="which on GPUs Headroom's kernels alone compute with; leave `kernels` out"):
+        plan_pool("tiny", tmp_path, pool(kernels="bitsandbytes"))
+    config["quantization_config"]["bits"] = 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ConfigError, match=r"\(gptq-8bit\), and GPUs have codes of up to 4 bits in whole groups; set `dev"
+    ):
         plan_pool("tiny", tmp_path, pool())
 
 

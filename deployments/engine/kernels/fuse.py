@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deployments.engine.kernels.grouped import NOT_SAVED, GroupedLinear4
 from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8, save4, save8
 from deployments.engine.kernels.weights import Weight4, Weight8, untile4, untile8
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Siblings that read the same input in the models of transformers, in the order in which they are called."""
+_KINDS = (QuantLinear4, GroupedLinear4, QuantLinear8, nn.Linear)
 
 
 class Fused(nn.Module):
@@ -77,6 +79,8 @@ class Part(nn.Module):
             destination[prefix + "bias"] = whole.bias.detach()[rows]
         if isinstance(whole, nn.Linear):
             destination[prefix + "weight"] = whole.weight.detach()[rows]
+        elif isinstance(whole, GroupedLinear4):
+            raise NotImplementedError(NOT_SAVED)
         elif isinstance(whole, QuantLinear4):
             save4(untile4(_rows4(whole.quantised, rows)), whole.saved, destination, prefix)
         else:
@@ -89,7 +93,7 @@ def fuse_linears(model: nn.Module) -> int:
     for name, parent in list(model.named_modules()):
         for group in GROUPS:
             members = [getattr(parent, member, None) for member in group]
-            if not all(type(member) in (QuantLinear4, QuantLinear8, nn.Linear) for member in members):
+            if not all(type(member) in _KINDS for member in members):
                 continue
             if (reason := _why_not(members)) is not None:
                 log.info("%s: %s stay apart: %s", name, ", ".join(group), reason)
@@ -116,6 +120,8 @@ def _why_not(members: list[Any]) -> str | None:
             return "double quantisation has an offset per linear"
         if any(m.blocksize != first.blocksize or m.saved != first.saved for m in members):
             return "they differ in blocksize, code or dtype"
+    if isinstance(first, GroupedLinear4):
+        return next((reason for member in members if (reason := first.why_not_fused(member))), None)
     return None
 
 
@@ -129,7 +135,11 @@ def _fuse(members: list[Any]) -> Fused:
     packed = torch.cat([member.packed for member in members])
     absmax = torch.cat([member.absmax for member in members], dim=-1)
     whole: QuantLinear4 | QuantLinear8
-    if isinstance(first, QuantLinear4):
+    if isinstance(first, GroupedLinear4):
+        weight = Weight4(n, k, first.blocksize, packed, absmax, first.code)
+        shift = None if first.shift is None else torch.cat([member.shift for member in members])
+        whole = GroupedLinear4(weight, bias, first.compute_dtype, first.saved, order=first.order, shift=shift)
+    elif isinstance(first, QuantLinear4):
         weight = Weight4(n, k, first.blocksize, packed, absmax, first.code)
         whole = QuantLinear4(weight, bias, first.compute_dtype, first.saved)
     else:

@@ -37,6 +37,30 @@ def linear_4bit(
     return _product(x, Weight4(n, k, blocksize, packed, absmax, code, nested), bias, batch_invariant)
 
 
+@torch.library.custom_op("headroom::linear_4bit_shifted", mutates_args=())
+def linear_4bit_shifted(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    sums: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    blocksize: int,
+    batch_invariant: bool,
+) -> Tensor:
+    """`linear_4bit` and a second product, sums [..., blocks] times shift [n, blocks], added in place.
+
+    Raises:
+        ValueError: x's last dimension is not k.
+    """
+    out = _product(x, Weight4(n, k, blocksize, packed, absmax, code), bias, batch_invariant)
+    out.view(-1, n).addmm_(sums.reshape(-1, sums.shape[-1]), shift.t())
+    return out
+
+
 @torch.library.custom_op("headroom::linear_8bit", mutates_args=())
 def linear_8bit(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, n: int, k: int, batch_invariant: bool
@@ -51,6 +75,11 @@ def linear_8bit(
 
 @linear_4bit.register_fake
 def _(x, packed, absmax, code, nested_absmax, nested_code, offset, bias, n, k, blocksize, batch_invariant):  # type: ignore[no-untyped-def]  # the operator's own types  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], n)
+
+
+@linear_4bit_shifted.register_fake
+def _(x, packed, absmax, code, sums, shift, bias, n, k, blocksize, batch_invariant):  # type: ignore[no-untyped-def]  # the operator's own types  # noqa: ARG001
     return x.new_empty(*x.shape[:-1], n)
 
 

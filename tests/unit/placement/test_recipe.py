@@ -112,6 +112,33 @@ def test_configs_are_read(config: dict[str, Any], expected: Recipe) -> None:
     assert read_recipe(config) == expected
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # Packed, a float32 scale for each 128 inputs of an output, a table of 16 float32.
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, 8_388_608 + 524_288 + 64),
+        ({"quant_method": "gptq", "bits": 2, "group_size": -1}, 8_388_608 + 4 * 4096 + 64),
+        # What the zeros are off, in the compute dtype, and the order of the inputs in int32.
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": False, "desc_act": True},
+            8_388_608 + 524_288 + 64 + 2 * 131_072 + 4 * 4096,
+        ),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, 8_388_608 + 524_288 + 64 + 2 * 131_072),
+    ],
+)
+def test_gptq_and_awq_bytes_on_gpus(config: dict[str, Any], expected: int) -> None:
+    recipe = read_recipe(config)
+    assert isinstance(recipe, Grouped)
+    assert recipe.suits_gpus((4096, 4096))
+    assert recipe.kernel_bytes((4096, 4096), 2) == expected
+
+
+def test_what_does_not_suit_gpus() -> None:
+    assert not Grouped(method="gptq", bits=8, group_size=128).suits_gpus((4096, 4096))
+    assert not Grouped(method="gptq", bits=4, group_size=128).suits_gpus((4096, 4160))
+    assert Grouped(method="gptq", bits=4, group_size=128).suits_gpus((4096, 64)), "one group of all inputs"
+
+
 def test_gptq_modules_may_differ() -> None:
     recipe = read_recipe({
         "quant_method": "gptq", "bits": 4, "group_size": 128, "modules_in_block_to_quantize": ["up_proj", "down_proj"],

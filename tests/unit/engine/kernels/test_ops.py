@@ -19,10 +19,23 @@ def arguments8() -> tuple[Any, ...]:
     return (torch.randn(5, 128), codes, torch.rand(48), None, 48, 128, False)
 
 
+def shifted(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With a second product of two columns, as GPTQ and AWQ have it."""
+    return (*arguments[:4], torch.randn(2, 3, 2), torch.randn(48, 2), *arguments[7:])
+
+
 def test_schema_and_fakes() -> None:
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.headroom.linear_4bit, arguments4(), test_utils=checks)
     torch.library.opcheck(torch.ops.headroom.linear_8bit, arguments8(), test_utils=checks)
+    torch.library.opcheck(torch.ops.headroom.linear_4bit_shifted, shifted(arguments4()), test_utils=checks)
+
+
+def test_the_second_product_is_added() -> None:
+    arguments = arguments4()
+    more = shifted(arguments)
+    expected = torch.ops.headroom.linear_4bit(*arguments) + more[4] @ more[5].t()
+    torch.testing.assert_close(torch.ops.headroom.linear_4bit_shifted(*more), expected)
 
 
 def test_traced_without_breaks() -> None:
