@@ -55,6 +55,8 @@ TWO_GPUS = (
 MAX_SEQUENCES, MAX_BATCH_TOKENS = 256, 2048
 _PROMPT = 4096
 """Tokens of the longest prompt: more than a step takes, so the chunks after the first attend over a context too."""
+_SHORT, _OUTPUT = 24, 8
+"""Tokens of the other prompts, and of all answers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,10 +115,11 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     limits = EngineLimits(max_batch_tokens=MAX_BATCH_TOKENS, max_sequences=MAX_SEQUENCES, prefix_cache=True, threads=1)
     model = load(path, plan, device_type="cuda", limits=limits)
-    parts.append(_used("loaded, with the KV cache", devices_count=len(devices)))
+    loaded_s = time.monotonic() - began
+    parts.append(_used(f"loaded after {loaded_s:.1f} s, with the KV cache", devices_count=len(devices)))
     engine = Engine(model, plan, limits)
     ready_s = time.monotonic() - began
-    parts.append(_used("warm", devices_count=len(devices)))
+    parts.append(_used(f"warm after {ready_s:.1f} s", devices_count=len(devices)))
     _serve(engine, plan)
     parts.append(_used("after the heaviest steps", devices_count=len(devices)))
     measured = [total - free for free, total in map(torch.cuda.mem_get_info, range(len(devices)))]
@@ -139,13 +142,14 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
 def _serve(engine: Engine, plan: Plan) -> None:
     """The longest prefill, then a full batch of decodes with every sampling setting that needs memory."""
     draw = random.Random(0)
-    length = min(_PROMPT, plan.max_context - 8)
+    length = min(_PROMPT, plan.max_context - _OUTPUT)
     prompts = [tuple(draw.randrange(3, engine.vocab_size) for _ in range(length))]
-    sequences = min(MAX_SEQUENCES, plan.num_blocks // 4 - length // plan.block_size)
-    prompts += [tuple(draw.randrange(3, engine.vocab_size) for _ in range(24)) for _ in range(sequences)]
+    held = -(-(length + _OUTPUT + 1) // plan.block_size), -(-(_SHORT + _OUTPUT + 1) // plan.block_size)
+    sequences = min(MAX_SEQUENCES, (plan.num_blocks - held[0]) // held[1])
+    prompts += [tuple(draw.randrange(3, engine.vocab_size) for _ in range(_SHORT)) for _ in range(sequences)]
     for i, prompt in enumerate(prompts):
         sampling = Sampling(
-            max_tokens=8, seed=i, temperature=0.8, top_p=0.9, top_k=50, logprobs=5, repetition_penalty=1.1
+            max_tokens=_OUTPUT, seed=i, temperature=0.8, top_p=0.9, top_k=50, logprobs=5, repetition_penalty=1.1
         )
         engine.submit(GenerationRequest(f"{i}", prompt, sampling))
     while engine.has_work():
