@@ -61,8 +61,8 @@ TWO_GPUS = (
 MAX_SEQUENCES, MAX_BATCH_TOKENS = 256, 2048
 _PROMPT = 4096
 """Tokens of the longest prompt: more than a step takes, so the chunks after the first attend over a context too."""
-_OUTPUT = 64
-"""Tokens that an encoder-decoder's requests produce: enough for all to decode at once."""
+_SHORT, _OUTPUT, _DECODED = 24, 8, 64
+"""Tokens of the other prompts, of all answers, and of an encoder-decoder's: enough for all to decode at once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,11 +121,15 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     limits = EngineLimits(max_batch_tokens=MAX_BATCH_TOKENS, max_sequences=MAX_SEQUENCES, prefix_cache=True, threads=1)
     model = load(path, plan, device_type="cuda", limits=limits)
-    parts.append(_used("loaded, with the KV cache", devices_count=len(devices)))
+    loaded_s = time.monotonic() - began
+    parts.append(_used(f"loaded after {loaded_s:.1f} s, with the KV cache", devices_count=len(devices)))
     engine = Engine(model, plan, limits)
     ready_s = time.monotonic() - began
-    parts.append(_used("warm", devices_count=len(devices)))
-    _serve(engine, _whole_prompts(plan) if model.encodes else _prompts(plan), output=_OUTPUT if model.encodes else 8)
+    parts.append(_used(f"warm after {ready_s:.1f} s", devices_count=len(devices)))
+    if model.encodes:
+        _serve(engine, _whole_prompts(plan), output=_DECODED)
+    else:
+        _serve(engine, _prompts(plan), output=_OUTPUT)
     parts.append(_used("after the heaviest steps", devices_count=len(devices)))
     measured = [total - free for free, total in map(torch.cuda.mem_get_info, range(len(devices)))]
     predicted = [stage.weight_bytes + stage.reserve_bytes + plan.kv_bytes(stage) for stage in plan.stages]
@@ -146,15 +150,15 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
 
 def _prompts(plan: Plan) -> list[int]:
     """Lengths: the longest prefill, and a full batch of short ones."""
-    length = min(_PROMPT, plan.max_context - 8)
-    sequences = min(MAX_SEQUENCES, plan.num_blocks // 4 - length // plan.block_size)
-    return [length] + [24] * sequences
+    length = min(_PROMPT, plan.max_context - _OUTPUT)
+    held = -(-(length + _OUTPUT + 1) // plan.block_size), -(-(_SHORT + _OUTPUT + 1) // plan.block_size)
+    return [length] + [_SHORT] * min(MAX_SEQUENCES, (plan.num_blocks - held[0]) // held[1])
 
 
 def _whole_prompts(plan: Plan) -> list[int]:
     """Lengths: of an encoder-decoder, which gathers in each step what all sequences hold, the longest for all."""
     sequences = min(MAX_SEQUENCES, plan.capacity_tokens // plan.max_context)
-    return [plan.max_context - _OUTPUT] * sequences
+    return [plan.max_context - _DECODED] * sequences
 
 
 def _serve(engine: Engine, lengths: Sequence[int], *, output: int) -> None:

@@ -20,6 +20,7 @@ T5 does in float16), h the hidden size, i the width of its attention, and f that
 from __future__ import annotations
 
 from placement.footprint import Footprint, Module
+from placement.gathered import Room
 from placement.kv import dtype_bytes, kv_dtype_bytes
 from placement.workload import Workload
 
@@ -69,7 +70,7 @@ def _elements(footprint: Footprint) -> int:
     return max(kv.elements_per_token for kv in footprint.geometry.kv)
 
 
-def block_bytes(footprint: Footprint, workload: Workload) -> int:
+def _block_bytes(footprint: Footprint, workload: Workload) -> int:
     """Gathered of one block in one layer, and padded."""
     size, kv_size = dtype_bytes(footprint.dtype), kv_dtype_bytes(workload.kv_dtype)
     elements = _elements(footprint)
@@ -78,9 +79,13 @@ def block_bytes(footprint: Footprint, workload: Workload) -> int:
     return _PADDING * workload.block_size * token
 
 
-def most_blocks(workload: Workload) -> int:
-    """Blocks that a batch gathers at most, before they are padded."""
-    return -(-most_tokens(workload.max_context) // (_PADDING * workload.block_size))
+def room(footprint: Footprint, workload: Workload) -> Room:
+    """What attention takes: of the blocks that a batch gathers at most, padded."""
+    most, each = (
+        -(-most_tokens(workload.max_context) // (_PADDING * workload.block_size)),
+        _block_bytes(footprint, workload),
+    )
+    return Room(scores=0, per_block=each, most=most * each, spared=0)
 
 
 def layout_bytes(workload: Workload) -> int:

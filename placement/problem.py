@@ -78,14 +78,11 @@ class Problem:
         work = [layer.work for layer in footprint.layers]
         for layer, module in footprint.beside:
             work[layer] += module.work
-        devices = tuple(zip(question.devices, question.budgets, strict=True))
-        of_kind = {
-            (gpu, budget): reserve(
-                footprint, workload, device_type=gpu.device_type, budget_bytes=budget, devices=len(devices)
-            )
-            for gpu, budget in dict.fromkeys(devices)
+        of_type = {
+            device_type: reserve(footprint, workload, device_type=device_type, devices=len(question.devices))
+            for device_type in {gpu.device_type for gpu in question.devices}
         }
-        reserves = tuple(of_kind[device] for device in devices)
+        reserves = tuple(of_type[gpu.device_type] for gpu in question.devices)
         fences = tuple(_fence(question, device) for device in range(len(question.devices)))
         slowness = _slowness(question)
         return cls(

@@ -16,6 +16,7 @@ from placement import arena, gathered
 from placement import encoder_decoder as cross
 from placement.experts import dequantised_bytes, largest_fused, waiting_bytes
 from placement.footprint import Footprint, Module, Tensor
+from placement.gathered import Room
 from placement.hardware import DeviceType, format_bytes
 from placement.kv import dtype_bytes, kv_dtype_bytes
 from placement.workload import Workload
@@ -29,17 +30,21 @@ CONTEXT = "context"
 GRAPHS = "graphs"
 """Name of the term of which `driver_bytes` are outside PyTorch's allocator."""
 
+KERNELS = "kernels"
+"""Name of the term that is outside it where no graphs are captured."""
+
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 """Head sizes that FlashInfer has kernels for."""
 
 CUDA_CONTEXT_BYTES = 704 * 2**20
-"""CUDA context, and the code of PyTorch, cuBLAS, FlashInfer and Triton: 695 MiB on an H200 (driver 580, CUDA 13)."""
+"""CUDA context, and the code of PyTorch, cuBLAS, FlashInfer and Triton: 695 MiB on an H200 (driver 580, CUDA 13),
+before a step has run."""
 
 _GRAPH_BYTES, _GRAPH_LAYER_BYTES = 64 * 2**20, 7 * 2**18
-"""What some thirty CUDA graphs take from the driver, and for each layer in them. Measured: 88 MiB with 16 layers, 110
-with 32."""
-_CUBLAS_BYTES = 72 * 2**20
-"""PyTorch gives cuBLAS 32 MiB for each of the two streams that it is called on, on Hopper."""
+"""What the driver takes for the kernels that steps run, and of some thirty CUDA graphs for each layer in them.
+Measured: 55 MiB without graphs, 79 to 88 with graphs of 16 layers, 101 to 110 with 32."""
+_CUBLAS_BYTES = 36 * 2**20
+"""PyTorch gives cuBLAS 32 MiB for each stream that it is called on, on Hopper: two where graphs are captured."""
 _KERNEL_BYTES, _DEQUANTISED_MOST = 38 * 2**20, 128 * 2**20
 """Partial sums of the quantised products; and a weight dequantised for many rows, in parts where it is larger."""
 _SMS, _CTAS_PER_SM, _MOST_CTAS_PER_SM, _TILE = 160, 2, 16, 128
@@ -58,8 +63,12 @@ _QUANTISE_BYTES = {"nf4": 20, "fp4": 20, "int8": 12}
 8 bits: float16 copy and its absolute, float32 scaled and rounded."""
 _PADDING = 2
 """Decodes are gathered in groups padded to at most twice their length."""
-_FRAGMENTATION_BYTES, _FRAGMENTATION = 256 * 2**20, 512
-"""Left to the allocator, whose segments expand by pages of 20 MiB: a sum, and one part in so many of a CUDA budget."""
+_FRAGMENTATION_BYTES = 256 * 2**20
+"""Left to the allocator, whose segments expand by pages of 20 MiB. Measured on an H200: 175 to 223 MB whether the KV
+cache has 7 GB or 146, the memory of CUDA graphs included."""
+_EAGER_BYTES, _EAGER_PART = 64 * 2**20, 3
+"""The same where there is the gather cache, and no graphs: a sum, and one part in so many of what a forward attends
+with, whose tensors don't fit each other's holes. Measured with BLOOM-3B: 0.28 and 0.31 of it."""
 _HOLES = {"nf4": 45, "fp4": 45, "int8": 30, "gptq-2bit": 45, "gptq-4bit": 45, "awq-4bit": 45}
 """Per cent of the quantised weights: what the allocator keeps between them while they are loaded, until each layer has
 an arena. Measured on an H200 with an 8B shape: 45 in NF4, 27 in int8. Taken for GPTQ and AWQ, whose tensors are as
@@ -100,22 +109,22 @@ class Reserve:
     load_peak: int
     last_load_peak: int = 0
     """Of loading where the last stage is, with the head."""
-    scores: int = 0
-    """Of the gather cache: what it takes beside the tokens that it gathers."""
-    gathered_blocks: int | None = None
-    """KV blocks gathered at once at most; None: all."""
+    kernels: int = 0
+    """Of the driver, where there are no graphs."""
+    own: Room | None = None
+    """Of attention in the model's own code, which takes it instead of `gather_per_block`; None: the engine attends."""
 
     def held(self, *, last: bool, blocks: int, kv_block_bytes: int) -> int:
         """Everything but weights while `blocks` KV blocks (and the scratch block) are there."""
         kv = (blocks + 1) * kv_block_bytes
         running = self._kept(last, blocks) + self.activations + self._workspace(last, blocks) + kv
-        return self.context + self.graphs + self.fragmentation + max(running, self._load_peak(last))
+        return self.context + self.graphs + self.kernels + self.fragmentation + max(running, self._load_peak(last))
 
     def terms(self, *, last: bool, blocks: int, kv_block_bytes: int) -> tuple[Term, ...]:
         """The same, less the KV, named. A term of 0 bytes is left out."""
         kept, workspace = self._kept(last, blocks), self._workspace(last, blocks)
         parts = [
-            ("attention" if self.scores else "decode attention", self._gathered(blocks)),
+            ("attention" if self.own else "decode attention", self._gathered(blocks)),
             ("prefill attention", self.prefill),
             ("dequantisation", self.dequantisation),
         ]
@@ -125,6 +134,7 @@ class Reserve:
         terms = (
             Term(CONTEXT, self.context, "CUDA context, and the code of libraries and kernels"),
             Term(GRAPHS, self.graphs, "CUDA graphs, and the activations of the largest of them"),
+            Term(KERNELS, self.kernels, "the code of kernels that the driver loads when steps run"),
             Term("fragmentation", self.fragmentation, "what the allocator can't hand out"),
             Term("buffers", kept, "kept by pipeline, attention, kernels and sampler from step to step"),
             Term("activations", self.activations, "hidden states and projections of one step in the widest layer"),
@@ -145,8 +155,7 @@ class Reserve:
         return max(self.load_peak, self.last_load_peak) if last else self.load_peak
 
     def _gathered(self, blocks: int) -> int:
-        most = blocks if self.gathered_blocks is None else min(blocks, self.gathered_blocks)
-        return self.scores + most * self.gather_per_block
+        return self.own.taken(blocks) if self.own else blocks * self.gather_per_block
 
     def _above_activations(self) -> int:
         """Of sampling, which comes when the layers' activations are gone."""
@@ -174,9 +183,7 @@ def why_not_flashinfer(footprint: Footprint, workload: Workload) -> str | None:
     return None
 
 
-def reserve(
-    footprint: Footprint, workload: Workload, *, device_type: DeviceType, budget_bytes: int, devices: int = 1
-) -> Reserve:
+def reserve(footprint: Footprint, workload: Workload, *, device_type: DeviceType, devices: int = 1) -> Reserve:
     """The reserve of one of the replica's `devices`."""
     cuda = device_type == "cuda"
     chosen = workload.attention or ("torch" if why_not_flashinfer(footprint, workload) else "flashinfer")
@@ -185,12 +192,13 @@ def reserve(
     load_peak = _cuda_load_peak_bytes if cuda else _cpu_load_peak_bytes
     widest = (_activation_bytes if gathers else _compiled_activation_bytes)(footprint)
     visited = dequantised_bytes(footprint) if cuda and footprint.experts else 0
+    room = gathered.room(footprint, workload, widest) if own else None
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
         graphs=0
         if gathers
         else driver_bytes(len(footprint.layers)) + workload.captured_rows(devices) * widest + visited,
-        fragmentation=_fragmentation_bytes(footprint, budget_bytes) if cuda else 0,
+        fragmentation=_fragmentation_bytes(footprint, room) if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
         logits=_logit_bytes(footprint, workload, dequantises=not cuda),
@@ -198,18 +206,18 @@ def reserve(
         dequantisation=max(visited, _dequantisation_bytes(footprint) if gathers else 0),
         sampler=_WEIGHT_TABLE_BYTES,
         per_block=4 * workload.block_size,
-        gather_per_block=_gather_bytes(footprint, workload) if gathers else 0,
+        gather_per_block=_gather_bytes(footprint, workload) if gathers and not own and not encodes else 0,
         load_peak=load_peak(footprint, devices, head=False),
         last_load_peak=load_peak(footprint, devices, head=True),
-        scores=gathered.scores_bytes(footprint, workload.max_batch_tokens, workload.max_context) if own else 0,
-        gathered_blocks=gathered.most_blocks(workload) if own else cross.most_blocks(workload) if encodes else None,
+        kernels=driver_bytes(0) if gathers and cuda else 0,
+        own=cross.room(footprint, workload) if encodes else room,
     )
 
 
-def _fragmentation_bytes(footprint: Footprint, budget_bytes: int) -> int:
+def _fragmentation_bytes(footprint: Footprint, room: Room | None) -> int:
     """With the rounding of all layers' arenas, as if the device held every layer."""
     rounding = sum(arena.taken(size) - layer.bytes for layer, size in _arenas(footprint))
-    return _FRAGMENTATION_BYTES + budget_bytes // _FRAGMENTATION + rounding
+    return rounding + (_EAGER_BYTES + room.most // _EAGER_PART if room else _FRAGMENTATION_BYTES)
 
 
 def _arenas(footprint: Footprint) -> list[tuple[Module, int]]:
@@ -223,7 +231,7 @@ def _arenas(footprint: Footprint) -> list[tuple[Module, int]]:
 
 
 def driver_bytes(layers: int) -> int:
-    """What the driver keeps for the CUDA graphs of a model of so many layers."""
+    """What the driver keeps for kernels that have run, and for CUDA graphs of so many layers."""
     return _GRAPH_BYTES + _GRAPH_LAYER_BYTES * layers
 
 
@@ -260,7 +268,7 @@ def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gat
     size, tables = dtype_bytes(footprint.dtype), 24 * step
     if cross.encodes(footprint):
         size, tables = cross.hidden_bytes(footprint), cross.layout_bytes(workload)
-    kept = tables + rows * footprint.geometry.hidden * size + _CUBLAS_BYTES
+    kept = tables + rows * footprint.geometry.hidden * size + _CUBLAS_BYTES * (1 if gathers else 2)
     if footprint.quantization in arena.QUANTISED:
         kept += _KERNEL_BYTES + min(
             _DEQUANTISED_MOST, 2 * dtype_bytes(footprint.dtype) * _largest_quantised(footprint, head=True)
@@ -356,10 +364,6 @@ def _prefill_bytes(footprint: Footprint, workload: Workload) -> int:
 def _gather_bytes(footprint: Footprint, workload: Workload) -> int:
     """Keys, values and mask of one block in one layer, gathered for a decode step and padded."""
     geometry, size = footprint.geometry, kv_dtype_bytes(workload.kv_dtype)
-    if geometry.own_attention:
-        return workload.block_size * gathered.token_bytes(footprint)
-    if cross.encodes(footprint):
-        return cross.block_bytes(footprint, workload)
     per_token = max(kv.elements_per_token for kv in geometry.kv) * size + 1 + size
     per_token += geometry.heads * (2 * size + 2 * 4) if geometry.softcap else 0
     return _PADDING * workload.block_size * per_token

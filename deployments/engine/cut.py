@@ -25,6 +25,7 @@ from deployments.engine.messages import EngineLimits
 from deployments.engine.stages import Stage, detach_kv, find_decoder, find_layers
 from deployments.errors import ConfigError
 from placement.anatomy import own_attention
+from placement.gathered import EXPANDS, Bound, bound
 from placement.kv import LayerKv, layer_kv
 from placement.plan import Plan
 
@@ -73,8 +74,7 @@ class Cut:
             gc.collect()
             log.warning("the plan of %s counted on paged attention, and holds nothing back for the gather cache", name)
         log.warning("%s runs on the gather cache, which is slower: on paged attention %s", name, reason)
-        plan = self.plan
-        gathers = [GatherAttention(plan.num_blocks, device, plan.max_context) for device in self.devices]
+        gathers = [GatherAttention(self.plan.num_blocks, device, self._bound()) for device in self.devices]
         try:
             return self._probed(gathers, own, ids, expected), f"gather cache (on paged attention {reason})"
         except ProbeFailed as error:
@@ -112,6 +112,12 @@ class Cut:
         # GPT-2 and others have names of their own for some of the standard ones.
         own_names = {name: getattr(self._config, name) for name in self._config.attribute_map}
         return layer_kv(self._config.to_dict() | own_names)
+
+    def _bound(self) -> Bound:
+        """Of a forward on the gather cache, the same as the plan's."""
+        latent = (module for name, module in self.model.named_modules() if name.endswith(EXPANDS))
+        expanded = max((int(module.out_features) for module in latent), default=0)
+        return bound(self._config.num_attention_heads, self._shapes(), self.plan.dtype, expanded, self.plan.max_context)
 
     def _kinds(self) -> tuple[Kind, ...]:
         """How each layer attends, as far as a config tells; the first step shows what is really asked."""

@@ -28,7 +28,7 @@ from deployments.engine.attention import (
     indexable,
     stored,
 )
-from placement.gathered import most_pairs, most_tokens
+from placement.gathered import Bound
 
 _WASTE = 2
 """The longest sequence of a batch is at most so many times the shortest: what is gathered is padded to the longest."""
@@ -59,16 +59,16 @@ class GatherAttention(Attention):
     Args:
         num_blocks: blocks of sequences, and so the id of the scratch block behind them.
         device: where the blocks are.
-        longest: tokens of the longest sequence, by which a plan bounds a forward (`placement.gathered`).
+        bound: of a forward, on which the plan counts.
     """
 
     name = "gather cache"
     capturable = False
     compilable = False
 
-    def __init__(self, num_blocks: int, device: torch.device, longest: int) -> None:
+    def __init__(self, num_blocks: int, device: torch.device, bound: Bound) -> None:
         super().__init__()
-        self._tokens, self._pairs = most_tokens(longest), most_pairs(longest)
+        self.bound = bound
         self._scratch = num_blocks
         self._device = device
         self._batches: tuple[Batch, ...] = ()
@@ -77,8 +77,7 @@ class GatherAttention(Attention):
         """Lay the step out as batches."""
         # Sequences that share a prefix, and padding, could gather more than the blocks hold, and the plan keeps room
         # for no more than that.
-        tokens = min(self._tokens, self._scratch * layout.block_size)
-        groups = group_spans(layout.padded(self._scratch), tokens, self._pairs)
+        groups = group_spans(layout.padded(self._scratch), self._scratch * layout.block_size, self.bound)
         self._batches = tuple(make_batch(group, layout.block_size, self._device) for group in groups)
 
     def run(
@@ -177,31 +176,31 @@ class GatherLayer(CacheLayerMixin):
         """The blocks are there already."""
 
 
-def group_spans(spans: Sequence[RowSpan], tokens: int, pairs: int) -> Iterator[list[tuple[int, RowSpan]]]:
+def group_spans(spans: Sequence[RowSpan], tokens: int, bound: Bound) -> Iterator[list[tuple[int, RowSpan]]]:
     """Batches of (first row, span), to be run in this order: spans of equally many rows, of which the longest is at
     most twice as long as the shortest.
 
     Args:
         tokens: gathered by a batch at most, unless a sequence alone has more.
-        pairs: of a row and a token that it attends to, in a batch at most, unless a row alone has more. Spans with
-            more are divided, and a part comes in no earlier batch than those before it.
+        bound: of a batch, unless a row alone takes more. Spans that take more are divided, and a part comes in no
+            earlier batch than those before it.
     """
     firsts = accumulate((span.count for span in spans), initial=0)
-    divided = [list(_divide(first, span, pairs)) for first, span in zip(firsts, spans, strict=False)]
+    divided = [list(_divide(first, span, bound)) for first, span in zip(firsts, spans, strict=False)]
     for parts in zip_longest(*divided):
         by_count: dict[int, list[tuple[int, RowSpan]]] = {}
         for part in filter(None, parts):
             by_count.setdefault(part[1].count, []).append(part)
         for count, members in by_count.items():
-            yield from _batches(sorted(members, key=lambda each: each[1].start), min(tokens, pairs // count))
+            yield from _batches(sorted(members, key=lambda each: each[1].start), min(tokens, bound.tokens(count)))
 
 
-def _divide(first: int, span: RowSpan, pairs: int) -> Iterator[tuple[int, RowSpan]]:
-    """The span's rows in parts that have so many pairs at most, one row at least."""
+def _divide(first: int, span: RowSpan, bound: Bound) -> Iterator[tuple[int, RowSpan]]:
+    """The span's rows in parts that each keep to the bound, one row at least."""
     start, end = span.start, span.start + span.count
     while start < end:
         count = end - start
-        while count > 1 and count * (start + count) > pairs:
+        while count > 1 and start + count > bound.tokens(count):
             count = -(-count // 2)
         yield first + start - span.start, RowSpan(start, count, span.block_table)
         start += count

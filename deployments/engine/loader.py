@@ -39,6 +39,7 @@ from deployments.engine.grouped_stored import StoredLinear, repack
 from deployments.engine.head import quantise_head
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits, Tuning
+from deployments.engine.odd_linears import mend_odd_linears
 from deployments.engine.residents import resident_bytes
 from deployments.engine.rotary import fix_frequencies
 from deployments.engine.settle import expand_segments, settle_layers
@@ -113,6 +114,8 @@ def load(
     if plan.embeddings:
         settle_embedding(model, plan)
     _compute_as_planned(model, plan, limits.int8_threshold if limits else 0.0)
+    if device_type == "cuda":
+        mend_odd_linears(model)
     settle_grouped(model)
     fix_frequencies(model)
     if plan.experts:

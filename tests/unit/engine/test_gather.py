@@ -7,6 +7,7 @@ import torch
 
 from deployments.engine.attention import PagedKv, RowSpan, StepLayout, UnsupportedAttention
 from deployments.engine.gather import GatherAttention, GatherLayer, group_spans, make_batch
+from placement.gathered import Bound
 
 CPU = torch.device("cpu")
 BLOCK = 4
@@ -19,7 +20,12 @@ def span(start: int, count: int, first_block: int = 0) -> RowSpan:
 
 
 def groups(*spans: RowSpan, limit: int = 1000, pairs: int = 10**6) -> list[list[int]]:
-    return [[first for first, _ in group] for group in group_spans(spans, limit, pairs)]
+    return [[first for first, _ in group] for group in group_spans(spans, limit, of_pairs(pairs))]
+
+
+def of_pairs(most: int) -> Bound:
+    """A forward's bound where gathering costs nothing."""
+    return Bound(token_bytes=0, pair_bytes=1, most=most)
 
 
 def test_spans_of_equally_many_rows_share_a_batch() -> None:
@@ -42,9 +48,19 @@ def test_a_batch_scores_no_more_pairs_than_the_limit() -> None:
     assert groups(*[span(9, 1)] * 2, pairs=5) == [[0], [1]], "a row can't be divided"
 
 
+def test_gathered_tokens_and_pairs_share_one_bound() -> None:
+    # Of 10 tokens each: one row costs 10 * (3 + 1), ten rows 10 * (3 + 10 * 1); they are divided into fives.
+    bound = Bound(token_bytes=3, pair_bytes=1, most=80)
+    assert (bound.tokens(1), bound.tokens(10)) == (20, 6)
+    together = [[first for first, _ in group] for group in group_spans([span(9, 1)] * 3, 1000, bound)]
+    assert together == [[0, 1], [2]]
+    parts = [[(part.start, part.count) for _, part in group] for group in group_spans([span(0, 10)], 1000, bound)]
+    assert parts == [[(0, 5)], [(5, 5)]]
+
+
 def test_long_spans_are_divided_and_their_parts_run_in_order() -> None:
     """Ten rows in parts of 5, 3 and 2, and another span of 3 rows that joins the second of these at the earliest."""
-    found = list(group_spans((span(0, 3), span(0, 10, 1)), 1000, 25))
+    found = list(group_spans((span(0, 3), span(0, 10, 1)), 1000, of_pairs(25)))
     parts = [[(first, part.start, part.count) for first, part in group] for group in found]
     assert parts == [[(0, 0, 3)], [(3, 0, 5)], [(8, 5, 3)], [(11, 8, 2)]]
     assert {part.block_table for group in found[1:] for _, part in group} == {(1, 2, 3)}
@@ -54,7 +70,7 @@ def test_long_spans_are_divided_and_their_parts_run_in_order() -> None:
 def test_division_loses_no_row_and_keeps_to_the_limit(pairs: int) -> None:
     spans = (span(5, 7), span(0, 20), span(30, 1), span(2, 7))
     seen: dict[int, int] = {}
-    for group in group_spans(spans, 40, pairs):
+    for group in group_spans(spans, 40, of_pairs(pairs)):
         longest = max(part.start + part.count for _, part in group)
         count = group[0][1].count
         assert len(group) == 1 or (longest * len(group) <= 40 and count * longest * len(group) <= pairs)
@@ -79,7 +95,7 @@ def test_a_forward_gathers_no_more_than_the_blocks_hold(spans: list[RowSpan]) ->
     """The plan keeps room for no more; here all sequences together would gather more than nine blocks."""
     blocks = 9
     assert {block for each in spans for block in each.block_table} <= set(range(blocks))
-    attention = GatherAttention(blocks, CPU, longest=16)
+    attention = GatherAttention(blocks, CPU, of_pairs(10**6))
     attention.prepare(StepLayout(tuple(spans), BLOCK))
     gathered = [len(batch.gathered) for batch in attention._batches]
     assert len(spans) * (max(each.start for each in spans) + 1) > blocks * BLOCK
@@ -167,7 +183,7 @@ def test_a_step_comes_back_in_row_order() -> None:
         visible = options["attention_mask"].sum(-1)[:, None]
         return torch.stack((source, positions, visible.expand_as(source)), -1).float()
 
-    attention = GatherAttention(30, CPU, longest=40)
+    attention = GatherAttention(30, CPU, of_pairs(10**6))
     attention.prepare(StepLayout((span(9, 1), span(0, 3, 4), span(10, 1, 8)), BLOCK))
     ids, positions = torch.tensor([[50, 60, 61, 62, 70]]), torch.tensor([[9, 0, 1, 2, 10]])
     out = attention.run(forward, ids, positions, {2: PagedKv(30, BLOCK, 1, 8, torch.float32, CPU)})

@@ -16,11 +16,11 @@ from deployments.engine.loader import load
 from deployments.engine.stages import StepRows
 from placement import gathered
 from placement.anatomy import own_attention
-from placement.footprint import Footprint, footprint
+from placement.footprint import Footprint, Tensor, footprint
 from placement.hardware import virtual_cpu_devices
 from placement.kv import LayerKv
 from placement.plan import solve
-from placement.reserve import reserve, why_not_flashinfer
+from placement.reserve import driver_bytes, reserve, why_not_flashinfer
 from placement.workload import Workload
 from tests.contract.families import FAMILIES, PAGED, Family
 from tests.contract.greedy import save
@@ -61,41 +61,76 @@ def test_real_models_with_attention_of_their_own_are_planned_so(name: str) -> No
     weighed = footprint(CONFIGS / name, quantization="nf4")
     assert weighed.geometry.own_attention is not None
     assert why_not_flashinfer(weighed, WORKLOAD) == weighed.geometry.own_attention
-    found = reserve(weighed, WORKLOAD, device_type="cuda", budget_bytes=10**9)
-    assert (found.graphs, found.prefill) == (0, 0)
-    assert found.scores > 0
-    assert found == reserve(weighed, replace(WORKLOAD, attention="torch"), device_type="cuda", budget_bytes=10**9)
+    found = reserve(weighed, WORKLOAD, device_type="cuda")
+    assert (found.graphs, found.kernels, found.prefill, found.gather_per_block) == (0, driver_bytes(0), 0, 0)
+    assert found.own is not None
+    assert found == reserve(weighed, replace(WORKLOAD, attention="torch"), device_type="cuda")
 
 
 @pytest.mark.parametrize("name", ["llama-8b", "gemma-2-9b", "t5-11b", "mixtral-8x7b"])
 def test_others_are_not(name: str) -> None:
-    found = reserve(footprint(CONFIGS / name, quantization="nf4"), WORKLOAD, device_type="cpu", budget_bytes=10**9)
-    assert (found.scores, found.gathered_blocks) == (0, None)
+    found = reserve(footprint(CONFIGS / name, quantization="nf4"), WORKLOAD, device_type="cpu")
+    assert found.own is None
 
 
 def test_bytes_by_hand() -> None:
+    def token(heads: int, kv: LayerKv, dtype: str = "float16", expanded: int = 0) -> int:
+        return gathered.bound(heads, [kv], dtype, expanded, 1).token_bytes
+
     # 8 heads of 16 in 2 bytes: 8 * 16 * (3 * 2 + 4). With one KV head the cache is handed one.
-    assert gathered.token_bytes(mha(8, LayerKv(8, 16))) == 1280
-    assert gathered.token_bytes(mha(8, LayerKv(2, 16))) == 1280
-    assert gathered.token_bytes(mha(8, LayerKv(1, 16))) == 160
-    assert gathered.token_bytes(mha(8, LayerKv(8, 16), "float32")) == 8 * 16 * 16
-    assert gathered.pair_bytes(mha(8, LayerKv(8, 16))) == 8 * 12 + 8
+    assert token(8, LayerKv(8, 16)) == token(8, LayerKv(2, 16)) == 1280
+    assert token(8, LayerKv(1, 16)) == 160
+    assert token(8, LayerKv(8, 16), "float32") == 8 * 16 * 16
+    # A latent of 40 and 256 elements that it is expanded to, both twice.
+    assert token(8, LayerKv(1, 40, latent=True), expanded=256) == 2 * 2 * (40 + 256)
+    # Three scores in 2 bytes and two in 4 for each head.
+    assert gathered.bound(8, [], "float16", 0, 1).pair_bytes == 8 * (3 * 2 + 2 * 4) + 8
+
+
+def test_a_bound_is_shared_by_tokens_and_pairs() -> None:
+    limit = gathered.bound(8, [LayerKv(8, 16)], "float16", 0, 100)
+    assert limit == gathered.Bound(1280, 120, gathered.FORWARD_BYTES)
+    assert limit.tokens(1) == gathered.FORWARD_BYTES // 1400
+    assert limit.tokens(100) == gathered.FORWARD_BYTES // (1280 + 12_000)
+    # A row of a million tokens takes more, and can't be divided.
+    assert gathered.bound(8, [LayerKv(8, 16)], "float16", 0, 10**6).most == 10**6 * 1400
 
 
 def test_a_forward_is_bounded_however_long_the_context() -> None:
     toy = mha(8, LayerKv(8, 16))
-    short = reserve(toy, WORKLOAD, device_type="cuda", budget_bytes=10**9)
-    assert short.scores == 512 * 256 * (8 * 12 + 8)
-    assert short.gathered_blocks == gathered.TOKENS // 16
-    long = replace(WORKLOAD, max_batch_tokens=4096, max_context=100_000)
-    found = reserve(toy, long, device_type="cuda", budget_bytes=10**9)
-    assert found.scores == gathered.PAIRS * (8 * 12 + 8)
-    assert found.gathered_blocks == 100_000 // 16
-    # Ten blocks of 16 tokens of 1,280 bytes; no more than those that a forward gathers.
-    base = found.held(last=False, blocks=0, kv_block_bytes=0)
-    assert found.held(last=False, blocks=10, kv_block_bytes=0) == base + 10 * 16 * 1280
-    most = found.held(last=False, blocks=6250, kv_block_bytes=0)
-    assert most == found.held(last=False, blocks=10**6, kv_block_bytes=0)
+    short = reserve(toy, replace(WORKLOAD, max_sequences=4), device_type="cuda").own
+    assert short is not None
+    assert short.scores == 512 * 256 * 120
+    assert short.most == short.scores + 4 * 256 * 1280, "all that four sequences have"
+    long = reserve(toy, replace(WORKLOAD, max_batch_tokens=4096, max_context=100_000), device_type="cuda").own
+    assert long is not None
+    assert long.most == gathered.FORWARD_BYTES
+    # Ten blocks of 16 tokens of 1,280 bytes, as far as a forward may take them.
+    assert short.taken(10) == short.taken(0) + 10 * 16 * 1280
+    assert short.taken(64) == short.taken(10**6) == short.most - short.spared
+
+
+def test_activations_of_other_products_are_not_there_while_a_layer_attends() -> None:
+    names = {"self_attention.qkv": 24, "self_attention.dense": 8, "mlp.up": 32, "mlp.down": 8}
+    tensors = tuple(
+        Tensor(f"h.0.{name}.weight", name, (out, 8), 2, linear=True, bytes=16 * out) for name, out in names.items()
+    )
+    toy = mha(2, LayerKv(2, 4))
+    toy = replace(toy, modules=tuple(replace(module, tensors=tensors) for module in toy.modules))
+    # Per row in 2 bytes: four hidden states, and of the products 24 and 8.
+    attending = 2 * (4 * toy.geometry.hidden + 24 + 8)
+    assert gathered.room(toy, WORKLOAD, attending + 100).spared == 512 * 100
+    assert gathered.room(toy, WORKLOAD, attending - 1).spared == 0
+
+
+@pytest.mark.parametrize("family", OWN, ids=lambda family: family.name)
+def test_the_engine_keeps_to_the_bound_of_the_plan(family: Family, tmp_path: Path) -> None:
+    folder = save(family.config, tmp_path)
+    weighed = footprint(folder, quantization="bf16")
+    plan = solve(weighed, virtual_cpu_devices(("400MB",)), block_size=16, max_batch_tokens=64, max_sequences=2)
+    (stage,) = load(folder, plan, device_type="cpu").stages
+    assert isinstance(stage.attention, gather.GatherAttention)
+    assert stage.attention.bound == gathered.planned(weighed, plan.max_context)
 
 
 @pytest.mark.parametrize(
@@ -103,17 +138,16 @@ def test_a_forward_is_bounded_however_long_the_context() -> None:
     [family for family in OWN if family.name in ("BLOOM", "Falcon 40B", "GPT-J", "DeepSeek-V2", "GPT-OSS")],
     ids=lambda family: family.name,
 )
-def test_a_forward_takes_no_more_than_the_plan_holds_back(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forward_takes_no_more_than_the_plan_holds_back(family: Family, tmp_path: Path) -> None:
     """Decodes of many sequences, a long prompt, and the same where forwards are smaller: all in bfloat16."""
     folder = save(family.config, tmp_path)
     weighed = footprint(folder, quantization="bf16")
     devices = virtual_cpu_devices(("400MB",))
     plan = solve(weighed, devices, block_size=16, max_batch_tokens=512, max_sequences=64, max_context=256)
-    found = reserve(weighed, WORKLOAD, device_type="cpu", budget_bytes=10**9)
+    found = reserve(weighed, WORKLOAD, device_type="cpu")
     (stage,) = load(folder, replace(plan, num_blocks=320), device_type="cpu").stages
-    pair, token = gathered.pair_bytes(weighed), gathered.token_bytes(weighed)
+    limit = gathered.planned(weighed, 256)
+    pair, token = limit.pair_bytes, limit.token_bytes
 
     def peak(sequences: int, new: int, past: int) -> int:
         each = -(-(past + new) // 16)
@@ -124,12 +158,12 @@ def test_a_forward_takes_no_more_than_the_plan_holds_back(
         return counted.peak
 
     decodes, prompt = peak(20, 1, 240), peak(1, 120, 120)
-    beside = found.activations  # of 512 rows, more than there are
+    assert found.own is not None
+    beside = found.activations - found.own.spared  # of 512 rows, more than there are
     assert decodes <= 20 * 241 * (token + pair) + beside
     assert decodes > 20 * 241 * token // 3, "the bound says something"
     assert prompt <= 120 * 240 * pair + 240 * token + beside
-    for name, bound in (("most_tokens", 2 * 241), ("most_pairs", 24 * 240)):
-        monkeypatch.setattr(gather, name, lambda _, bound=bound: bound)
-    stage.attention = gather.GatherAttention(320, stage.device, 256)
-    assert peak(20, 1, 240) <= 2 * 241 * (token + pair) + beside
-    assert peak(1, 120, 120) <= 24 * 240 * pair + 240 * token + beside
+    most = 3 * 241 * (token + pair)
+    stage.attention = gather.GatherAttention(320, stage.device, replace(limit, most=most))
+    assert peak(20, 1, 240) <= most + beside
+    assert peak(1, 120, 120) <= most + beside

@@ -10,9 +10,9 @@ from placement.workload import Workload
 from tests.unit.placement.toy import toy_footprint
 
 GB, MB = 10**9, 10**6
-TAKEN = reserve(
-    toy_footprint([1]), Workload(4, 8, 256, 64, "float16"), device_type="cuda", budget_bytes=4 * GB, devices=2
-).held(last=True, blocks=1024, kv_block_bytes=0)
+TAKEN = reserve(toy_footprint([1]), Workload(4, 8, 256, 64, "float16"), device_type="cuda", devices=2).held(
+    last=True, blocks=1024, kv_block_bytes=0
+)
 """What a GPU's reserve takes, more or less, whatever the constants of the day."""
 SMALL = Gpu.of("small", TAKEN + 2300 * MB, accelerator_type="S")
 LARGE = Gpu.of("large", TAKEN + 7300 * MB, accelerator_type="L")
