@@ -30,12 +30,14 @@ from transformers import (
 
 from deployments.checkpoint import is_encoder_decoder, read_config
 from deployments.engine.cut import Cut
+from deployments.engine.eight_bit import quantising_in_place
 from deployments.engine.embedding import quantising_embedding, settle_embedding, untied_config
 from deployments.engine.encoder_decoder import EncoderDecoderStage
 from deployments.engine.encoder_decoder_load import ATTENTION, proven, samples, untie
 from deployments.engine.expert_loading import quantising_experts, settle_experts
 from deployments.engine.grouped import grouped_options, settle_grouped
 from deployments.engine.head import quantise_head
+from deployments.engine.laps import Laps
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits, Tuning
 from deployments.engine.residents import resident_bytes
@@ -93,7 +95,9 @@ def load(
     Raises:
         ConfigError: the loaded bytes differ from the plan, or the model does not run on paged attention.
     """
+    laps = Laps()
     model, quantization = _read_as_planned(model_dir, plan, device_type, cache_dir)
+    laps.lap("read")
     devices = [
         torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
     ]
@@ -113,20 +117,27 @@ def load(
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     copies = _copies(model, plan, devices)
     verify_bytes(model, plan, copies)
+    laps.lap("check bytes")
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
     if early := kernels and plan.quantization == "int8":
         _settle(model, plan, kernels=kernels)  # before the plain forward, where bitsandbytes would round activations
+        laps.lap("settle")
     expected = plain_logits(model, plan, ids)
+    laps.lap("plain forward")
     remove_hook_from_submodules(model)
     if device_type == "cpu":
         _shorten_linears(model)
     else:
         if not early:
             _settle(model, plan, kernels=kernels)
+        laps.lap("settle")
         if kernels and limits is not None and limits.tuning is not None:
             _tune(model, limits.tuning)
+            laps.lap("tune")
         expand_segments()
     stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
+    laps.lap("prove")
+    log.info("%s loaded: %s", plan.model, laps)
     return LoadedModel(stages, int(expected.shape[-1]), attention)
 
 
@@ -261,7 +272,7 @@ def _read(
     if config is not None:
         options["config"] = config
     auto = AutoModelForSeq2SeqLM if is_encoder_decoder(model_dir) else AutoModelForCausalLM
-    with _exact_allocations():
+    with _exact_allocations(), quantising_in_place():
         model: PreTrainedModel = auto.from_pretrained(
             model_dir,
             local_files_only=True,
