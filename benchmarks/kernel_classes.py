@@ -1,4 +1,4 @@
-"""What a kernel of a step is for, by its name: for the table of `engine_throughput --profile` and for `trace_picture`."""
+"""What a kernel of a step is for, by its name: for `engine_throughput --profile` and for `trace_picture`."""
 
 from __future__ import annotations
 

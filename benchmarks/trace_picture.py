@@ -119,8 +119,8 @@ def read(path: Path, title: str) -> Trace:
     gpus = len({event["args"]["device"] for event in events if event.get("cat") == "kernel"})
     if not gpus or len(steps) <= gpus:
         raise TraceError(
-            f"{path} has {len(steps)} marked steps and kernels of {gpus} GPUs; a picture needs a GPU's kernels, and more "
-            "steps than GPUs: write it by benchmarks.engine_throughput --profile N --trace FILE on a machine with GPUs"
+            f"{path} has {len(steps)} marked steps and kernels of {gpus} GPUs; a picture needs a GPU's kernels, and "
+            "more steps than GPUs: write it by benchmarks.engine_throughput --profile N --trace FILE where GPUs are"
         )
     return Trace(title, spans, tuple(steps), gpus)
 
