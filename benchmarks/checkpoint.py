@@ -2,8 +2,9 @@
 
     python -m benchmarks.checkpoint 8b                    writes one, and says where it is
 
-Time and memory do not depend on what the weights are, as long as they are not zeros. Its tokenizer knows bytes alone:
-`headroom compare` takes such a folder too (its perplexities then compare with each other, and say nothing else).
+Time and memory do not depend on what the weights are, as long as they are not zeros. Its tokenizer reads bytes, and
+writes each other id as a word, so `headroom serve` and `headroom compare` take such a folder too (its perplexities then
+compare with each other, and say nothing else).
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Configs by name; of Llama models where they name no other type. With a quantization_config the linears are packed."""
 FOLDER = Path("/tmp/headroom-checkpoints")
+_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _SHARD_BYTES = 4 * 10**9
 _SCALE = 0.02
 """Standard deviation of the weights, as models are initialised: activations stay in range."""
@@ -127,7 +129,7 @@ def write(shape: str, folder: Path) -> Path:
             done.result()
     (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config.save_pretrained(partial)
-    _byte_tokenizer().save_pretrained(partial)
+    _tokenizer(config.vocab_size).save_pretrained(partial)
     return partial.rename(target)
 
 
@@ -138,7 +140,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="default: %(default)s")
     options = parser.parse_args(arguments)
     path = write(options.shape, options.folder)
-    _byte_tokenizer().save_pretrained(path)  # those written before have none
+    _tokenizer(shape_config(options.shape).vocab_size).save_pretrained(path)  # those written before have another
     print(path)
     return 0
 
@@ -157,12 +159,14 @@ def asked(shape: str, quantization: str) -> dict[str, Any]:
     return {"dtype": "bfloat16"} if method else {"quantization": quantization}
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Each byte is a token."""
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Each byte of a text is a token; the ids after the bytes are words that no text is read as."""
+    vocab = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
+    vocab |= {f"Ġw{i}": i for i in range(len(vocab), vocab_size)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=_CHAT_TEMPLATE)
 
 
 def shape_config(shape: str) -> PreTrainedConfig:

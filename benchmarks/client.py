@@ -29,6 +29,8 @@ class Answer:
     prompt_tokens: int
     output_tokens: int
     text: str
+    lengths: tuple[int, ...] = ()
+    """Characters of each piece."""
 
     @property
     def ttft(self) -> float:
@@ -114,7 +116,8 @@ async def stream(http: httpx.AsyncClient, model: str, prompt: str, output_tokens
     ended = time.perf_counter()
     if not arrivals or usage.get("completion_tokens") != output_tokens:
         raise LoadFailed(f"asked for {output_tokens} tokens, got usage {usage} and {len(arrivals)} pieces of text")
-    return Answer(prompt, sent, tuple(arrivals), ended, usage["prompt_tokens"], output_tokens, "".join(text))
+    lengths = tuple(map(len, text))
+    return Answer(prompt, sent, tuple(arrivals), ended, usage["prompt_tokens"], output_tokens, "".join(text), lengths)
 
 
 def _events(line: str) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint import FOLDER, SHAPES, asked, write
+from benchmarks.kernel_classes import kernel_class
+from benchmarks.trace_picture import STEP
 from deployments.checkpoint import is_encoder_decoder
 from deployments.compare.throughput import Burst, Step, burst, random_prompts
 from deployments.engine.loader import load, quantization_config
@@ -37,17 +39,6 @@ from placement import probe
 from placement.footprint import Footprint, footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
-
-_CLASSES = (
-    ("fused elementwise", ("triton_",)),  # their names hold those of the operators around them
-    ("KV append", ("index_copy", "index_elementwise", "AppendPagedKV", "append_paged")),
-    ("attention", ("flashinfer", "fmha", "flash_", "MergeStates", "BatchPrefill", "BatchDecode")),
-    ("GEMM", ("skinny", "gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv", "wgmma", "linear_")),
-    ("dequantise", ("Dequantize", "dequant")),
-    ("sampling", ("argmax", "ArgMax", "reduce_kernel", "softmax", "topk", "sort")),
-    ("copies", ("Memcpy", "copy_kernel", "direct_copy")),
-)
-"""Kernel classes, by a part of the kernel's name; the first that matches counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,18 +236,22 @@ def _profile(engine: Engine, concurrency: int, options: argparse.Namespace) -> N
     started: set[str] = set()
     while len(started) < concurrency:
         started.update(chunk.request_id for chunk in engine.step())
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         began = time.perf_counter()
         for _ in range(10):
-            engine.step()
+            with torch.profiler.record_function(STEP):
+                engine.step()
         wall = time.perf_counter() - began
     while engine.has_work():
         engine.step()
     shares: dict[str, float] = {}
-    events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
+    marks = (STEP, "ProfilerStep")  # which the profiler shows on the device too
+    events = [e for e in profiler.key_averages() if e.self_device_time_total > 0 and not e.key.startswith(marks)]
     for event in events:
-        name = next((name for name, parts in _CLASSES if any(part in event.key for part in parts)), "other")
+        name = kernel_class(event.key)
         shares[name] = shares.get(name, 0.0) + event.self_device_time_total / 1e4
     busy = sum(shares.values())
     print(f"      a step of {concurrency}: {1e2 * wall:.2f} ms, {busy:.2f} ms of it in kernels, summed over GPUs:")

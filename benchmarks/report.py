@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.client import Answer, rate
+from benchmarks.overhead import GOAL_RATE, GOAL_STEP, Overhead
 
 GOAL_MANY = 4.0
 """Times sequential `generate()`'s tokens/s at MANY clients."""
@@ -122,6 +123,8 @@ class Report:
     """Of the bare engine, one request at a time; empty when it was not measured."""
     added_s: tuple[float, ...]
     """Client's less the bare engine's time to the first token, prompt by prompt, in the order of the field above."""
+    overhead: Overhead | None = None
+    """Against the engine alone at the most clients; None when it was not measured."""
 
     def level(self, clients: int) -> Level | None:
         """The level of that many clients, if it was run."""
@@ -137,12 +140,21 @@ class Report:
         if self.added_s:
             name = "added to the first token at p50 by HTTP, router and ledger"
             goals.append(Goal(name, 1e3 * percentile(self.added_s, 50), 1e3 * GOAL_ADDED_S, False, " ms"))
-        return goals
+        return goals + self._overhead_goals()
+
+    def _overhead_goals(self) -> list[Goal]:
+        if (found := self.overhead) is None:
+            return []
+        return [
+            Goal(f"tokens/s at {found.clients} over the engine alone", found.rate_ratio, GOAL_RATE, True, "x"),
+            Goal(f"a step of {found.clients} over the engine alone", found.step_ratio, GOAL_STEP, False, "x"),
+        ]
 
     def meets_all_goals(self) -> bool:
-        """Whether all three were measured on a steady machine, and met."""
+        """Whether all of what was compared with were measured on a steady machine, and met."""
         goals = self.goals()
-        return self.steady and len(goals) == 3 and all(goal.met for goal in goals)
+        expected = 3 * (self.baseline is not None) + 2 * (self.overhead is not None)
+        return self.steady and 0 < expected == len(goals) and all(goal.met for goal in goals)
 
     @property
     def steady(self) -> bool:
@@ -160,6 +172,7 @@ class Report:
             "steady": self.steady,
             "engine_first_token_s": list(self.engine_first_token_s),
             "added_s": list(self.added_s),
+            "overhead": None if self.overhead is None else asdict(self.overhead),
             "goals": [{**asdict(goal), "met": goal.met} for goal in self.goals()],
         }
 
@@ -183,6 +196,8 @@ class Report:
             parts.append(f"generate(): tokens/s by threads {sweep}; {same} of {compared} answers have the served text")
         if self.engine_first_token_s:
             parts.append(f"bare engine: first token p50 {1e3 * percentile(self.engine_first_token_s, 50):.0f} ms")
+        if self.overhead:
+            parts.append(str(self.overhead))
         parts += map(str, self.goals())
         if self.baseline and not self.steady:
             parts.append(

@@ -1,13 +1,19 @@
-"""Load on Headroom over HTTP, against sequential `generate()` and against the bare engine.
+r"""Load on Headroom over HTTP, against sequential `generate()` and against the bare engine.
 
     python -m benchmarks.serve_load                          starts `headroom serve serve_config.yaml` itself
     python -m benchmarks.serve_load --url http://host:8000   measures one that runs; --config says what it serves
+    python -m benchmarks.serve_load --shape 8b --engine --no-baseline --concurrency 1,64 --output-tokens 128 \
+        --prompt-characters 128                              random weights on a GPU, and the engine alone beside it
 
 Every round begins with one client whose requests alternate, prompt by prompt, with the sequential baseline and the bare
 engine, so that a slow spell of the machine hits all three; then come the larger numbers of clients. The baseline runs
 twice more with no server beside it (before it starts, after it stops), and the better of the two medians counts.
 Prompts are chat turns that no cache has seen, answered greedily and with `ignore_eos`, so that all answers are equally
 long.
+
+With --engine the engine alone is measured before the server starts, as the two would not fit on a GPU together: the
+largest number of clients, and then as many long answers at once, whose common time gives the time of a step. The
+service gets the same loads after its rounds.
 """
 
 from __future__ import annotations
@@ -32,8 +38,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # has no types
 from benchmarks.child import ROOT, ChildFailed
 from benchmarks.client import Answer, LoadFailed, run_clients
 from benchmarks.contenders import Contenders, SequentialRun
+from benchmarks.engine_child import EngineChild, EngineRun
+from benchmarks.overhead import Overhead, overhead
 from benchmarks.report import Baseline, Level, Report, plot
 from benchmarks.server import OwnServer
+from benchmarks.shape_config import write_config
 from benchmarks.subject import Subject
 from benchmarks.workload import CYCLE, prompts
 from deployments.errors import ConfigError
@@ -61,13 +70,17 @@ class Tally:
         Raises:
             LoadFailed: the prompt has another length in tokens on the two sides.
         """
-        if (answer.prompt_tokens,) != run.prompt_tokens:
-            raise LoadFailed(
-                f"the server counts {answer.prompt_tokens} prompt tokens where generate() has {run.prompt_tokens[0]}: "
-                "--config is not what the server serves"
-            )
+        _check_prompts(answer.prompt_tokens, run.prompt_tokens[0])
         self.same += (answer.text,) == run.texts
         self.compared += 1
+
+
+def _check_prompts(served: int, alone: int) -> None:
+    if served != alone:
+        raise LoadFailed(
+            f"the server counts {served} prompt tokens where what it is compared with has {alone}: --config is not "
+            "what the server serves"
+        )
 
 
 class Benchmark:
@@ -77,9 +90,14 @@ class Benchmark:
         self._options, self._subject, self._logs = options, subject, logs
         self._tally = Tally({clients: [] for clients in options.concurrency})
         self._contenders: Contenders | None = None
+        self._most = max(options.concurrency)
+        self._alone: list[tuple[EngineRun, int]] = []
+        """The engine's runs of the two loads, and the tokens of their prompts."""
+        self._overhead: Overhead | None = None
         baseline_answers = (options.rounds + 2 * (options.url is None)) * CYCLE * (not options.no_baseline)
         served_answers = CYCLE + options.rounds * sum(map(_requests, options.concurrency))
-        self._bar = tqdm(total=served_answers + baseline_answers, unit="answer")
+        engine_answers = 2 * sum(map(len, self._engine_loads())) * options.engine
+        self._bar = tqdm(total=served_answers + baseline_answers + engine_answers, unit="answer")
 
     def measure(self) -> Report:
         """Raises LoadFailed or ChildFailed."""
@@ -89,6 +107,7 @@ class Benchmark:
                 self._contenders = Contenders(self._subject, self._logs, self._options.output_tokens)
                 self._contenders.load()
             self._run_alone("before")
+            self._run_engine()
             self._bar.set_description("starting the server")
             with _serving(self._options, self._logs) as url:
                 asyncio.run(self._run_rounds(url))
@@ -107,27 +126,65 @@ class Benchmark:
             self._tally.seconds += run.seconds
             self._bar.update(CYCLE)
 
+    def _engine_loads(self) -> tuple[list[str], list[str]]:
+        """Several answers for each client, and a long one for each."""
+        return self._prompts("burst", _requests(self._most)), self._prompts("steady", self._most)
+
+    def _run_engine(self) -> None:
+        if not self._options.engine:
+            return
+        self._bar.set_description("loading the engine alone")
+        engine = EngineChild(self._subject, self._logs)
+        try:
+            engine.load()
+            self._bar.set_description("the engine alone")
+            engine.run(self._prompts("warm-up", self._most), clients=self._most, output_tokens=8)
+            for texts, tokens in zip(self._engine_loads(), self._engine_outputs(), strict=True):
+                self._alone.append(engine.run(texts, clients=self._most, output_tokens=tokens))
+                self._bar.update(len(texts))
+        finally:
+            engine.close()
+
+    def _engine_outputs(self) -> tuple[int, int]:
+        return self._options.output_tokens, self._options.steady_tokens
+
+    async def _run_engine_loads(self, http: httpx.AsyncClient) -> None:
+        served: list[list[Answer]] = []
+        for texts, tokens in zip(self._engine_loads(), self._engine_outputs(), strict=True):
+            served.append(await self._load(http, texts, clients=self._most, output_tokens=tokens))
+        for answers, (_, prompt_tokens) in zip(served, self._alone, strict=True):
+            _check_prompts(sum(answer.prompt_tokens for answer in answers), prompt_tokens)
+        (first, _), (second, _) = self._alone
+        self._overhead = overhead(self._most, (first, second), *served)
+
+    def _prompts(self, tag: str, count: int) -> list[str]:
+        return prompts(tag, count, self._options.prompt_characters)
+
     async def _run_rounds(self, url: str) -> None:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600), limits=limits) as http:
-            await self._load(http, prompts("first", CYCLE), clients=4)
+            await self._load(http, self._prompts("first", CYCLE), clients=4)
             for i in range(self._options.rounds):
                 for clients in self._options.concurrency:
-                    texts = prompts(f"r{i}c{clients}", _requests(clients))
+                    texts = self._prompts(f"r{i}c{clients}", _requests(clients))
                     if clients == 1 and self._contenders:
                         answers = await self._alternate(http, texts, self._contenders)
                     else:
                         answers = await self._load(http, texts, clients=clients)
                     self._tally.levels[clients].append(tuple(answers))
+            if self._options.engine:
+                await self._run_engine_loads(http)
 
-    async def _load(self, http: httpx.AsyncClient, texts: Sequence[str], *, clients: int) -> list[Answer]:
+    async def _load(
+        self, http: httpx.AsyncClient, texts: Sequence[str], *, clients: int, output_tokens: int | None = None
+    ) -> list[Answer]:
         self._bar.set_description(f"{clients} clients" if clients > 1 else "1 client")
         return await run_clients(
             http,
             self._subject.model.name,
             texts,
             clients=clients,
-            output_tokens=self._options.output_tokens,
+            output_tokens=output_tokens or self._options.output_tokens,
             done=self._bar.update,
         )
 
@@ -177,7 +234,7 @@ class Benchmark:
                 same_text=(tally.same, tally.compared),
             )
         levels = tuple(Level(clients, tuple(rounds)) for clients, rounds in tally.levels.items())
-        return Report(setup, levels, baseline, tuple(tally.engine), tuple(tally.added))
+        return Report(setup, levels, baseline, tuple(tally.engine), tuple(tally.added), self._overhead)
 
 
 def _requests(clients: int) -> int:
@@ -214,9 +271,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_load", description=__doc__.splitlines()[0])
     parser.add_argument("--url", help="of a Headroom that runs; default: start one on a free port")
     parser.add_argument("--config", type=Path, default=ROOT / "serve_config.yaml", help="what is served")
+    parser.add_argument("--shape", help="serve random weights of this shape of benchmarks.checkpoint, not --config")
+    parser.add_argument("--quantization", default="nf4", help="of --shape; default: %(default)s")
+    parser.add_argument(
+        "--ingress", type=_positive, default=4, help="ingress replicas of --shape; default: %(default)s"
+    )
     parser.add_argument("--concurrency", type=_clients, default=[1, 4, 16], help="numbers of clients: 1,4,16")
     parser.add_argument("--output-tokens", type=_positive, default=64, help="tokens of each answer")
+    parser.add_argument("--prompt-characters", type=_positive, help="of each prompt; default: as chat turns are")
     parser.add_argument("--rounds", type=_positive, default=3)
+    parser.add_argument("--engine", action="store_true", help="compare the most clients with the engine alone")
+    parser.add_argument(
+        "--steady-tokens", type=_positive, default=512, help="of the long answers of --engine; default: %(default)s"
+    )
     parser.add_argument("--no-baseline", action="store_true", help="only the load: no generate(), no bare engine")
     parser.add_argument(
         "--goals", action="store_true", help="exit with 1 unless every goal was measured, steadily, and met"
@@ -227,8 +294,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--logs", type=Path, metavar="FOLDER", help="of the server and the baseline; default: a new one"
     )
     options = parser.parse_args(arguments)
-    if options.goals and options.no_baseline:
-        parser.error("--goals compares with the baseline: drop --no-baseline")
+    if options.goals and options.no_baseline and not options.engine:
+        parser.error("--goals compares with the baseline or the engine: drop --no-baseline, or add --engine")
+    if options.engine and options.url:
+        parser.error("--engine runs the engine alone before the service: drop --url")
     if not options.no_baseline and 1 not in options.concurrency:
         parser.error("the baseline alternates with one client: add 1 to --concurrency, or give --no-baseline")
     return options
@@ -240,6 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs = options.logs or Path(tempfile.mkdtemp(prefix="serve_load-"))
     logs.mkdir(parents=True, exist_ok=True)
     try:
+        if options.shape:
+            options.config = write_config(options.shape, options.quantization, options.ingress, logs)
         subject = Subject.of(options.config)
         if subject.device_type == "cuda" and not options.no_baseline:
             raise ConfigError("on GPUs the plan leaves the baseline no memory beside the server; pass --no-baseline")

@@ -35,9 +35,13 @@ _CONTEXT_SENTENCES = (0, 0, 1, 2, 3, 5, 7, 9)
 """Sentences of background in prompt 0, 1, ..., of a cycle."""
 
 
-def prompts(tag: str, count: int) -> list[str]:
-    """`count` user messages that differ between tags in their first words alone."""
-    return [_message(f"{tag}-{i}", i) for i in range(count)]
+def prompts(tag: str, count: int, characters: int | None = None) -> list[str]:
+    """`count` user messages that differ between tags in their first words alone; all of so many `characters`, if any
+    are given."""
+    if characters is None:
+        return [_message(f"{tag}-{i}", i) for i in range(count)]
+    endless = " ".join((*_CONTEXT, *_QUESTIONS))
+    return [f"({tag}-{i}) {endless * (1 + characters // len(endless))}"[:characters] for i in range(count)]
 
 
 def _message(tag: str, index: int) -> str:

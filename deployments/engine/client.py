@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 from deployments.engine.messages import Commands, EngineSpec, Failed, Started, StepReport
+from deployments.engine.outbox import Outbox, interval_s
 from deployments.engine.tally import EngineTally
 from deployments.errors import ConfigError
 from deployments.protocol import LOST, NO_CHANGE, GenerationRequest, TokenChunk
@@ -38,7 +39,8 @@ class EngineClient:
         self.failure: str | None = None
         """Why the engine is gone; None while it lives."""
         self._on_report = on_report
-        self._streams: dict[str, asyncio.Queue[TokenChunk]] = {}
+        self._streams: dict[str, Outbox] = {}
+        self._releasing: asyncio.TimerHandle | None = None
         self._pending = Commands()
         self._sending = False
         self._started: asyncio.Future[Started] | None = None
@@ -79,15 +81,12 @@ class EngineClient:
         if self.failure is not None:
             yield _failed(request.request_id, self.failure)
             return
-        stream: asyncio.Queue[TokenChunk] = asyncio.Queue()
-        self._streams[request.request_id] = stream
+        stream = self._streams[request.request_id] = Outbox()
         self.tally.submitted(request)
         self._send(submit=(request,))
         try:
             while True:
                 chunk = await stream.get()
-                while chunk.finish_reason is None and not stream.empty():  # a reader that fell behind gets less often
-                    chunk = chunk.joined(stream.get_nowait())
                 if chunk.finish_reason is not None:
                     self._streams.pop(request.request_id, None)
                 yield chunk
@@ -155,18 +154,34 @@ class EngineClient:
         self.shared_blocks, self.granules = report.shared_blocks, report.granules
         self.cached_blocks, self.preemptions = report.cached_blocks, report.preemptions
         self.tally.reported(report)
-        for chunk in report.chunks:
-            stream = self._streams.get(chunk.request_id)
-            if stream is not None:
-                stream.put_nowait(chunk)
+        self._pass_on(report.chunks)
         self._on_report()
+
+    def _pass_on(self, chunks: Iterable[TokenChunk]) -> None:
+        now, interval = asyncio.get_running_loop().time(), interval_s(len(self._streams))
+        held = False
+        for chunk in chunks:
+            stream = self._streams.get(chunk.request_id)
+            if stream is not None and not stream.put(chunk, now, interval):
+                held = True
+        if held and self._releasing is None:
+            self._release()
+
+    def _release(self) -> None:
+        """Let go what is due, and come back when the next is."""
+        loop = asyncio.get_running_loop()
+        now, interval = loop.time(), interval_s(len(self._streams))
+        due = [stream.due for stream in self._streams.values() if not stream.release(now, interval)]
+        self._releasing = loop.call_at(min(due), self._release) if due else None
 
     def _fail(self, reason: str) -> None:
         if self.failure is not None:
             return
         self.failure, self.held, self.shared_blocks, self.granules = reason, {}, 0, NO_CHANGE
         for request_id, stream in self._streams.items():
-            stream.put_nowait(_failed(request_id, reason))
+            stream.put(_failed(request_id, reason), 0.0, 0.0)  # the last chunk goes at any time
+        if self._releasing is not None:
+            self._releasing.cancel()
         if self._started is not None and not self._started.done():
             self._started.set_exception(ConfigError(reason))
         if self._process is not None and self._connection is not None:

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from deployments.engine.eight_bit import int8_parameter
+
 bitsandbytes: Any = modules
 
 
@@ -70,6 +72,5 @@ def _eight_bit(head: nn.Linear, config: BitsAndBytesConfig) -> Any:
             has_fp16_weights=False,
             threshold=config.llm_int8_threshold,
         )
-    weight: Any = bitsandbytes.Int8Params(head.weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
-    new.weight = weight.to(head.weight.device)  # quantised on the way, as transformers does it
+    new.weight = int8_parameter(head.weight.detach())
     return new

@@ -30,6 +30,7 @@ from transformers import (
 
 from deployments.checkpoint import is_encoder_decoder, read_config
 from deployments.engine.cut import Cut
+from deployments.engine.eight_bit import quantising_in_place
 from deployments.engine.embedding import quantising_embedding, settle_embedding, untied_config
 from deployments.engine.encoder_decoder import EncoderDecoderStage, find_encoder
 from deployments.engine.encoder_decoder_load import ATTENTION, proven, samples, untie
@@ -37,6 +38,7 @@ from deployments.engine.expert_loading import quantising_experts, settle_experts
 from deployments.engine.grouped import grouped_options, settle_grouped
 from deployments.engine.grouped_stored import StoredLinear, repack
 from deployments.engine.head import quantise_head
+from deployments.engine.laps import Laps
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits, Tuning
 from deployments.engine.odd_linears import mend_odd_linears
@@ -101,7 +103,9 @@ def load(
     Raises:
         ConfigError: the loaded bytes differ from the plan, or the model does not run on paged attention.
     """
+    laps = Laps()
     model, quantization = _read_as_planned(model_dir, plan, device_type, cache_dir)
+    laps.lap("read")
     devices = [
         torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
     ]
@@ -121,13 +125,16 @@ def load(
     if plan.experts:
         settle_experts(model, plan, on_gpu=device_type == "cuda")
     if model.config.is_encoder_decoder:
-        return _encoder_decoder(model, plan, devices, limits)
+        return _encoder_decoder(model, plan, devices, limits, laps)
     ids = probe_ids(model.config.get_text_config().vocab_size, plan)
     copies = _copies(model, plan, devices)
     if not any(isinstance(module, StoredLinear) for module in model.modules()):
         verify_bytes(model, plan, copies)
-    expected = _settled(model, plan, device_type, limits, copies, lambda: plain_logits(model, plan, ids))
+        laps.lap("check bytes")
+    expected = _settled(model, plan, device_type, limits, copies, laps, lambda: plain_logits(model, plan, ids))
     stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
+    laps.lap("prove")
+    log.info("%s loaded: %s", plan.model, laps)
     return LoadedModel(stages, int(expected.shape[-1]), attention)
 
 
@@ -151,11 +158,11 @@ def _read_as_planned(
 
 
 def _encoder_decoder(
-    model: PreTrainedModel, plan: Plan, devices: list[torch.device], limits: EngineLimits | None
+    model: PreTrainedModel, plan: Plan, devices: list[torch.device], limits: EngineLimits | None, laps: Laps
 ) -> LoadedModel:
     copies = _copies(model, plan, devices)
     verify_bytes(model, plan, copies)
-    expected = _settled(model, plan, devices[0].type, limits, copies, lambda: samples(model, plan))
+    expected = _settled(model, plan, devices[0].type, limits, copies, laps, lambda: samples(model, plan))
     rounds_by_batch = limits is not None and limits.int8_threshold > 0
     stages = proven(model, plan, devices, copies, expected, rounds_by_batch=rounds_by_batch)
     return LoadedModel(stages, int(expected[0].expected.shape[-1]), ATTENTION, encodes=True)
@@ -167,6 +174,7 @@ def _settled(
     device_type: str,
     limits: EngineLimits | None,
     copies: dict[str, nn.Module],
+    laps: Laps,
     expect: Callable[[], T],
 ) -> T:
     """Make `model`'s linears and memory as they will be served; `expect` runs transformers' own forward of it for the
@@ -176,7 +184,9 @@ def _settled(
         _check_kernels(plan, kernels=kernels)
     if early := kernels and plan.quantization == "int8":
         _settle(model, plan, kernels=kernels)  # before the plain forward, where bitsandbytes would round activations
+        laps.lap("settle")
     expected = expect()
+    laps.lap("plain forward")
     remove_hook_from_submodules(model)
     if stored:
         repack(model, getattr(torch, plan.dtype))
@@ -186,8 +196,10 @@ def _settled(
         return expected
     if not early:
         _settle(model, plan, kernels=kernels)
+    laps.lap("settle")
     if kernels and limits is not None and limits.tuning is not None:
         _tune(model, limits.tuning)
+        laps.lap("tune")
     expand_segments()
     return expected
 
@@ -292,7 +304,7 @@ def _read(
     if config is not None:
         options["config"] = config
     auto = AutoModelForSeq2SeqLM if is_encoder_decoder(model_dir) else AutoModelForCausalLM
-    with _exact_allocations():
+    with _exact_allocations(), quantising_in_place():
         model: PreTrainedModel = auto.from_pretrained(
             model_dir,
             local_files_only=True,

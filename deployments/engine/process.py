@@ -77,7 +77,7 @@ def run(connection: Connection) -> None:
     spec: EngineSpec = connection.recv()
     began = time.monotonic()
     plan, device_type = plan_pool(spec.name, spec.model_dir, spec.pool)
-    limits = _limits(spec, plan, device_type)
+    limits = limits_of(spec, plan, device_type)
     model = load(spec.model_dir, plan, device_type=device_type, cache_dir=spec.cache_dir, limits=limits)
     engine = Engine(model, plan, limits)
     # What is here now stays: looking through it for cycles would stop a step for a quarter of a second now and then.
@@ -119,7 +119,8 @@ def _measure(engine: Engine, memory: MemoryWatch, step_s: float) -> Measured:
     )
 
 
-def _limits(spec: EngineSpec, plan: Plan, device_type: DeviceType) -> EngineLimits:
+def limits_of(spec: EngineSpec, plan: Plan, device_type: DeviceType) -> EngineLimits:
+    """What an engine of `spec` is started with."""
     share = max(1, probe.cpu_cores() // (spec.replicas_here * len(plan.stages)))
     return EngineLimits(
         max_batch_tokens=step_tokens(spec.model_dir, spec.pool, device_type),

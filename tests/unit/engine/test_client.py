@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from deployments.engine import outbox
 from deployments.engine.client import EngineClient, _how_it_ended
 from deployments.engine.messages import Commands, Failed, StepReport
 from deployments.protocol import LOST, TokenChunk
@@ -94,6 +95,25 @@ async def test_a_reader_that_fell_behind_gets_what_it_missed_as_one_chunk(wired:
     while len(wired.reports) < 5:
         await asyncio.sleep(0.01)
     assert [chunk async for chunk in stream] == [TokenChunk("a", (2, 3, 4), finish_reason="stop")]
+
+
+async def test_tokens_that_come_too_fast_are_joined_and_none_is_kept(
+    wired: Wired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last ones go by themselves: no later report pushes them out."""
+    monkeypatch.setattr(outbox, "CHUNKS_PER_S", 4)
+    stream = wired.client.generate(request("a"))
+    first = asyncio.create_task(anext(stream))
+    await wired.received()
+    for token in (1, 2, 3):
+        wired.say(TokenChunk("a", (token,)))
+    assert (await first).token_ids == (1,), "the first is never held back"
+    while len(wired.reports) < 3:
+        await asyncio.sleep(0.01)
+    assert (await asyncio.wait_for(anext(stream), 10.0)).token_ids == (2, 3)
+    wired.say(TokenChunk("a", (4,)))
+    wired.say(TokenChunk("a", (5,), finish_reason="stop"))
+    assert [chunk async for chunk in stream] == [TokenChunk("a", (4, 5), finish_reason="stop")]
 
 
 async def test_who_leaves_is_aborted_once_and_who_ended_is_not(wired: Wired) -> None:

@@ -145,14 +145,14 @@ def test_threads_are_a_stages_share_of_the_cores(
 ) -> None:
     monkeypatch.setattr(probe, "cpu_cores", lambda: cores)
     asked = EngineSpec("tiny", folder, pool(threads=chosen, max_sequences=7), replicas, folder)
-    limits = process._limits(asked, plan_of(folder, stages=2), "cpu")
+    limits = process.limits_of(asked, plan_of(folder, stages=2), "cpu")
     assert limits == EngineLimits(max_batch_tokens=64, max_sequences=7, prefix_cache=True, threads=threads)
 
 
 @pytest.mark.parametrize(("device_type", "tokens"), [("cpu", 512), ("cuda", 2048)])
 def test_limits_are_the_pools(folder: Path, device_type: str, tokens: int) -> None:
     own = pool(max_batch_tokens=None, prefix_cache=False, prefill_chunk_tokens=9, kernels="bitsandbytes")
-    limits = process._limits(EngineSpec("tiny", folder, own, 1, folder), plan_of(folder), device_type)
+    limits = process.limits_of(EngineSpec("tiny", folder, own, 1, folder), plan_of(folder), device_type)
     assert limits == EngineLimits(
         max_batch_tokens=tokens,
         max_sequences=256,
@@ -166,7 +166,7 @@ def test_limits_are_the_pools(folder: Path, device_type: str, tokens: int) -> No
 def test_kernels_are_tuned_where_their_answers_can_be_kept(folder: Path, tmp_path: Path) -> None:
     def tuning(kernels_dir: Path | None, **options: Any) -> Tuning | None:
         spec = EngineSpec("tiny", folder, pool(**options), 1, folder, kernels_dir)
-        return process._limits(spec, plan_of(folder), "cuda").tuning
+        return process.limits_of(spec, plan_of(folder), "cuda").tuning
 
     assert tuning(tmp_path, tune_limit_s=7) == Tuning(tmp_path, 7.0)
     assert tuning(tmp_path) == Tuning(tmp_path, 120.0)
