@@ -97,7 +97,7 @@ class Ledger:
                 if grant is not None:
                     return grant
         tokens = self._tokens_before(request, size)
-        if len(self._queue) >= self.config.queue_limit and not self._displace_for(request, now):
+        if self._is_full_for(request) and not self._displace_for(request, now):
             return refusals.full(self.config, request, len(self._queue), self._forecast.retry_after_s(tokens, now))
         waiter = Waiter(
             request,
@@ -296,6 +296,10 @@ class Ledger:
             absent=self._growth.shapes(pool),
             unheard=self._growth.unheard(pool),
         )
+
+    def _is_full_for(self, request: ReserveRequest) -> bool:
+        """Whether as many wait as may. Who was granted before waits all the same: those are bounded by what was."""
+        return len(self._queue) >= self.config.queue_limit and not request.resumes
 
     def _displace_for(self, request: ReserveRequest, now: float) -> bool:
         """Make room in the full queue for a tenant that has less than its share of it, if there is one with more."""

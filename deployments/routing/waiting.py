@@ -1,8 +1,10 @@
 """The queue of requests that wait for blocks: fair between tenants, by priority and arrival within one, with deadlines.
 
-The order of all who wait is (tag of the tenant, priority, arrival). They stand in lines of requests that are alike:
-of one pool, and alike in size up to a factor of two. When there is no room for the first of a line, there is hardly any
-for the rest of it, so only the first of each line is looked at: some tens of them, however many wait.
+Those that were granted before, and lost it through no fault of theirs, come first; their tenants paid for them then.
+The order of all others is (tag of the tenant, priority, arrival), and so it is among themselves. They stand in lines of
+requests that are alike: of one pool, and alike in size up to a factor of two. When there is no room for the first of a
+line, there is hardly any for the rest of it, so only the first of each line is looked at: some tens of them, however
+many wait.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ class Kind(NamedTuple):
     """Bit length of the grant in tokens."""
     longest_bits: int
     """Bit length of prompt + max_tokens."""
+    resumes: bool = False
+    """They were granted before."""
 
 
 @dataclass(slots=True)
@@ -63,7 +67,8 @@ class Waiter:
     def __post_init__(self) -> None:
         size = self.size
         longest = size.prompt_tokens + size.max_tokens
-        self.kind = Kind(self.request.pool, size.grant_tokens.bit_length(), longest.bit_length())
+        bits = size.grant_tokens.bit_length(), longest.bit_length()
+        self.kind = Kind(self.request.pool, *bits, self.request.resumes)
 
 
 class Line:
@@ -156,6 +161,8 @@ class WaitingQueue:
 
     def tokens_before(self, request: ReserveRequest) -> int:
         """Tokens likely to be granted before this request, which doesn't wait yet or is its tenant's last."""
+        if request.resumes:
+            return sum(each.tokens for kind, each in self._sums.items() if kind.resumes)
         return self._shares.tokens_before(request.tenant, request.weight, self._tokens)
 
     def join(self, waiter: Waiter) -> None:
@@ -179,28 +186,28 @@ class WaitingQueue:
 
     def firsts(self) -> list[Waiter]:
         """The first of each line, in the order in which it is their turn."""
-        found: list[tuple[Place, Waiter]] = []
+        found: list[tuple[bool, Place, Waiter]] = []
         for kind, line in list(self._lines.items()):
             first = line.first(self._waiters)
             if first is None:
                 del self._lines[kind]
             else:
-                found.append(first)
-        found.sort(key=lambda entry: entry[0])
-        return [waiter for _, waiter in found]
+                found.append((not kind.resumes, *first))
+        found.sort(key=lambda entry: entry[:2])
+        return [waiter for _, _, waiter in found]
 
     def leave(self, request_id: str, *, granted_tokens: int = 0) -> Waiter | None:
         """Take a waiter out; None when it doesn't wait.
 
         Args:
             request_id: of the waiter.
-            granted_tokens: what its tenant is charged for.
+            granted_tokens: what its tenant is charged for, unless it was granted before.
         """
         waiter = self._waiters.get(request_id)
         if waiter is None:
             return None
         tenant, tokens = waiter.request.tenant, waiter.size.grant_tokens
-        if granted_tokens:
+        if granted_tokens and not waiter.request.resumes:
             self._shares.charge(tenant, granted_tokens)
         del self._waiters[request_id]
         self._tokens -= tokens
@@ -219,8 +226,8 @@ class WaitingQueue:
             limit: requests that may wait.
 
         Returns:
-            The last one of the tenant most over its share, of those whose client has no answer yet; None when the
-            newcomer is the one to refuse.
+            The last one of the tenant most over its share, of those that were never granted; None when the newcomer is
+            the one to refuse.
         """
         if not self._shares.below_share(request.tenant, request.weight, limit):
             return None
