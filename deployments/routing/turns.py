@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from deployments.protocol import Grant, Refusal
 from deployments.routing.account import ReplicaAccount
@@ -22,8 +23,18 @@ from deployments.routing.policy import score
 from deployments.routing.waiting import Kind, Waiter, WaitingQueue
 
 Outcome = Grant | Refusal
-Answer = Callable[[Waiter, ReplicaAccount | None], Outcome | None]
-"""Grants or refuses a waiter now, on the replica kept for it too; None when it must go on waiting."""
+Answer = Callable[[Waiter, ReplicaAccount | None, float], Outcome | None]
+"""Grants or refuses a waiter at that time, on the replica kept for it too; None when it must go on waiting."""
+
+
+@dataclass(slots=True)
+class Kept:
+    """A replica that is kept for a waiter."""
+
+    waiter: Waiter
+    account: ReplicaAccount
+    tried: bool = True
+    """There was no room for it, and nothing that might do has become free since."""
 
 
 class Turns:
@@ -40,29 +51,37 @@ class Turns:
         self._fleet = fleet
         self._rng = rng
         self._tried: dict[Kind, Waiter] = {}
-        """Firsts of their lines for which there was no room, and nothing has become free since."""
-        self._kept_for: dict[str, tuple[Waiter, ReplicaAccount]] = {}
-        """Request id -> the waiter, and the replica kept for it."""
+        """Firsts of their lines for which there was no room, and nothing that might do has become free since."""
+        self._kept_for: dict[str, Kept] = {}
+        """By request id."""
         self._settled = True
         """Nothing has changed since nobody could be served."""
 
-    def stir(self) -> None:
-        """Something became free, or replicas came or went: everyone may be answered again."""
-        self._tried.clear()
-        self._settled = False
+    def stir(self, freed: ReplicaAccount | None = None) -> None:
+        """Someone may be answered again: who has room on the replica that has more of it than before, or everyone."""
+        if freed is None:
+            self._settled = False
+        for kind, waiter in list(self._tried.items()):
+            if freed is None or _may_fit(waiter, freed):
+                del self._tried[kind]
+                self._settled = False
+        for kept in self._kept_for.values():
+            if kept.tried and (freed is None or _may_fit(kept.waiter, freed)):
+                kept.tried = self._settled = False
 
-    def join(self, waiter: Waiter, answer: Answer | None) -> Outcome | None:
+    def join(self, waiter: Waiter, answer: Answer | None, now: float) -> Outcome | None:
         """Let a request wait; one for which there is room behind all who wait in vain is answered at once.
 
         Args:
             waiter: the request.
             answer: None while nobody is answered.
+            now: Unix seconds.
         """
         self._queue.join(waiter)
         if not self._queue.is_first(waiter):
             return None
         self._settled = False
-        return self._serve(answer, only=waiter) if answer is not None else None
+        return self._serve(answer, now, only=waiter) if answer is not None else None
 
     def leave(self, request_id: str, *, granted_tokens: int = 0) -> Waiter | None:
         """Take a waiter out; None when it doesn't wait."""
@@ -73,11 +92,11 @@ class Turns:
                 self._give_back(request_id)
         return waiter
 
-    def next(self, answer: Answer) -> Outcome | None:
+    def next(self, answer: Answer, now: float) -> Outcome | None:
         """Answer one of those who wait; None when nobody can be answered now, which costs nothing the next time."""
         if self._settled:
             return None
-        return self._serve_kept(answer) or self._serve(answer)
+        return self._serve_kept(answer, now) or self._serve(answer, now)
 
     def check_integrity(self) -> None:
         """Raise AssertionError when a replica is kept for a request that doesn't wait."""
@@ -85,16 +104,19 @@ class Turns:
         lost = [key for key in self._kept_for if key not in self._queue]
         assert not lost, f"replicas are kept for {lost}, which don't wait"
 
-    def _serve_kept(self, answer: Answer) -> Outcome | None:
-        for key, (waiter, account) in list(self._kept_for.items()):
-            if not self._fleet.is_sold(account):
+    def _serve_kept(self, answer: Answer, now: float) -> Outcome | None:
+        for key, kept in list(self._kept_for.items()):
+            if kept.tried:
+                continue
+            if not self._fleet.is_sold(kept.account):
                 self._give_back(key)
-            elif (outcome := answer(waiter, account)) is not None:
-                self._finish(waiter, outcome, [])
+            elif (outcome := answer(kept.waiter, kept.account, now)) is not None:
+                self._finish(kept.waiter, outcome, [])
                 return outcome
+            kept.tried = True
         return None
 
-    def _serve(self, answer: Answer, only: Waiter | None = None) -> Outcome | None:
+    def _serve(self, answer: Answer, now: float, only: Waiter | None = None) -> Outcome | None:
         """Answer the first who can be answered, or `only`, unless someone before it has not been tried yet."""
         passed: list[Waiter] = []
         for waiter in self._queue.firsts():
@@ -103,7 +125,7 @@ class Turns:
             if self._tried.get(waiter.kind) is not waiter:
                 if only is not None and waiter is not only:
                     return None
-                outcome = answer(waiter, None)
+                outcome = answer(waiter, None, now)
                 if outcome is not None:
                     self._finish(waiter, outcome, passed)
                     return outcome
@@ -127,8 +149,13 @@ class Turns:
                 if candidates:
                     roomiest = max(candidates, key=lambda account: score(account, waiter.size))
                     self._fleet.keep(roomiest)
-                    self._kept_for[waiter.request.request_id] = waiter, roomiest
+                    self._kept_for[waiter.request.request_id] = Kept(waiter, roomiest)
 
     def _give_back(self, request_id: str) -> None:
-        self._fleet.give_back(self._kept_for.pop(request_id)[1])
+        self._fleet.give_back(self._kept_for.pop(request_id).account)
         self.stir()
+
+
+def _may_fit(waiter: Waiter, freed: ReplicaAccount) -> bool:
+    """Whether there may be room for it there; with a prefix it may need less."""
+    return waiter.request.prefix is not None or waiter.size.grant_tokens <= freed.headroom_blocks * freed.block_size

@@ -94,7 +94,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def kept(self) -> dict[str, str]:
         """Request id -> the replica that is kept for it."""
-        return {key: account.state.replica_id for key, (_, account) in self.ledger._turns._kept_for.items()}
+        return {key: kept.account.state.replica_id for key, kept in self.ledger._turns._kept_for.items()}
 
     def admit(self) -> None:
         kept = self.kept()
@@ -177,7 +177,8 @@ class LedgerMachine(RuleBasedStateMachine):
         kept = self.kept()
         tenants = {waiter.request.request_id: waiter.request.tenant for waiter in self.ledger._queue._waiters.values()}
         outcome = self.ledger.reserve(request, self.now)
-        for displaced in self.ledger.displaced():
+        made_room = self.ledger.displaced()
+        for displaced in made_room:
             assert isinstance(displaced, Refusal)
             assert displaced.kind == "queue_full"
             assert len(self.waiting) >= QUEUE_LIMIT
@@ -185,7 +186,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert not isinstance(outcome, Refusal) or outcome.kind != "queue_full", "one too many was refused"
             self.finish(displaced)
         if isinstance(outcome, Queued):
-            assert again or len(self.waiting) < QUEUE_LIMIT
+            assert again or made_room or len(self.waiting) < QUEUE_LIMIT
             self.waiting[key] = self.now + wait
             return
         if isinstance(outcome, Grant):
