@@ -128,19 +128,20 @@ class Shelf:
         if total.bit_length() > self._key.longest_bits:
             return None
         needed = blocks_for(size.grant_tokens, self._key.block_size)
-        best: tuple[int, ReplicaAccount] | None = None
-        left = MOST_ROOMY
+        best: ReplicaAccount | None = None
+        most, left = 0, MOST_ROOMY
         for headroom in reversed(self._values):
             room = headroom * self._key.block_size
-            if left <= 0 or (best is not None and (headroom < needed or room <= best[0])):
+            if left <= 0 or (best is not None and (headroom < needed or room <= most)):
                 break
             for account in self._drawn(headroom, total, rng, left):
                 left -= 1
-                if best is None or room - account.ahead_tokens > best[0]:
-                    best = room - account.ahead_tokens, account
-                if best[0] == room:
+                ease = room - account.ahead_tokens
+                if best is None or ease > most:
+                    best, most = account, ease
+                if most == room:
                     break
-        return None if best is None else best[1]
+        return best
 
     def _drawn(self, headroom: int, total: int, rng: random.Random, most: int) -> Iterator[ReplicaAccount]:
         """At most so many of those with this headroom that could hold `total` tokens, from a random one on."""
@@ -288,11 +289,13 @@ class Fleet:
     def _open(self, standing: Standing) -> None:
         if standing.sold and not standing.kept and standing.position is None:
             standing.shelf.add(standing)
-            for counts in standing.sums:
-                counts.free_tokens += standing.free_tokens
+            self._count_free(standing, standing.free_tokens)
 
     def _close(self, standing: Standing) -> None:
         if standing.position is not None:
             standing.shelf.remove(standing)
-            for counts in standing.sums:
-                counts.free_tokens -= standing.free_tokens
+            self._count_free(standing, -standing.free_tokens)
+
+    def _count_free(self, standing: Standing, tokens: int) -> None:
+        for counts in standing.sums:
+            counts.free_tokens += tokens

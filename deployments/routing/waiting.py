@@ -1,7 +1,7 @@
 """The queue of requests that wait for blocks: fair between tenants, by priority and arrival within one, with deadlines.
 
-Those that were granted before, and lost it through no fault of theirs, come first; their tenants paid for them then.
-The order of all others is (tag of the tenant, priority, arrival), and so it is among themselves. They stand in lines of
+The order of all who wait is (tag of the tenant, priority, arrival), and so it is among those that were granted before
+and lost that through no fault of theirs: these come first, and their tenants have paid for them. They stand in lines of
 requests that are alike: of one pool, and alike in size up to a factor of two. When there is no room for the first of a
 line, there is hardly any for the rest of it, so only the first of each line is looked at: some tens of them, however
 many wait.
@@ -19,8 +19,8 @@ from deployments.routing.fairness import FairShares
 from deployments.routing.growth import Waiting
 from deployments.routing.policy import Size
 
-Place = tuple[int, int, int]
-"""(tag of the tenant, priority, arrival): the lowest is served first."""
+Place = tuple[bool, int, int, int]
+"""(whether it was never granted, tag of the tenant, priority, arrival): the lowest is served first."""
 
 
 class Kind(NamedTuple):
@@ -59,6 +59,8 @@ class Waiter:
     """How long it was expected to wait."""
     arrival: int = 0
     """Its number among all that ever joined; set by the queue."""
+    waits: bool = False
+    """Whether it is in the queue; set by the queue."""
     passed_tokens: int = 0
     """Tokens granted to requests behind it while it stood first in its line."""
     kind: Kind = field(init=False)
@@ -72,10 +74,16 @@ class Waiter:
 
 
 class Line:
-    """The waiters of one kind. Its first costs O(log n), after however many grants in other lines."""
+    """The waiters of one kind. Its first costs O(log n), after however many grants in other lines.
 
-    def __init__(self, shares: FairShares) -> None:
+    Args:
+        shares: where tenants stand.
+        fresh: whether its waiters were never granted.
+    """
+
+    def __init__(self, shares: FairShares, *, fresh: bool) -> None:
         self._shares = shares
+        self._fresh = fresh
         self._of_tenant: dict[str, list[tuple[int, int, Waiter]]] = {}
         """Tenant -> heap of (priority, arrival, waiter)."""
         self._firsts: list[tuple[Place, str]] = []
@@ -83,6 +91,8 @@ class Line:
         entry is never too late: it is corrected when it comes up."""
         self._entry: dict[str, Place] = {}
         """Tenant -> its valid entry."""
+        self._found: tuple[Place, Waiter] | None = None
+        """The first, when it was last looked for; None when someone has joined since who may come before."""
 
     def join(self, waiter: Waiter) -> None:
         """Add a waiter."""
@@ -92,15 +102,21 @@ class Line:
         if heap[0][2] is waiter:
             self._enter(request.tenant)
 
-    def first(self, waiting: dict[str, Waiter]) -> tuple[Place, Waiter] | None:
+    def first(self) -> tuple[Place, Waiter] | None:
         """Who is next of those that still wait; None when nobody does."""
+        found = self._found
+        if found is None or not found[1].waits or self._shares.tag(found[1].request.tenant) != found[0][1]:
+            found = self._found = self._seek()
+        return found
+
+    def _seek(self) -> tuple[Place, Waiter] | None:
         while self._firsts:
             place, tenant = self._firsts[0]
             if self._entry.get(tenant) != place:
                 heapq.heappop(self._firsts)
                 continue
             heap = self._of_tenant[tenant]
-            while heap and waiting.get(heap[0][2].request.request_id) is not heap[0][2]:
+            while heap and not heap[0][2].waits:
                 heapq.heappop(heap)
             if not heap:
                 heapq.heappop(self._firsts)
@@ -116,11 +132,12 @@ class Line:
         place = self._place(tenant)
         if self._entry.get(tenant) != place:
             self._entry[tenant] = place
+            self._found = None
             heapq.heappush(self._firsts, (place, tenant))
 
     def _place(self, tenant: str) -> Place:
         priority, arrival, _ = self._of_tenant[tenant][0]
-        return self._shares.tag(tenant), priority, arrival
+        return self._fresh, self._shares.tag(tenant), priority, arrival
 
 
 class WaitingQueue:
@@ -171,6 +188,7 @@ class WaitingQueue:
         if request.request_id in self._waiters:
             raise ValueError(f"request {request.request_id} waits already")
         self._waiters[request.request_id] = waiter
+        waiter.waits = True
         self._joined += 1
         waiter.arrival = self._joined
         self._tokens += waiter.size.grant_tokens
@@ -181,20 +199,20 @@ class WaitingQueue:
 
     def is_first(self, waiter: Waiter) -> bool:
         """Whether a waiter is the first of its line."""
-        first = self._lines[waiter.kind].first(self._waiters)
+        first = self._lines[waiter.kind].first()
         return first is not None and first[1] is waiter
 
     def firsts(self) -> list[Waiter]:
         """The first of each line, in the order in which it is their turn."""
-        found: list[tuple[bool, Place, Waiter]] = []
+        found: list[tuple[Place, Waiter]] = []
         for kind, line in list(self._lines.items()):
-            first = line.first(self._waiters)
+            first = line.first()
             if first is None:
                 del self._lines[kind]
             else:
-                found.append((not kind.resumes, *first))
-        found.sort(key=lambda entry: entry[:2])
-        return [waiter for _, _, waiter in found]
+                found.append(first)
+        found.sort()  # no two places are the same
+        return [waiter for _, waiter in found]
 
     def leave(self, request_id: str, *, granted_tokens: int = 0) -> Waiter | None:
         """Take a waiter out; None when it doesn't wait.
@@ -210,6 +228,7 @@ class WaitingQueue:
         if granted_tokens and not waiter.request.resumes:
             self._shares.charge(tenant, granted_tokens)
         del self._waiters[request_id]
+        waiter.waits = False
         self._tokens -= tokens
         self._subtract(waiter)
         self._shares.leave(tenant, tokens)
@@ -240,7 +259,7 @@ class WaitingQueue:
     def overdue(self, now: float) -> Waiter | None:
         """A waiter whose deadline has passed, the earliest deadline first."""
         while self._deadlines and self._deadlines[0][0] <= now:
-            if self._waits(self._deadlines[0][2]):
+            if self._deadlines[0][2].waits:
                 return self._deadlines[0][2]
             heapq.heappop(self._deadlines)
         return None
@@ -273,13 +292,10 @@ class WaitingQueue:
         if not each.requests:
             del self._sums[waiter.kind]
 
-    def _waits(self, waiter: Waiter) -> bool:
-        return self._waiters.get(waiter.request.request_id) is waiter
-
     def _line_up(self, waiter: Waiter) -> None:
         kind = waiter.kind
         if kind not in self._lines:
-            self._lines[kind] = Line(self._shares)
+            self._lines[kind] = Line(self._shares, fresh=not kind.resumes)
         self._lines[kind].join(waiter)
 
     def _sweep(self) -> None:
@@ -288,7 +304,7 @@ class WaitingQueue:
             self._lines.clear()
             self._deadlines.clear()
         elif len(self._deadlines) > 64 and len(self._deadlines) > 2 * len(self._waiters):
-            self._deadlines = [entry for entry in self._deadlines if self._waits(entry[2])]
+            self._deadlines = [entry for entry in self._deadlines if entry[2].waits]
             heapq.heapify(self._deadlines)
             self._lines.clear()
             for waiter in self._waiters.values():

@@ -28,9 +28,9 @@ class WaitingMachine(RuleBasedStateMachine):
         self.since: dict[tuple[str, str], dict[str, int]] = {}
         """Pair of tenants that both wait -> tokens that each was granted since both do."""
 
-    def place(self, waiter: Waiter) -> tuple[bool, Place]:
+    def place(self, waiter: Waiter) -> Place:
         request = waiter.request
-        return not request.resumes, (self.shares.tag(request.tenant), request.priority, waiter.arrival)
+        return not request.resumes, self.shares.tag(request.tenant), request.priority, waiter.arrival
 
     def note_who_waits(self) -> None:
         names = sorted({waiter.request.tenant for waiter in self.waiting.values()})
