@@ -13,28 +13,22 @@ a replica's room while it lasts, so as much is let pass first.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from deployments.protocol import Grant, Refusal
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.fleet import Fleet
 from deployments.routing.policy import score
-from deployments.routing.waiting import Kind, Waiter, WaitingQueue
+from deployments.routing.waiting import Waiter, WaitingQueue
 
 Outcome = Grant | Refusal
 Answer = Callable[[Waiter, ReplicaAccount | None, float], Outcome | None]
 """Grants or refuses a waiter at that time, on the replica kept for it too; None when it must go on waiting."""
 
 
-@dataclass(slots=True)
-class Kept:
-    """A replica that is kept for a waiter."""
-
-    waiter: Waiter
-    account: ReplicaAccount
-    tried: bool = True
-    """There was no room for it, and nothing that might do has become free since."""
+NEVER = sys.maxsize
+"""More tokens than any replica has room for."""
 
 
 class Turns:
@@ -50,34 +44,34 @@ class Turns:
         self._queue = queue
         self._fleet = fleet
         self._rng = rng
-        self._tried: dict[Kind, Waiter] = {}
-        """Firsts of their lines for which there was no room, and nothing that might do has become free since."""
-        self._kept_for: dict[str, Kept] = {}
-        """By request id."""
+        self._kept_for: dict[str, tuple[Waiter, ReplicaAccount]] = {}
+        """Request id -> the waiter, and the replica kept for it."""
+        self._comings = 0
+        """How often replicas came or went."""
         self._settled = True
         """Nothing has changed since nobody could be served."""
+        self._least = NEVER
+        """The room in tokens that may do for one of those who could not be served, while that is so."""
 
     def stir(self, freed: ReplicaAccount | None = None) -> None:
         """Someone may be answered again: who has room on the replica that has more of it than before, or everyone."""
         if freed is None:
+            self._comings += 1
             self._settled = False
-        for kind, waiter in list(self._tried.items()):
-            if freed is None or _may_fit(waiter, freed):
-                del self._tried[kind]
-                self._settled = False
-        for kept in self._kept_for.values():
-            if kept.tried and (freed is None or _may_fit(kept.waiter, freed)):
-                kept.tried = self._settled = False
+        elif _room(freed) >= self._least:
+            self._settled = False
 
     def join(self, waiter: Waiter, answer: Answer | None, now: float) -> Outcome | None:
         """Let a request wait; one for which there is room behind all who wait in vain is answered at once.
 
         Args:
-            waiter: the request.
+            waiter: the request. One of the replicas could hold it, unless nobody is answered.
             answer: None while nobody is answered.
             now: Unix seconds.
         """
         self._queue.join(waiter)
+        if answer is not None:
+            waiter.judged = self._comings
         if not self._queue.is_first(waiter):
             return None
         self._settled = False
@@ -105,35 +99,39 @@ class Turns:
         assert not lost, f"replicas are kept for {lost}, which don't wait"
 
     def _serve_kept(self, answer: Answer, now: float) -> Outcome | None:
-        for key, kept in list(self._kept_for.items()):
-            if kept.tried:
-                continue
-            if not self._fleet.is_sold(kept.account):
+        for key, (waiter, account) in list(self._kept_for.items()):
+            if not self._fleet.is_sold(account):
                 self._give_back(key)
-            elif (outcome := answer(kept.waiter, kept.account, now)) is not None:
-                self._finish(kept.waiter, outcome, [])
-                return outcome
-            kept.tried = True
+            elif self._may_be_answered(waiter, max(_room(account), self._fleet.room_tokens(waiter.request.pool))):
+                if (outcome := answer(waiter, account, now)) is not None:
+                    self._finish(waiter, outcome, [])
+                    return outcome
+                waiter.judged = self._comings
         return None
 
     def _serve(self, answer: Answer, now: float, only: Waiter | None = None) -> Outcome | None:
-        """Answer the first who can be answered, or `only`, unless someone before it has not been tried yet."""
+        """Answer the first who can be answered, or `only`, unless someone before it may have to be."""
         passed: list[Waiter] = []
         for waiter in self._queue.firsts():
             if waiter.request.request_id in self._kept_for:
                 continue
-            if self._tried.get(waiter.kind) is not waiter:
+            if waiter is only or self._may_be_answered(waiter, self._fleet.room_tokens(waiter.request.pool)):
                 if only is not None and waiter is not only:
                     return None
-                outcome = answer(waiter, None, now)
-                if outcome is not None:
+                if (outcome := answer(waiter, None, now)) is not None:
                     self._finish(waiter, outcome, passed)
                     return outcome
-                self._tried[waiter.kind] = waiter
+                waiter.judged = self._comings
             passed.append(waiter)
-        self._settled = True
         self._keep(passed)
+        self._settled = True
+        self._least = min(
+            map(_least_room, (*passed, *(waiter for waiter, _ in self._kept_for.values()))), default=NEVER
+        )
         return None
+
+    def _may_be_answered(self, waiter: Waiter, room: int) -> bool:
+        return room >= _least_room(waiter) or waiter.judged != self._comings
 
     def _finish(self, waiter: Waiter, outcome: Outcome, passed: list[Waiter]) -> None:
         tokens = waiter.size.grant_tokens if isinstance(outcome, Grant) else 0
@@ -149,13 +147,18 @@ class Turns:
                 if candidates:
                     roomiest = max(candidates, key=lambda account: score(account, waiter.size))
                     self._fleet.keep(roomiest)
-                    self._kept_for[waiter.request.request_id] = Kept(waiter, roomiest)
+                    self._kept_for[waiter.request.request_id] = waiter, roomiest
 
     def _give_back(self, request_id: str) -> None:
-        self._fleet.give_back(self._kept_for.pop(request_id).account)
+        self._fleet.give_back(self._kept_for.pop(request_id)[1])
         self.stir()
 
 
-def _may_fit(waiter: Waiter, freed: ReplicaAccount) -> bool:
-    """Whether there may be room for it there; with a prefix it may need less."""
-    return waiter.request.prefix is not None or waiter.size.grant_tokens <= freed.headroom_blocks * freed.block_size
+def _room(account: ReplicaAccount) -> int:
+    """In tokens."""
+    return account.headroom_blocks * account.block_size
+
+
+def _least_room(waiter: Waiter) -> int:
+    """Tokens that may do for it: with a prefix it may need fewer than its size says, and at least one."""
+    return waiter.size.grant_tokens if waiter.request.prefix is None else 1

@@ -63,6 +63,8 @@ class Waiter:
     """Whether it is in the queue; set by the queue."""
     passed_tokens: int = 0
     """Tokens granted to requests behind it while it stood first in its line."""
+    judged: int = -1
+    """How often replicas had come or gone when it was last found that one could hold it; set by `Turns`."""
     kind: Kind = field(init=False)
     """Its line."""
 

@@ -94,7 +94,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def kept(self) -> dict[str, str]:
         """Request id -> the replica that is kept for it."""
-        return {key: kept.account.state.replica_id for key, kept in self.ledger._turns._kept_for.items()}
+        return {key: account.state.replica_id for key, (_, account) in self.ledger._turns._kept_for.items()}
 
     def admit(self) -> None:
         kept = self.kept()

@@ -318,13 +318,13 @@ def test_another_replica_is_kept_when_the_first_is_lost() -> None:
     book.release("none", 0.2)
     book.replica_gone("r0", 1)
     book.admit(0.3)
-    kept = {key: kept.account.state.replica_id for key, kept in book._turns._kept_for.items()}
+    kept = {key: account.state.replica_id for key, (_, account) in book._turns._kept_for.items()}
     assert set(kept.values()) == {"r1"}
     book.replica_gone("r1", 1)
     book.report(state(sequence=2), 0.4)
     book.admit(0.4)
     book.check_integrity()
-    assert {kept.account.state.replica_id for kept in book._turns._kept_for.values()} == {"r0"}
+    assert {account.state.replica_id for _, account in book._turns._kept_for.values()} == {"r0"}
 
 
 def test_a_flood_of_one_tenant_does_not_hold_up_another() -> None:
