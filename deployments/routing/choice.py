@@ -40,10 +40,7 @@ class Choice:
             size: its size.
             kept: a replica that is kept for this request, and isn't open to others.
         """
-        prefix = request.prefix
-        if prefix is None and kept is None and self._fleet.room_tokens(request.pool) < size.grant_tokens:
-            return None  # so it is for many of those who wait, when others were served before them
-        candidates = self._fleet.best(size, request.pool, self._rng)
+        prefix, candidates = request.prefix, self._fleet.best(size, request.pool, self._rng)
         if kept is not None:
             candidates.append(kept)
         if prefix is None:

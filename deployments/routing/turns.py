@@ -13,7 +13,6 @@ a replica's room while it lasts, so as much is let pass first.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 
 from deployments.protocol import Grant, Refusal
@@ -25,10 +24,6 @@ from deployments.routing.waiting import Waiter, WaitingQueue
 Outcome = Grant | Refusal
 Answer = Callable[[Waiter, ReplicaAccount | None, float], Outcome | None]
 """Grants or refuses a waiter at that time, on the replica kept for it too; None when it must go on waiting."""
-
-
-NEVER = sys.maxsize
-"""More tokens than any replica has room for."""
 
 
 class Turns:
@@ -50,15 +45,15 @@ class Turns:
         """How often replicas came or went."""
         self._settled = True
         """Nothing has changed since nobody could be served."""
-        self._least = NEVER
-        """The room in tokens that may do for one of those who could not be served, while that is so."""
+        self._all_judged = False
+        """All firsts were asked since a replica came, went, or was given back: now only room is news."""
 
     def stir(self, freed: ReplicaAccount | None = None) -> None:
         """Someone may be answered again: who has room on the replica that has more of it than before, or everyone."""
         if freed is None:
             self._comings += 1
-            self._settled = False
-        elif _room(freed) >= self._least:
+            self._all_judged = self._settled = False
+        elif _room(freed) >= self._queue.least_room:
             self._settled = False
 
     def join(self, waiter: Waiter, answer: Answer | None, now: float) -> Outcome | None:
@@ -102,7 +97,9 @@ class Turns:
         for key, (waiter, account) in list(self._kept_for.items()):
             if not self._fleet.is_sold(account):
                 self._give_back(key)
-            elif self._may_be_answered(waiter, max(_room(account), self._fleet.room_tokens(waiter.request.pool))):
+                continue
+            room = max(_room(account), self._fleet.room_tokens(waiter.request.pool))
+            if waiter.judged != self._comings or room >= waiter.least_room:
                 if (outcome := answer(waiter, account, now)) is not None:
                     self._finish(waiter, outcome, [])
                     return outcome
@@ -111,11 +108,18 @@ class Turns:
 
     def _serve(self, answer: Answer, now: float, only: Waiter | None = None) -> Outcome | None:
         """Answer the first who can be answered, or `only`, unless someone before it may have to be."""
+        if only is None and self._all_judged and self._fleet.room_tokens(None) < self._queue.least_room:
+            self._settled = True
+            return None
         passed: list[Waiter] = []
+        rooms: dict[str | None, int] = {}
         for waiter in self._queue.firsts():
             if waiter.request.request_id in self._kept_for:
                 continue
-            if waiter is only or self._may_be_answered(waiter, self._fleet.room_tokens(waiter.request.pool)):
+            pool = waiter.request.pool
+            if pool not in rooms:
+                rooms[pool] = self._fleet.room_tokens(pool)
+            if waiter is only or waiter.judged != self._comings or rooms[pool] >= waiter.least_room:
                 if only is not None and waiter is not only:
                     return None
                 if (outcome := answer(waiter, None, now)) is not None:
@@ -124,14 +128,8 @@ class Turns:
                 waiter.judged = self._comings
             passed.append(waiter)
         self._keep(passed)
-        self._settled = True
-        self._least = min(
-            map(_least_room, (*passed, *(waiter for waiter, _ in self._kept_for.values()))), default=NEVER
-        )
+        self._settled = self._all_judged = True
         return None
-
-    def _may_be_answered(self, waiter: Waiter, room: int) -> bool:
-        return room >= _least_room(waiter) or waiter.judged != self._comings
 
     def _finish(self, waiter: Waiter, outcome: Outcome, passed: list[Waiter]) -> None:
         tokens = waiter.size.grant_tokens if isinstance(outcome, Grant) else 0
@@ -142,7 +140,7 @@ class Turns:
 
     def _keep(self, passed: list[Waiter]) -> None:
         for waiter in passed:
-            if waiter.passed_tokens >= self._fleet.longest_tokens(waiter.request.pool):
+            if waiter.passed_tokens and waiter.passed_tokens >= self._fleet.longest_tokens(waiter.request.pool):
                 candidates = self._fleet.best(waiter.size, waiter.request.pool, self._rng)
                 if candidates:
                     roomiest = max(candidates, key=lambda account: score(account, waiter.size))
@@ -151,14 +149,9 @@ class Turns:
 
     def _give_back(self, request_id: str) -> None:
         self._fleet.give_back(self._kept_for.pop(request_id)[1])
-        self.stir()
+        self._all_judged = self._settled = False
 
 
 def _room(account: ReplicaAccount) -> int:
     """In tokens."""
     return account.headroom_blocks * account.block_size
-
-
-def _least_room(waiter: Waiter) -> int:
-    """Tokens that may do for it: with a prefix it may need fewer than its size says, and at least one."""
-    return waiter.size.grant_tokens if waiter.request.prefix is None else 1

@@ -10,6 +10,7 @@ many wait.
 from __future__ import annotations
 
 import heapq
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -44,6 +45,8 @@ class Sum:
     """Of their grants."""
     longest: int = 0
     """The longest of all that joined since there was none."""
+    least_room: int = sys.maxsize
+    """The least of the same."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,11 +68,14 @@ class Waiter:
     """Tokens granted to requests behind it while it stood first in its line."""
     judged: int = -1
     """How often replicas had come or gone when it was last found that one could hold it; set by `Turns`."""
+    least_room: int = field(init=False)
+    """Tokens that may do for it: with a prefix it may need fewer than its size says, and at least one."""
     kind: Kind = field(init=False)
     """Its line."""
 
     def __post_init__(self) -> None:
         size = self.size
+        self.least_room = size.grant_tokens if self.request.prefix is None else 1
         longest = size.prompt_tokens + size.max_tokens
         bits = size.grant_tokens.bit_length(), longest.bit_length()
         self.kind = Kind(self.request.pool, *bits, self.request.resumes)
@@ -158,6 +164,8 @@ class WaitingQueue:
         self._joined = 0
         self._tokens = 0
         self._sums: dict[Kind, Sum] = {}
+        self.least_room = sys.maxsize
+        """With less room than so many tokens none of the waiters is served."""
 
     def __len__(self) -> int:
         return len(self._waiters)
@@ -280,12 +288,16 @@ class WaitingQueue:
         with_deadline = {id(entry[2]) for entry in self._deadlines}
         lost = [key for key, waiter in self._waiters.items() if id(waiter) not in with_deadline]
         assert not lost, f"waiters without a deadline: {lost}"
+        least = min((waiter.least_room for waiter in self._waiters.values()), default=sys.maxsize)
+        assert self.least_room <= least, f"a waiter needs {least} tokens of room at least, not {self.least_room}"
 
     def _add(self, waiter: Waiter) -> None:
         size, each = waiter.size, self._sums.setdefault(waiter.kind, Sum())
         each.requests += 1
         each.tokens += size.grant_tokens
         each.longest = max(each.longest, size.prompt_tokens + size.max_tokens)
+        each.least_room = min(each.least_room, waiter.least_room)
+        self.least_room = min(self.least_room, waiter.least_room)
 
     def _subtract(self, waiter: Waiter) -> None:
         each = self._sums[waiter.kind]
@@ -293,6 +305,7 @@ class WaitingQueue:
         each.tokens -= waiter.size.grant_tokens
         if not each.requests:
             del self._sums[waiter.kind]
+            self.least_room = min((each.least_room for each in self._sums.values()), default=sys.maxsize)
 
     def _line_up(self, waiter: Waiter) -> None:
         kind = waiter.kind
