@@ -138,7 +138,8 @@ class ReserveRequest:
     weight: int | None = None
     """Of the tenant, from its API key; None: as the ledger's settings have it."""
     resumes: bool = False
-    """It lost a replica that had taken it up, and its client has an answer already: it makes room for no other."""
+    """It was granted before, and lost that replica or was not taken up there. It waits however many do, before those
+    that were never granted, and makes room for no other: such requests are as few as were granted."""
 
 
 RefusalKind = Literal["too_long", "queue_full", "deadline", "no_replica", "unknown_pool", "version"]

@@ -40,6 +40,14 @@ class ReplicaAccount:
 
     def __init__(self, state: ReplicaState, now: float) -> None:
         self.state = state
+        self.block_size = state.block_size
+        """Tokens per block; this and the next three are the same in all reports of one life."""
+        self.capacity_blocks = state.capacity_blocks
+        """Blocks that the replica has."""
+        self.max_context = state.max_context
+        """Longest prompt + output, in tokens."""
+        self.longest_tokens = min(state.max_context, state.capacity_blocks * state.block_size)
+        """The longest request that the empty replica could hold to its last token."""
         self.heard_at = now
         self.alive = True
         self.called_gone = False
@@ -57,30 +65,10 @@ class ReplicaAccount:
         self._adopt(state, now)
 
     @property
-    def block_size(self) -> int:
-        """Tokens per block."""
-        return self.state.block_size
-
-    @property
-    def capacity_blocks(self) -> int:
-        """Blocks that the replica has."""
-        return self.state.capacity_blocks
-
-    @property
-    def max_context(self) -> int:
-        """Longest prompt + output, in tokens."""
-        return self.state.max_context
-
-    @property
-    def longest_tokens(self) -> int:
-        """The longest request that the empty replica could hold to its last token."""
-        return min(self.state.max_context, self.state.capacity_blocks * self.state.block_size)
-
-    @property
     def headroom_blocks(self) -> int:
         """Blocks neither held nor promised; negative when requests grew beyond their grants. None where as many
         requests are as the replica takes: it would refuse one more."""
-        free = self.state.capacity_blocks - self.charged_blocks
+        free = self.capacity_blocks - self.charged_blocks
         return min(0, free) if self.is_full else free
 
     @property
@@ -91,7 +79,8 @@ class ReplicaAccount:
     @property
     def is_full(self) -> bool:
         """Whether as many requests are held or promised as the replica takes at once."""
-        return self.requests_left == 0
+        most = self.state.max_requests
+        return most is not None and self.charged_requests >= most
 
     @property
     def requests_left(self) -> int | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from deployments.protocol import Grant, ReplicaSpot, ReplicaState, ReserveRequest
 from deployments.routing.account import ReplicaAccount
-from deployments.routing.fleet import Fleet
+from deployments.routing.fleet import Change, Fleet
 from deployments.routing.forecast import Forecast
 from deployments.routing.grants import GrantIndex
 from deployments.routing.growth import Growth
@@ -29,10 +29,13 @@ class Books:
         config: limits and durations.
         growth: learns what the pools' replicas hold.
         epoch: the ledger's.
-        stir: called when a request that could not be answered before may be answered now.
+        stir: called when requests that could not be answered before may be answered now: with a replica that has
+            more room than before, or None when replicas came or went.
     """
 
-    def __init__(self, config: LedgerConfig, growth: Growth, *, epoch: int, stir: Callable[[], None]) -> None:
+    def __init__(
+        self, config: LedgerConfig, growth: Growth, *, epoch: int, stir: Callable[[ReplicaAccount | None], None]
+    ) -> None:
         self._config = config
         self._growth = growth
         self._epoch = epoch
@@ -121,7 +124,7 @@ class Books:
         if account is not None and account.state.epoch == epoch:
             account.called_gone = True
             self._lose(account)
-            self._stir()  # those who waited for a silent one to return
+            self._stir(None)  # those who waited for a silent one to return
 
     def note_silence(self, now: float) -> None:
         """Lose replicas that fell silent, and forget those from which nothing can come any more."""
@@ -197,8 +200,9 @@ class Books:
 
     def _place(self, account: ReplicaAccount) -> None:
         """After every change of an account."""
-        if self.fleet.place(account, sold=self.sells(account)):
-            self._stir()
+        change = self.fleet.place(account, sold=self.sells(account))
+        if change is not None:
+            self._stir(account if change is Change.ROOM else None)
 
     def _meet(self, state: ReplicaState, now: float) -> None:
         """The first report of a replica's life."""
@@ -254,4 +258,4 @@ class Books:
             del self._heard[replica_id]
             for promise in account.promises.values():
                 self._grants.remove(promise.grant)
-            self._stir()
+            self._stir(None)

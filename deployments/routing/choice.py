@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from deployments.protocol import ReserveRequest
+from deployments.protocol import Prefix, ReserveRequest
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.fleet import Fleet
 from deployments.routing.policy import Size, pick
@@ -40,29 +40,25 @@ class Choice:
             size: its size.
             kept: a replica that is kept for this request, and isn't open to others.
         """
-        holders = tuple(self._holders(request))
-        room = kept.headroom_blocks * kept.block_size if kept is not None else 0
-        if not holders and max(room, self._fleet.room_tokens(request.pool)) < size.grant_tokens:
-            return None  # so it is for most of those who wait, each time that something becomes free
-        candidates = {a.state.replica_id: a for a in self._fleet.best(size, request.pool, self._rng)}
-        candidates.update((a.state.replica_id, a) for a in holders)
+        prefix, candidates = request.prefix, self._fleet.best(size, request.pool, self._rng)
         if kept is not None:
-            candidates[kept.state.replica_id] = kept
+            candidates.append(kept)
+        if prefix is None:
+            chosen = pick(candidates, size, self._rng)
+            return None if chosen is None else (chosen, NO_MATCH)
 
         def match_of(account: ReplicaAccount) -> Match:
-            prefix = request.prefix
-            return NO_MATCH if prefix is None else self._prefixes.match(prefix, account.state.replica_id)
+            return self._prefixes.match(prefix, account.state.replica_id)
 
-        account = pick(candidates.values(), size, self._rng, match_of)
-        return None if account is None else (account, match_of(account))
+        by_id = {account.state.replica_id: account for account in (*candidates, *self._holders(prefix, request.pool))}
+        chosen = pick(by_id.values(), size, self._rng, match_of)
+        return None if chosen is None else (chosen, match_of(chosen))
 
-    def _holders(self, request: ReserveRequest) -> Iterator[ReplicaAccount]:
+    def _holders(self, prefix: Prefix, pool: str | None) -> Iterator[ReplicaAccount]:
         """Open replicas of the right pool that have some of the prompt."""
-        if request.prefix is None:
-            return
-        for replica_id in self._prefixes.holders(request.prefix, MOST_HOLDERS):
+        for replica_id in self._prefixes.holders(prefix, MOST_HOLDERS):
             account = self._fleet.get(replica_id)
             if account is None or not self._fleet.is_open(replica_id):
                 continue
-            if request.pool is None or account.state.pool == request.pool:
+            if pool is None or account.state.pool == pool:
                 yield account

@@ -181,6 +181,7 @@ class ServeDispatcher:
     async def _resume(self, progress: Progress, grant: Grant, loss: Lost, wait_limit_s: float) -> Attempt | TokenChunk:
         """Another attempt after a loss, or the chunk that says why there is none."""
         progress.losses += 1
+        progress.granted = True
         done = f"replica {grant.replica_id} failed after {len(progress.produced)} tokens: {loss}"
         logger.warning("request %s: %s", progress.request.request_id, done)
         if progress.losses > MAX_LOSSES:
@@ -206,6 +207,7 @@ class ServeDispatcher:
             request = progress.next_attempt()
             try:
                 grant = await self._reserve(self._wish(request, progress, max(0.0, deadline - loop.time())))
+                progress.granted |= grant.ledger_epoch != LOCAL_EPOCH
                 return await self._send(replace(request, grant=grant), grant)
             except NotTakenUp as reason:
                 logger.warning("request %s was not taken up and is tried again: %s", request.request_id, reason)
@@ -231,7 +233,7 @@ class ServeDispatcher:
             priority=request.priority,
             prefix=self._prefix(request),
             weight=request.weight,
-            resumes=progress.losses > 0,
+            resumes=progress.granted,
         )
 
     async def _reserve(self, wish: ReserveRequest) -> Grant:

@@ -13,6 +13,7 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import NamedTuple
 
 from deployments.routing.account import ReplicaAccount
@@ -40,91 +41,6 @@ def shelf_of(account: ReplicaAccount) -> ShelfKey:
     return ShelfKey(account.state.pool, account.block_size, longest.bit_length(), capacity.bit_length())
 
 
-@dataclass(slots=True)
-class Spot:
-    """Where an open replica stands."""
-
-    shelf: ShelfKey
-    headroom: int
-    position: int
-    """In the list of those with equal headroom."""
-
-
-class Shelf:
-    """Open replicas of one kind, by headroom in blocks."""
-
-    def __init__(self, key: ShelfKey) -> None:
-        self._key = key
-        self._values: list[int] = []
-        """The distinct headrooms, ascending."""
-        self._with: dict[int, list[ReplicaAccount]] = {}
-
-    @property
-    def room_tokens(self) -> int:
-        """The largest headroom, in tokens."""
-        return self._values[-1] * self._key.block_size if self._values else 0
-
-    def add(self, account: ReplicaAccount) -> Spot:
-        """Put a replica where its headroom belongs."""
-        headroom = account.headroom_blocks
-        if headroom not in self._with:
-            insort(self._values, headroom)
-            self._with[headroom] = []
-        self._with[headroom].append(account)
-        return Spot(self._key, headroom, len(self._with[headroom]) - 1)
-
-    def remove(self, spot: Spot) -> ReplicaAccount | None:
-        """Take out the replica that stands there.
-
-        Returns:
-            The replica that stands there now instead.
-        """
-        equals = self._with[spot.headroom]
-        moved = equals.pop()
-        if spot.position < len(equals):
-            equals[spot.position] = moved
-            return moved
-        if not equals:
-            del self._with[spot.headroom]
-            del self._values[bisect_left(self._values, spot.headroom)]
-        return None
-
-    def best(self, size: Size, rng: random.Random) -> ReplicaAccount | None:
-        """Of those that could hold the request to its last token, empty or not: the one with the most headroom less
-        what is to be computed, if it fits there now; else the one with the most headroom."""
-        total = size.prompt_tokens + size.max_tokens
-        if total.bit_length() > self._key.longest_bits:
-            return None
-        needed = blocks_for(size.grant_tokens, self._key.block_size)
-        best: tuple[int, ReplicaAccount] | None = None
-        left = MOST_ROOMY
-        for headroom in reversed(self._values):
-            room = headroom * self._key.block_size
-            if left <= 0 or (best is not None and (headroom < needed or room <= best[0])):
-                break
-            for account in self._drawn(headroom, total, rng, left):
-                left -= 1
-                if best is None or room - account.ahead_tokens > best[0]:
-                    best = room - account.ahead_tokens, account
-                if best[0] == room:
-                    break
-        return None if best is None else best[1]
-
-    def _drawn(self, headroom: int, total: int, rng: random.Random, most: int) -> list[ReplicaAccount]:
-        """At most so many of those with this headroom that could hold `total` tokens, from a random one on."""
-        fitting = self._with[headroom]
-        if total.bit_length() == self._key.longest_bits:
-            fitting = [account for account in fitting if account.longest_tokens >= total]
-        if len(fitting) <= 1:
-            return fitting
-        first = rng.randrange(len(fitting))
-        return (fitting[first : first + most] + fitting[:first])[:most]
-
-    def __iter__(self) -> Iterator[tuple[int, ReplicaAccount]]:
-        """(headroom, replica) of all that stand here."""
-        return ((headroom, account) for headroom, equals in self._with.items() for account in equals)
-
-
 class PoolCounts:
     """Sums over the replicas of one pool."""
 
@@ -137,54 +53,149 @@ class PoolCounts:
         """The longest request of each known replica, in tokens, ascending."""
 
 
-class Seen(NamedTuple):
-    """What a decision depends on, as it was when the replica was last placed."""
+class Change(Enum):
+    """Why a request that could not be answered before may be answered now."""
 
-    alive: bool
-    sold: bool
-    headroom: int
+    ROOM = auto()
+    """The replica has more room than before."""
+    STANDING = auto()
+    """It is alive or sold now, or is so no longer."""
+
+
+@dataclass(slots=True, eq=False)
+class Standing:
+    """A known replica as it was when it was last placed: all that a decision depends on."""
+
+    account: ReplicaAccount
+    shelf: Shelf
+    """Where it stands while it is open."""
+    sums: tuple[PoolCounts, PoolCounts]
+    """Of its pool, and of all."""
+    alive: bool = False
+    sold: bool = False
+    kept: bool = False
+    headroom: int = 0
+    """In blocks."""
+    position: int | None = None
+    """Among those of its shelf with equal headroom; None while it is not open."""
+
+    @property
+    def free_tokens(self) -> int:
+        """Its headroom in tokens, which is at least none."""
+        return max(0, self.headroom) * self.account.block_size
+
+
+class Shelf:
+    """Open replicas of one kind, by headroom in blocks."""
+
+    def __init__(self, key: ShelfKey) -> None:
+        self._key = key
+        self._values: list[int] = []
+        """The distinct headrooms, ascending."""
+        self._with: dict[int, list[Standing]] = {}
+
+    @property
+    def room_tokens(self) -> int:
+        """The largest headroom, in tokens."""
+        return self._values[-1] * self._key.block_size if self._values else 0
+
+    def add(self, standing: Standing) -> None:
+        """Put a replica where its headroom belongs."""
+        equals = self._with.get(standing.headroom)
+        if equals is None:
+            insort(self._values, standing.headroom)
+            equals = self._with[standing.headroom] = []
+        standing.position = len(equals)
+        equals.append(standing)
+
+    def remove(self, standing: Standing) -> None:
+        """Take a replica out; one with the same headroom may take its position."""
+        assert standing.position is not None, f"{standing.account.state.replica_id} is not on its shelf"
+        equals = self._with[standing.headroom]
+        moved = equals.pop()
+        if moved is not standing:
+            equals[standing.position] = moved
+            moved.position = standing.position
+        standing.position = None
+        if not equals:
+            del self._with[standing.headroom]
+            del self._values[bisect_left(self._values, standing.headroom)]
+
+    def best(self, size: Size, rng: random.Random) -> ReplicaAccount | None:
+        """Of those that could hold the request to its last token, empty or not: the one with the most headroom less
+        what is to be computed, if it fits there now; else the one with the most headroom."""
+        total = size.prompt_tokens + size.max_tokens
+        if total.bit_length() > self._key.longest_bits:
+            return None
+        needed = blocks_for(size.grant_tokens, self._key.block_size)
+        best: ReplicaAccount | None = None
+        most, left = 0, MOST_ROOMY
+        for headroom in reversed(self._values):
+            room = headroom * self._key.block_size
+            if left <= 0 or (best is not None and (headroom < needed or room <= most)):
+                break
+            for account in self._drawn(headroom, total, rng, left):
+                left -= 1
+                ease = room - account.ahead_tokens
+                if best is None or ease > most:
+                    best, most = account, ease
+                if most == room:
+                    break
+        return best
+
+    def _drawn(self, headroom: int, total: int, rng: random.Random, most: int) -> Iterator[ReplicaAccount]:
+        """At most so many of those with this headroom that could hold `total` tokens, from a random one on."""
+        fitting = self._with[headroom]
+        if total.bit_length() == self._key.longest_bits:
+            fitting = [standing for standing in fitting if standing.account.longest_tokens >= total]
+        first = rng.randrange(len(fitting)) if len(fitting) > 1 else 0
+        return (fitting[first - k].account for k in range(min(most, len(fitting))))
+
+    def __iter__(self) -> Iterator[tuple[int, ReplicaAccount]]:
+        """(headroom, replica) of all that stand here."""
+        return ((headroom, each.account) for headroom, equals in self._with.items() for each in equals)
 
 
 class Fleet:
     """All known replicas. Whoever changes an account calls `place` for it afterwards."""
 
     def __init__(self) -> None:
-        self._accounts: dict[str, ReplicaAccount] = {}
-        self._seen: dict[str, Seen] = {}
-        self._kept: set[str] = set()
-        self._spots: dict[str, Spot] = {}
+        self._standings: dict[str, Standing] = {}
         self._shelves: dict[ShelfKey, Shelf] = {}
         self._pools: dict[str | None, PoolCounts] = {None: PoolCounts()}
         """Pool -> its sums; None: those of all."""
 
     def __iter__(self) -> Iterator[ReplicaAccount]:
-        return iter(self._accounts.values())
+        return (standing.account for standing in self._standings.values())
 
     def get(self, replica_id: str) -> ReplicaAccount | None:
         """The account of a replica, or None when it isn't known."""
-        return self._accounts.get(replica_id)
+        standing = self._standings.get(replica_id)
+        return standing.account if standing is not None else None
 
     def add(self, account: ReplicaAccount) -> None:
         """Get to know a replica, which is not sold until it is placed."""
-        self._accounts[account.state.replica_id] = account
-        self._seen[account.state.replica_id] = Seen(False, False, 0)
-        for counts in self._sums(account.state.pool):
+        key, pool = shelf_of(account), account.state.pool
+        shelf = self._shelves.setdefault(key, Shelf(key))
+        sums = self._pools.setdefault(pool, PoolCounts()), self._pools[None]
+        self._standings[account.state.replica_id] = Standing(account, shelf, sums)
+        for counts in sums:
             insort(counts.longest, account.longest_tokens)
 
     def remove(self, replica_id: str) -> ReplicaAccount | None:
         """Forget a replica."""
-        account = self._accounts.pop(replica_id, None)
-        if account is not None:
-            self._close(replica_id)
-            self._kept.discard(replica_id)
-            seen = self._seen.pop(replica_id)
-            for counts in self._sums(account.state.pool):
-                counts.alive -= seen.alive
-                counts.sold -= seen.sold
-                del counts.longest[bisect_left(counts.longest, account.longest_tokens)]
-        return account
+        standing = self._standings.pop(replica_id, None)
+        if standing is None:
+            return None
+        self._close(standing)
+        longest = standing.account.longest_tokens
+        for counts in standing.sums:
+            counts.alive -= standing.alive
+            counts.sold -= standing.sold
+            del counts.longest[bisect_left(counts.longest, longest)]
+        return standing.account
 
-    def place(self, account: ReplicaAccount, *, sold: bool) -> bool:
+    def place(self, account: ReplicaAccount, *, sold: bool) -> Change | None:
         """Put a replica where it belongs after a change.
 
         Args:
@@ -192,43 +203,44 @@ class Fleet:
             sold: whether requests may be sent to it.
 
         Returns:
-            Whether a request that could not be answered before may be answered now.
+            What this may mean for requests that could not be answered before; None: nothing.
         """
-        replica_id = account.state.replica_id
-        before, now = self._seen[replica_id], Seen(account.alive, sold, account.headroom_blocks)
-        if before == now:
-            return False
-        self._seen[replica_id] = now
-        if before[:2] != now[:2]:
-            for counts in self._sums(account.state.pool):
-                counts.alive += now.alive - before.alive
-                counts.sold += now.sold - before.sold
-        self._close(replica_id)
-        if self.is_open(replica_id):
-            self._open(account)
-        return before[:2] != now[:2] or now.headroom > before.headroom
+        standing = self._standings[account.state.replica_id]
+        before, headroom = standing.headroom, account.headroom_blocks
+        same = standing.alive is account.alive and standing.sold is sold
+        if same and headroom == before:
+            return None
+        self._close(standing)
+        for counts in () if same else standing.sums:
+            counts.alive += account.alive - standing.alive
+            counts.sold += sold - standing.sold
+        standing.alive, standing.sold, standing.headroom = account.alive, sold, headroom
+        self._open(standing)
+        if not same:
+            return Change.STANDING
+        return Change.ROOM if headroom > before else None
 
     def is_sold(self, account: ReplicaAccount) -> bool:
         """Whether requests may be sent to this life of the replica, perhaps only the one that it is kept for."""
-        replica_id = account.state.replica_id
-        return self._accounts.get(replica_id) is account and self._seen[replica_id].sold
+        standing = self._standings.get(account.state.replica_id)
+        return standing is not None and standing.account is account and standing.sold
 
     def is_open(self, replica_id: str) -> bool:
         """Whether any request may be sent to it."""
-        return self._seen[replica_id].sold and replica_id not in self._kept
+        return self._standings[replica_id].position is not None
 
     def keep(self, account: ReplicaAccount) -> None:
         """Take an open replica out of the choice: it is kept for one request."""
-        self._kept.add(account.state.replica_id)
-        self._close(account.state.replica_id)
+        standing = self._standings[account.state.replica_id]
+        standing.kept = True
+        self._close(standing)
 
     def give_back(self, account: ReplicaAccount) -> None:
         """Put a replica that was kept back into the choice; nothing when that life of it is gone."""
-        replica_id = account.state.replica_id
-        if self._accounts.get(replica_id) is account:
-            self._kept.discard(replica_id)
-            if self.is_open(replica_id):
-                self._open(account)
+        standing = self._standings.get(account.state.replica_id)
+        if standing is not None and standing.account is account:
+            standing.kept = False
+            self._open(standing)
 
     def best(self, size: Size, pool: str | None, rng: random.Random) -> list[ReplicaAccount]:
         """Open replicas, the best of each shelf: what the policy would pick is among them.
@@ -263,36 +275,27 @@ class Fleet:
         for name, counts in self._pools.items():
             own = [a for a in self if name is None or a.state.pool == name]
             assert counts.alive == sum(a.alive for a in own), f"pool {name}: {counts.alive} alive"
-            sold = sum(self._seen[a.state.replica_id].sold for a in own)
+            sold = sum(self._standings[a.state.replica_id].sold for a in own)
             assert counts.sold == sold, f"pool {name}: {counts.sold} sold, a fresh sum gives {sold}"
             assert counts.longest == sorted(a.longest_tokens for a in own), f"pool {name}: longest requests"
-            free = sum(max(0, a.headroom_blocks) * a.block_size for a in own if a.state.replica_id in self._spots)
+            free = sum(max(0, a.headroom_blocks) * a.block_size for a in own if self.is_open(a.state.replica_id))
             assert counts.free_tokens == free, (
                 f"pool {name}: {counts.free_tokens} tokens free, a fresh sum gives {free}"
             )
         shelved = {a.state.replica_id: value for shelf in self._shelves.values() for value, a in shelf}
-        fresh = {key: a.headroom_blocks for key, a in self._accounts.items() if self.is_open(key)}
+        fresh = {key: s.account.headroom_blocks for key, s in self._standings.items() if s.sold and not s.kept}
         assert shelved == fresh, f"shelves: {shelved}, accounts: {fresh}"
 
-    def _sums(self, pool: str) -> tuple[PoolCounts, PoolCounts]:
-        """Those of the pool and those of all."""
-        if pool not in self._pools:
-            self._pools[pool] = PoolCounts()
-        return self._pools[pool], self._pools[None]
+    def _open(self, standing: Standing) -> None:
+        if standing.sold and not standing.kept and standing.position is None:
+            standing.shelf.add(standing)
+            self._count_free(standing, standing.free_tokens)
 
-    def _open(self, account: ReplicaAccount) -> None:
-        key = shelf_of(account)
-        if key not in self._shelves:
-            self._shelves[key] = Shelf(key)
-        spot = self._spots[account.state.replica_id] = self._shelves[key].add(account)
-        for counts in self._sums(key.pool):
-            counts.free_tokens += max(0, spot.headroom) * key.block_size
+    def _close(self, standing: Standing) -> None:
+        if standing.position is not None:
+            standing.shelf.remove(standing)
+            self._count_free(standing, -standing.free_tokens)
 
-    def _close(self, replica_id: str) -> None:
-        spot = self._spots.pop(replica_id, None)
-        if spot is not None:
-            moved = self._shelves[spot.shelf].remove(spot)
-            if moved is not None:
-                self._spots[moved.state.replica_id].position = spot.position
-            for counts in self._sums(spot.shelf.pool):
-                counts.free_tokens -= max(0, spot.headroom) * spot.shelf.block_size
+    def _count_free(self, standing: Standing, tokens: int) -> None:
+        for counts in standing.sums:
+            counts.free_tokens += tokens

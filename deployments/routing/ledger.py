@@ -30,7 +30,7 @@ from deployments.routing.fairness import FairShares
 from deployments.routing.growth import Growth
 from deployments.routing.policy import Size
 from deployments.routing.refusals import LedgerConfig
-from deployments.routing.turns import Answer, Outcome, Turns
+from deployments.routing.turns import Outcome, Turns
 from deployments.routing.view import LedgerView
 from deployments.routing.waiting import Waiter, WaitingQueue
 
@@ -62,7 +62,7 @@ class Ledger:
         self._warm_at = now + config.lease_s
         self._warming = True
         self._growth = Growth(config.scaled, config.pools)
-        self._books = Books(config, self._growth, epoch=epoch, stir=lambda: self._turns.stir())
+        self._books = Books(config, self._growth, epoch=epoch, stir=lambda freed: self._turns.stir(freed))
         self._fleet, self._lengths, self._forecast = self._books.fleet, self._books.lengths, self._books.forecast
         self._choice = Choice(self._fleet, self._books.prefixes, rng)
         self._queue = WaitingQueue(FairShares(dict(config.tenant_weights)))
@@ -97,7 +97,7 @@ class Ledger:
                 if grant is not None:
                     return grant
         tokens = self._tokens_before(request, size)
-        if len(self._queue) >= self.config.queue_limit and not self._displace_for(request, now):
+        if self._is_full_for(request) and not self._displace_for(request, now):
             return refusals.full(self.config, request, len(self._queue), self._forecast.retry_after_s(tokens, now))
         waiter = Waiter(
             request,
@@ -106,7 +106,7 @@ class Ledger:
             deadline=now + request.wait_limit_s,
             forecast_ms=self._forecast.wait_ms(tokens, now),
         )
-        return self._turns.join(waiter, None if warming else self._answer_at(now)) or Queued(request.request_id)
+        return self._turns.join(waiter, None if warming else self._answer, now) or Queued(request.request_id)
 
     def cancel(self, request_id: str, now: float) -> None:
         """The client left before it had an answer: ends its waiting, or the grant that no replica has heard of."""
@@ -193,8 +193,9 @@ class Ledger:
         outcomes = self.displaced()
         if self._still_warming(now):
             return outcomes
-        answer = self._answer_at(now)
-        return outcomes + list(iter(lambda: self._turns.next(answer), None))
+        while (outcome := self._turns.next(self._answer, now)) is not None:
+            outcomes.append(outcome)
+        return outcomes
 
     def displaced(self) -> list[Outcome]:
         """The answers of those that had to make room for another tenant's requests; each is told once."""
@@ -254,17 +255,14 @@ class Ledger:
 
     # Deciding
 
-    def _answer_at(self, now: float) -> Answer:
-        def answer(waiter: Waiter, kept: ReplicaAccount | None) -> Outcome | None:
-            request, size = waiter.request, waiter.size
-            if waiter.deadline <= now:
-                return self._late(waiter, now)
-            outcome = self._hopeless(request, size) or self._try_grant(request, size, now, kept)
-            if isinstance(outcome, Grant):
-                self._forecast.granted(waiter.forecast_ms, int(1000 * (now - waiter.joined_at)))
-            return outcome
-
-        return answer
+    def _answer(self, waiter: Waiter, kept: ReplicaAccount | None, now: float) -> Outcome | None:
+        request, size = waiter.request, waiter.size
+        if waiter.deadline <= now:
+            return self._late(waiter, now)
+        outcome = self._hopeless(request, size) or self._try_grant(request, size, now, kept)
+        if isinstance(outcome, Grant):
+            self._forecast.granted(waiter.forecast_ms, int(1000 * (now - waiter.joined_at)))
+        return outcome
 
     def _try_grant(
         self, request: ReserveRequest, size: Size, now: float, kept: ReplicaAccount | None = None
@@ -296,6 +294,10 @@ class Ledger:
             absent=self._growth.shapes(pool),
             unheard=self._growth.unheard(pool),
         )
+
+    def _is_full_for(self, request: ReserveRequest) -> bool:
+        """Whether as many wait as may. Who was granted before waits all the same: those are bounded by what was."""
+        return len(self._queue) >= self.config.queue_limit and not request.resumes
 
     def _displace_for(self, request: ReserveRequest, now: float) -> bool:
         """Make room in the full queue for a tenant that has less than its share of it, if there is one with more."""

@@ -103,9 +103,9 @@ def grant_blocks(replica: Candidate, size: Size, match: Match = NO_MATCH) -> int
     return needed - shared_blocks(replica, match)
 
 
-def fits_now(replica: Candidate, size: Size, match: Match = NO_MATCH) -> bool:
-    """Whether the blocks to promise are neither held nor promised."""
-    return grant_blocks(replica, size, match) <= replica.headroom_blocks
+def blocks_left(replica: Candidate, size: Size, match: Match = NO_MATCH) -> int:
+    """Headroom that the grant leaves; negative where the request doesn't fit now."""
+    return replica.headroom_blocks - grant_blocks(replica, size, match)
 
 
 def score(replica: Scored, size: Size, match: Match = NO_MATCH, *, largest: int = 0) -> int:
@@ -117,7 +117,11 @@ def score(replica: Scored, size: Size, match: Match = NO_MATCH, *, largest: int 
         match: what of its prompt is cached there.
         largest: capacity of the largest replica that it is compared with, in tokens.
     """
-    left = replica.headroom_blocks - grant_blocks(replica, size, match)
+    return _score(replica, blocks_left(replica, size, match), match, largest)
+
+
+def _score(replica: Scored, left: int, match: Match, largest: int) -> int:
+    """The score where the grant leaves `left` blocks."""
     ample = 2 * left >= replica.capacity_blocks
     spare = max(0, largest - replica.capacity_blocks * replica.block_size) if ample else 0
     return left * replica.block_size + spare + match.cached_tokens - replica.ahead_tokens
@@ -136,9 +140,10 @@ def pick(
     best_score = 0
     for replica in replicas:
         match = match_of(replica)
-        if not fits_now(replica, size, match):
+        left = blocks_left(replica, size, match)
+        if left < 0:
             continue
-        value = score(replica, size, match, largest=largest)
+        value = _score(replica, left, match, largest)
         if best and value < best_score:
             continue
         if not best or value > best_score:

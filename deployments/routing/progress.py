@@ -19,6 +19,8 @@ class Progress:
         self.produced: list[int] = []
         """Output ids that the client was given."""
         self.attempts = 0
+        self.granted = False
+        """Whether the ledger ever granted it, or a replica took it up."""
         self.losses = 0
         """Attempts that ended with their replica after it had taken the request up."""
         self.pool: str | None = None

@@ -19,11 +19,11 @@ from deployments.protocol import Grant, Refusal
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.fleet import Fleet
 from deployments.routing.policy import score
-from deployments.routing.waiting import Kind, Waiter, WaitingQueue
+from deployments.routing.waiting import Waiter, WaitingQueue
 
 Outcome = Grant | Refusal
-Answer = Callable[[Waiter, ReplicaAccount | None], Outcome | None]
-"""Grants or refuses a waiter now, on the replica kept for it too; None when it must go on waiting."""
+Answer = Callable[[Waiter, ReplicaAccount | None, float], Outcome | None]
+"""Grants or refuses a waiter at that time, on the replica kept for it too; None when it must go on waiting."""
 
 
 class Turns:
@@ -39,30 +39,38 @@ class Turns:
         self._queue = queue
         self._fleet = fleet
         self._rng = rng
-        self._tried: dict[Kind, Waiter] = {}
-        """Firsts of their lines for which there was no room, and nothing has become free since."""
         self._kept_for: dict[str, tuple[Waiter, ReplicaAccount]] = {}
         """Request id -> the waiter, and the replica kept for it."""
+        self._comings = 0
+        """How often replicas came or went."""
         self._settled = True
         """Nothing has changed since nobody could be served."""
+        self._all_judged = False
+        """All firsts were asked since a replica came, went, or was given back: now only room is news."""
 
-    def stir(self) -> None:
-        """Something became free, or replicas came or went: everyone may be answered again."""
-        self._tried.clear()
-        self._settled = False
+    def stir(self, freed: ReplicaAccount | None = None) -> None:
+        """Someone may be answered again: who has room on the replica that has more of it than before, or everyone."""
+        if freed is None:
+            self._comings += 1
+            self._all_judged = self._settled = False
+        elif _room(freed) >= self._queue.least_room:
+            self._settled = False
 
-    def join(self, waiter: Waiter, answer: Answer | None) -> Outcome | None:
+    def join(self, waiter: Waiter, answer: Answer | None, now: float) -> Outcome | None:
         """Let a request wait; one for which there is room behind all who wait in vain is answered at once.
 
         Args:
-            waiter: the request.
+            waiter: the request. One of the replicas could hold it, unless nobody is answered.
             answer: None while nobody is answered.
+            now: Unix seconds.
         """
         self._queue.join(waiter)
+        if answer is not None:
+            waiter.judged = self._comings
         if not self._queue.is_first(waiter):
             return None
         self._settled = False
-        return self._serve(answer, only=waiter) if answer is not None else None
+        return self._serve(answer, now, only=waiter) if answer is not None else None
 
     def leave(self, request_id: str, *, granted_tokens: int = 0) -> Waiter | None:
         """Take a waiter out; None when it doesn't wait."""
@@ -73,11 +81,11 @@ class Turns:
                 self._give_back(request_id)
         return waiter
 
-    def next(self, answer: Answer) -> Outcome | None:
+    def next(self, answer: Answer, now: float) -> Outcome | None:
         """Answer one of those who wait; None when nobody can be answered now, which costs nothing the next time."""
         if self._settled:
             return None
-        return self._serve_kept(answer) or self._serve(answer)
+        return self._serve_kept(answer, now) or self._serve(answer, now)
 
     def check_integrity(self) -> None:
         """Raise AssertionError when a replica is kept for a request that doesn't wait."""
@@ -85,32 +93,42 @@ class Turns:
         lost = [key for key in self._kept_for if key not in self._queue]
         assert not lost, f"replicas are kept for {lost}, which don't wait"
 
-    def _serve_kept(self, answer: Answer) -> Outcome | None:
+    def _serve_kept(self, answer: Answer, now: float) -> Outcome | None:
         for key, (waiter, account) in list(self._kept_for.items()):
             if not self._fleet.is_sold(account):
                 self._give_back(key)
-            elif (outcome := answer(waiter, account)) is not None:
-                self._finish(waiter, outcome, [])
-                return outcome
+                continue
+            room = max(_room(account), self._fleet.room_tokens(waiter.request.pool))
+            if waiter.judged != self._comings or room >= waiter.least_room:
+                if (outcome := answer(waiter, account, now)) is not None:
+                    self._finish(waiter, outcome, [])
+                    return outcome
+                waiter.judged = self._comings
         return None
 
-    def _serve(self, answer: Answer, only: Waiter | None = None) -> Outcome | None:
-        """Answer the first who can be answered, or `only`, unless someone before it has not been tried yet."""
+    def _serve(self, answer: Answer, now: float, only: Waiter | None = None) -> Outcome | None:
+        """Answer the first who can be answered, or `only`, unless someone before it may have to be."""
+        if only is None and self._all_judged and self._fleet.room_tokens(None) < self._queue.least_room:
+            self._settled = True
+            return None
         passed: list[Waiter] = []
+        rooms: dict[str | None, int] = {}
         for waiter in self._queue.firsts():
             if waiter.request.request_id in self._kept_for:
                 continue
-            if self._tried.get(waiter.kind) is not waiter:
+            pool = waiter.request.pool
+            if pool not in rooms:
+                rooms[pool] = self._fleet.room_tokens(pool)
+            if waiter is only or waiter.judged != self._comings or rooms[pool] >= waiter.least_room:
                 if only is not None and waiter is not only:
                     return None
-                outcome = answer(waiter, None)
-                if outcome is not None:
+                if (outcome := answer(waiter, None, now)) is not None:
                     self._finish(waiter, outcome, passed)
                     return outcome
-                self._tried[waiter.kind] = waiter
+                waiter.judged = self._comings
             passed.append(waiter)
-        self._settled = True
         self._keep(passed)
+        self._settled = self._all_judged = True
         return None
 
     def _finish(self, waiter: Waiter, outcome: Outcome, passed: list[Waiter]) -> None:
@@ -122,7 +140,7 @@ class Turns:
 
     def _keep(self, passed: list[Waiter]) -> None:
         for waiter in passed:
-            if waiter.passed_tokens >= self._fleet.longest_tokens(waiter.request.pool):
+            if waiter.passed_tokens and waiter.passed_tokens >= self._fleet.longest_tokens(waiter.request.pool):
                 candidates = self._fleet.best(waiter.size, waiter.request.pool, self._rng)
                 if candidates:
                     roomiest = max(candidates, key=lambda account: score(account, waiter.size))
@@ -131,4 +149,9 @@ class Turns:
 
     def _give_back(self, request_id: str) -> None:
         self._fleet.give_back(self._kept_for.pop(request_id)[1])
-        self.stir()
+        self._all_judged = self._settled = False
+
+
+def _room(account: ReplicaAccount) -> int:
+    """In tokens."""
+    return account.headroom_blocks * account.block_size

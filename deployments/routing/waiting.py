@@ -1,13 +1,16 @@
 """The queue of requests that wait for blocks: fair between tenants, by priority and arrival within one, with deadlines.
 
-The order of all who wait is (tag of the tenant, priority, arrival). They stand in lines of requests that are alike:
-of one pool, and alike in size up to a factor of two. When there is no room for the first of a line, there is hardly any
-for the rest of it, so only the first of each line is looked at: some tens of them, however many wait.
+The order of all who wait is (tag of the tenant, priority, arrival), and so it is among those that were granted before
+and lost that through no fault of theirs: these come first, and their tenants have paid for them. They stand in lines of
+requests that are alike: of one pool, and alike in size up to a factor of two. When there is no room for the first of a
+line, there is hardly any for the rest of it, so only the first of each line is looked at: some tens of them, however
+many wait.
 """
 
 from __future__ import annotations
 
 import heapq
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,8 +20,8 @@ from deployments.routing.fairness import FairShares
 from deployments.routing.growth import Waiting
 from deployments.routing.policy import Size
 
-Place = tuple[int, int, int]
-"""(tag of the tenant, priority, arrival): the lowest is served first."""
+Place = tuple[bool, int, int, int]
+"""(whether it was never granted, tag of the tenant, priority, arrival): the lowest is served first."""
 
 
 class Kind(NamedTuple):
@@ -29,6 +32,8 @@ class Kind(NamedTuple):
     """Bit length of the grant in tokens."""
     longest_bits: int
     """Bit length of prompt + max_tokens."""
+    resumes: bool = False
+    """They were granted before."""
 
 
 @dataclass(slots=True)
@@ -40,6 +45,8 @@ class Sum:
     """Of their grants."""
     longest: int = 0
     """The longest of all that joined since there was none."""
+    least_room: int = sys.maxsize
+    """The least of the same."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,22 +62,36 @@ class Waiter:
     """How long it was expected to wait."""
     arrival: int = 0
     """Its number among all that ever joined; set by the queue."""
+    waits: bool = False
+    """Whether it is in the queue; set by the queue."""
     passed_tokens: int = 0
     """Tokens granted to requests behind it while it stood first in its line."""
+    judged: int = -1
+    """How often replicas had come or gone when it was last found that one could hold it; set by `Turns`."""
+    least_room: int = field(init=False)
+    """Tokens that may do for it: with a prefix it may need fewer than its size says, and at least one."""
     kind: Kind = field(init=False)
     """Its line."""
 
     def __post_init__(self) -> None:
         size = self.size
+        self.least_room = size.grant_tokens if self.request.prefix is None else 1
         longest = size.prompt_tokens + size.max_tokens
-        self.kind = Kind(self.request.pool, size.grant_tokens.bit_length(), longest.bit_length())
+        bits = size.grant_tokens.bit_length(), longest.bit_length()
+        self.kind = Kind(self.request.pool, *bits, self.request.resumes)
 
 
 class Line:
-    """The waiters of one kind. Its first costs O(log n), after however many grants in other lines."""
+    """The waiters of one kind. Its first costs O(log n), after however many grants in other lines.
 
-    def __init__(self, shares: FairShares) -> None:
+    Args:
+        shares: where tenants stand.
+        fresh: whether its waiters were never granted.
+    """
+
+    def __init__(self, shares: FairShares, *, fresh: bool) -> None:
         self._shares = shares
+        self._fresh = fresh
         self._of_tenant: dict[str, list[tuple[int, int, Waiter]]] = {}
         """Tenant -> heap of (priority, arrival, waiter)."""
         self._firsts: list[tuple[Place, str]] = []
@@ -78,6 +99,8 @@ class Line:
         entry is never too late: it is corrected when it comes up."""
         self._entry: dict[str, Place] = {}
         """Tenant -> its valid entry."""
+        self._found: tuple[Place, Waiter] | None = None
+        """The first, when it was last looked for; None when someone has joined since who may come before."""
 
     def join(self, waiter: Waiter) -> None:
         """Add a waiter."""
@@ -87,15 +110,21 @@ class Line:
         if heap[0][2] is waiter:
             self._enter(request.tenant)
 
-    def first(self, waiting: dict[str, Waiter]) -> tuple[Place, Waiter] | None:
+    def first(self) -> tuple[Place, Waiter] | None:
         """Who is next of those that still wait; None when nobody does."""
+        found = self._found
+        if found is None or not found[1].waits or self._shares.tag(found[1].request.tenant) != found[0][1]:
+            found = self._found = self._seek()
+        return found
+
+    def _seek(self) -> tuple[Place, Waiter] | None:
         while self._firsts:
             place, tenant = self._firsts[0]
             if self._entry.get(tenant) != place:
                 heapq.heappop(self._firsts)
                 continue
             heap = self._of_tenant[tenant]
-            while heap and waiting.get(heap[0][2].request.request_id) is not heap[0][2]:
+            while heap and not heap[0][2].waits:
                 heapq.heappop(heap)
             if not heap:
                 heapq.heappop(self._firsts)
@@ -111,11 +140,12 @@ class Line:
         place = self._place(tenant)
         if self._entry.get(tenant) != place:
             self._entry[tenant] = place
+            self._found = None
             heapq.heappush(self._firsts, (place, tenant))
 
     def _place(self, tenant: str) -> Place:
         priority, arrival, _ = self._of_tenant[tenant][0]
-        return self._shares.tag(tenant), priority, arrival
+        return self._fresh, self._shares.tag(tenant), priority, arrival
 
 
 class WaitingQueue:
@@ -134,6 +164,8 @@ class WaitingQueue:
         self._joined = 0
         self._tokens = 0
         self._sums: dict[Kind, Sum] = {}
+        self.least_room = sys.maxsize
+        """With less room than so many tokens none of the waiters is served."""
 
     def __len__(self) -> int:
         return len(self._waiters)
@@ -156,6 +188,8 @@ class WaitingQueue:
 
     def tokens_before(self, request: ReserveRequest) -> int:
         """Tokens likely to be granted before this request, which doesn't wait yet or is its tenant's last."""
+        if request.resumes:
+            return sum(each.tokens for kind, each in self._sums.items() if kind.resumes)
         return self._shares.tokens_before(request.tenant, request.weight, self._tokens)
 
     def join(self, waiter: Waiter) -> None:
@@ -164,6 +198,7 @@ class WaitingQueue:
         if request.request_id in self._waiters:
             raise ValueError(f"request {request.request_id} waits already")
         self._waiters[request.request_id] = waiter
+        waiter.waits = True
         self._joined += 1
         waiter.arrival = self._joined
         self._tokens += waiter.size.grant_tokens
@@ -174,19 +209,19 @@ class WaitingQueue:
 
     def is_first(self, waiter: Waiter) -> bool:
         """Whether a waiter is the first of its line."""
-        first = self._lines[waiter.kind].first(self._waiters)
+        first = self._lines[waiter.kind].first()
         return first is not None and first[1] is waiter
 
     def firsts(self) -> list[Waiter]:
         """The first of each line, in the order in which it is their turn."""
         found: list[tuple[Place, Waiter]] = []
         for kind, line in list(self._lines.items()):
-            first = line.first(self._waiters)
+            first = line.first()
             if first is None:
                 del self._lines[kind]
             else:
                 found.append(first)
-        found.sort(key=lambda entry: entry[0])
+        found.sort()  # no two places are the same
         return [waiter for _, waiter in found]
 
     def leave(self, request_id: str, *, granted_tokens: int = 0) -> Waiter | None:
@@ -194,15 +229,16 @@ class WaitingQueue:
 
         Args:
             request_id: of the waiter.
-            granted_tokens: what its tenant is charged for.
+            granted_tokens: what its tenant is charged for, unless it was granted before.
         """
         waiter = self._waiters.get(request_id)
         if waiter is None:
             return None
         tenant, tokens = waiter.request.tenant, waiter.size.grant_tokens
-        if granted_tokens:
+        if granted_tokens and not waiter.request.resumes:
             self._shares.charge(tenant, granted_tokens)
         del self._waiters[request_id]
+        waiter.waits = False
         self._tokens -= tokens
         self._subtract(waiter)
         self._shares.leave(tenant, tokens)
@@ -219,8 +255,8 @@ class WaitingQueue:
             limit: requests that may wait.
 
         Returns:
-            The last one of the tenant most over its share, of those whose client has no answer yet; None when the
-            newcomer is the one to refuse.
+            The last one of the tenant most over its share, of those that were never granted; None when the newcomer is
+            the one to refuse.
         """
         if not self._shares.below_share(request.tenant, request.weight, limit):
             return None
@@ -233,7 +269,7 @@ class WaitingQueue:
     def overdue(self, now: float) -> Waiter | None:
         """A waiter whose deadline has passed, the earliest deadline first."""
         while self._deadlines and self._deadlines[0][0] <= now:
-            if self._waits(self._deadlines[0][2]):
+            if self._deadlines[0][2].waits:
                 return self._deadlines[0][2]
             heapq.heappop(self._deadlines)
         return None
@@ -252,12 +288,16 @@ class WaitingQueue:
         with_deadline = {id(entry[2]) for entry in self._deadlines}
         lost = [key for key, waiter in self._waiters.items() if id(waiter) not in with_deadline]
         assert not lost, f"waiters without a deadline: {lost}"
+        least = min((waiter.least_room for waiter in self._waiters.values()), default=sys.maxsize)
+        assert self.least_room <= least, f"a waiter needs {least} tokens of room at least, not {self.least_room}"
 
     def _add(self, waiter: Waiter) -> None:
         size, each = waiter.size, self._sums.setdefault(waiter.kind, Sum())
         each.requests += 1
         each.tokens += size.grant_tokens
         each.longest = max(each.longest, size.prompt_tokens + size.max_tokens)
+        each.least_room = min(each.least_room, waiter.least_room)
+        self.least_room = min(self.least_room, waiter.least_room)
 
     def _subtract(self, waiter: Waiter) -> None:
         each = self._sums[waiter.kind]
@@ -265,14 +305,12 @@ class WaitingQueue:
         each.tokens -= waiter.size.grant_tokens
         if not each.requests:
             del self._sums[waiter.kind]
-
-    def _waits(self, waiter: Waiter) -> bool:
-        return self._waiters.get(waiter.request.request_id) is waiter
+            self.least_room = min((each.least_room for each in self._sums.values()), default=sys.maxsize)
 
     def _line_up(self, waiter: Waiter) -> None:
         kind = waiter.kind
         if kind not in self._lines:
-            self._lines[kind] = Line(self._shares)
+            self._lines[kind] = Line(self._shares, fresh=not kind.resumes)
         self._lines[kind].join(waiter)
 
     def _sweep(self) -> None:
@@ -281,7 +319,7 @@ class WaitingQueue:
             self._lines.clear()
             self._deadlines.clear()
         elif len(self._deadlines) > 64 and len(self._deadlines) > 2 * len(self._waiters):
-            self._deadlines = [entry for entry in self._deadlines if self._waits(entry[2])]
+            self._deadlines = [entry for entry in self._deadlines if entry[2].waits]
             heapq.heapify(self._deadlines)
             self._lines.clear()
             for waiter in self._waiters.values():

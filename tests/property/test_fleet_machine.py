@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from deployments.routing.account import ReplicaAccount
 from deployments.routing.fleet import Fleet, shelf_of
-from deployments.routing.policy import Size, fits_ever, fits_now, pick
+from deployments.routing.policy import Size, blocks_left, fits_ever, pick
 from tests.unit.routing.worlds import state
 
 SHAPES = [("a", 16, 10), ("a", 16, 9), ("a", 16, 40), ("a", 32, 10), ("b", 16, 40), ("b", 8, 100)]
@@ -86,8 +86,8 @@ class FleetMachine(RuleBasedStateMachine):
         found = self.fleet.best(size, pool, self.rng)
         assert all(each in ours and fits_ever(each, size) for each in found)
         for each in ours:
-            if fits_ever(each, size) and fits_now(each, size):
-                alike = [one for one in found if fits_now(one, size) and shelf_of(one) == shelf_of(each)]
+            if fits_ever(each, size) and blocks_left(each, size) >= 0:
+                alike = [one for one in found if blocks_left(one, size) >= 0 and shelf_of(one) == shelf_of(each)]
                 assert any(ease(one) >= ease(each) for one in alike), f"{each.state.replica_id} is better"
         indexed = pick(found, size, self.rng)
         assert (indexed is None) == (pick(ours, size, self.rng) is None)

@@ -25,6 +25,7 @@ from deployments.routing.turns import Outcome
 BLOCK = 16
 CAPACITIES = (8, 20)  # blocks of replica 0 and 1
 MOST_REQUESTS = (None, 3)  # at once
+QUEUE_LIMIT = 6
 TICK_S = 0.05
 HEARTBEAT_S = 1.0
 LATEST_S = 1.5  # of a report on its way; the ledger promises to be safe up to silence_s - heartbeat = 2 s
@@ -72,7 +73,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def new_ledger(self) -> None:
         self.lives += 1
         weights = (("ann", 3),)
-        config = LedgerConfig("m", expected_replicas=len(CAPACITIES), queue_limit=6, tenant_weights=weights)
+        config = LedgerConfig("m", expected_replicas=len(CAPACITIES), queue_limit=QUEUE_LIMIT, tenant_weights=weights)
         self.ledger = Ledger(config, epoch=self.lives, now=self.now, rng=self.rng)
         self.sold_from = self.now
 
@@ -161,27 +162,31 @@ class LedgerMachine(RuleBasedStateMachine):
         ingress=st.sampled_from(INGRESSES),
         tenant=st.sampled_from(TENANTS),
         priority=st.integers(-1, 1),
+        again=st.sampled_from([False, False, False, True]),
     )
-    def reserve(self, prompt: int, output: int, wait: float, ingress: str, tenant: str, priority: int) -> None:
+    def reserve(
+        self, prompt: int, output: int, wait: float, ingress: str, tenant: str, priority: int, again: bool = False
+    ) -> None:
         if ingress in self.silent:
             return
         self.asked += 1
         key = f"q{self.asked}"
         self.asked_ids.add(key)
         self.heard_from[ingress] = self.now
-        request = ReserveRequest(key, ingress, prompt, output, wait, tenant=tenant, priority=priority)
+        request = ReserveRequest(key, ingress, prompt, output, wait, tenant=tenant, priority=priority, resumes=again)
         kept = self.kept()
         tenants = {waiter.request.request_id: waiter.request.tenant for waiter in self.ledger._queue._waiters.values()}
         outcome = self.ledger.reserve(request, self.now)
-        for displaced in self.ledger.displaced():
+        made_room = self.ledger.displaced()
+        for displaced in made_room:
             assert isinstance(displaced, Refusal)
             assert displaced.kind == "queue_full"
-            assert len(self.waiting) == 6
+            assert len(self.waiting) >= QUEUE_LIMIT
             assert tenants[displaced.request_id] != tenant, "a tenant made room for itself"
             assert not isinstance(outcome, Refusal) or outcome.kind != "queue_full", "one too many was refused"
             self.finish(displaced)
         if isinstance(outcome, Queued):
-            assert len(self.waiting) < 6
+            assert again or made_room or len(self.waiting) < QUEUE_LIMIT
             self.waiting[key] = self.now + wait
             return
         if isinstance(outcome, Grant):
@@ -190,7 +195,8 @@ class LedgerMachine(RuleBasedStateMachine):
             known = [r.capacity_blocks for r in self.ledger.view(self.now).replicas]
             assert prompt + output > max(known) * BLOCK, "refused although it fits an empty replica"
         elif outcome.kind == "queue_full":
-            assert len(self.waiting) == 6
+            assert len(self.waiting) >= QUEUE_LIMIT
+            assert not again
             assert (outcome.retry_after_s or 0) >= 1
         self.finish(outcome)
 

@@ -30,7 +30,7 @@ class WaitingMachine(RuleBasedStateMachine):
 
     def place(self, waiter: Waiter) -> Place:
         request = waiter.request
-        return self.shares.tag(request.tenant), request.priority, waiter.arrival
+        return not request.resumes, self.shares.tag(request.tenant), request.priority, waiter.arrival
 
     def note_who_waits(self) -> None:
         names = sorted({waiter.request.tenant for waiter in self.waiting.values()})
@@ -42,12 +42,14 @@ class WaitingMachine(RuleBasedStateMachine):
         tokens=st.integers(2, LARGEST),
         priority=st.integers(-1, 1),
         pool=st.sampled_from([None, None, "small"]),
+        resumes=st.sampled_from([False, False, True]),
     )
-    def join(self, count: int, tenant: str, tokens: int, priority: int, pool: str | None) -> None:
+    def join(self, count: int, tenant: str, tokens: int, priority: int, pool: str | None, resumes: bool) -> None:
         for _ in range(count):
             self.joined += 1
             key = f"q{self.joined}"
-            waiter = Waiter(wish(key, tenant=tenant, priority=priority, pool=pool), Size(1, tokens - 1, tokens), 0, 1e9)
+            request = wish(key, tenant=tenant, priority=priority, pool=pool, resumes=resumes)
+            waiter = Waiter(request, Size(1, tokens - 1, tokens), 0, 1e9)
             self.waiting[key] = waiter
             self.queue.join(waiter)
             lines = [w for w in self.waiting.values() if w.kind == waiter.kind]
@@ -82,7 +84,7 @@ class WaitingMachine(RuleBasedStateMachine):
         self.queue.leave(waiter.request.request_id, granted_tokens=tokens)
         del self.waiting[waiter.request.request_id]
         for pair, served in self.since.items():
-            if tenant in pair:
+            if tenant in pair and not waiter.request.resumes:  # which was paid for when it was granted before
                 served[tenant] += tokens
         self.note_who_waits()
 

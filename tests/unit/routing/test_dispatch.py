@@ -371,6 +371,13 @@ async def test_who_lost_its_replica_says_so_when_it_asks_again() -> None:
     await world.dispatcher.close()
 
 
+async def test_who_was_granted_in_vain_says_so_when_it_asks_again() -> None:
+    world = World([grant(1), grant(2)], [[Rejected("too many calls")], [TAKEN, text(5, finish="stop")]])
+    assert await run(world) == [text(5, finish="stop")]
+    assert [wish.resumes for wish in world.wishes] == [False, True]
+    await world.dispatcher.close()
+
+
 async def test_a_ledger_that_died_is_done_without() -> None:
     world = await acquainted([ActorDiedError()], [[TAKEN, text(5, finish="stop")]])
     assert await run(world) == [text(5, finish="stop")]

@@ -860,6 +860,22 @@ def test_the_least_urgent_of_the_tenant_most_over_its_share_makes_room() -> None
     assert told(book.tick(0.1)) == [("lowest", "queue_full")]
 
 
+def test_who_was_granted_before_waits_however_many_do_and_is_first() -> None:
+    book = ledger(state(), queue_limit=2)
+    lost = granted(book.reserve(wish("lost", prompt=100, output=60), 0.0))
+    for k in range(2):
+        book.reserve(wish(f"q{k}", tenant=f"t{k}", priority=-9), 0.0)
+    assert isinstance(book.reserve(wish("lost~1", prompt=100, output=60, priority=9, resumes=True), 0.1), Queued)
+    assert isinstance(book.reserve(wish("other~1", tenant="t0", priority=10, resumes=True), 0.1), Queued)
+    assert refused(book.reserve(wish("new"), 0.1))[0] == "queue_full"
+    book.release(lost.grant_id, 0.2)
+    (again,) = book.admit(0.2)
+    assert granted(again).request_id == "lost~1"
+    book.release(granted(again).grant_id, 0.3)
+    assert [granted(outcome).request_id for outcome in book.admit(0.3)] == ["other~1", "q0", "q1"]
+    book.check_integrity()
+
+
 def test_who_has_lost_a_replica_makes_no_room() -> None:
     book = flooded(6)
     for k in range(2):

@@ -10,7 +10,7 @@ import pytest
 from deployments.protocol import NO_CHANGE, CachedGranules, Grant, Prefix, ReplicaState, ReserveRequest
 from deployments.routing.admission import Admission
 from deployments.routing.ledger import Ledger
-from deployments.routing.policy import Size, fits_now, grant_blocks, pick, score
+from deployments.routing.policy import Size, blocks_left, grant_blocks, pick, score
 from deployments.routing.prefixes import Match
 from tests.unit.routing.worlds import EPOCH, granted, ledger, state, wish
 
@@ -190,7 +190,7 @@ def test_the_policy_weighs_room_and_prefill_alike() -> None:
     (account,) = ledger(roomy("a", held=92))._fleet
     used, idle = Match(128, 128, 2), Match(0, 128)
     assert [grant_blocks(account, size, m) for m in (used, idle)] == [2, 10]
-    assert [fits_now(account, size, m) for m in (used, idle)] == [True, False]
+    assert [blocks_left(account, size, m) >= 0 for m in (used, idle)] == [True, False]
     assert [score(account, size, m) for m in (used, idle)] == [6 * 16 + 128, -2 * 16 + 128]
     dice = random.Random(0)
     assert pick([account], size, dice, lambda _: idle) is None
