@@ -3,9 +3,11 @@
     python -m benchmarks.routing_sim                                  # equal and unequal replicas, Poisson and bursts
     python -m benchmarks.routing_sim --trace FILE --workloads trace
     python -m benchmarks.routing_sim --fleets 64 --ledgers 4 --others  # the ledger alone, the fleet in four parts
+    python -m benchmarks.routing_sim --references clairvoyant          # beside what no router could do better
 
 The ledger is the service's own (`deployments.routing`), its time simulated. What a replica is: benchmarks/routing/
-replica.py; how fast: speed.py; the others: baselines.py; what limits all of them: `Limits` in front.py.
+replica.py; how fast: speed.py; the others: baselines.py; the references: clairvoyant.py; what limits all of them:
+`Limits` in front.py.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.routing.baselines import BASELINES
+from benchmarks.routing.clairvoyant import REFERENCES
 from benchmarks.routing.fleet import FLEETS
 from benchmarks.routing.front import Limits
 from benchmarks.routing.study import Setting, study
@@ -36,6 +39,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["poisson", "bursty"])
     parser.add_argument("--trace", type=Path, help="CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
     parser.add_argument("--others", nargs="*", choices=list(BASELINES), default=list(BASELINES), help="to compare with")
+    parser.add_argument("--references", nargs="*", choices=list(REFERENCES), default=[], help="that know the future")
     parser.add_argument("--loads", nargs="+", type=float, default=list(LOADS), help="shares of saturation")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--requests", type=int, help="of one run; default: 400 for each replica, 3,000 to 60,000")
@@ -73,7 +77,7 @@ def _study(setting: Setting, chosen: argparse.Namespace) -> None:
         loads=chosen.loads,
         seeds=chosen.seeds,
         limit=None if chosen.no_sustained else chosen.limit,
-        others=chosen.others,
+        others=[*chosen.others, *chosen.references],
         processes=chosen.processes,
     )
     fleet = f"{setting.fleet} fleet" + (f", {setting.ledgers} ledgers" if setting.ledgers > 1 else "")

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.routing.baselines import BASELINES
+from benchmarks.routing.clairvoyant import REFERENCES, ClairvoyantFront
 from benchmarks.routing.fleet import FLEETS
 from benchmarks.routing.front import Actions, DirectFront, Front, LedgerFront, Limits
 from benchmarks.routing.job import Job
 from benchmarks.routing.outcome import Interval, Outcome
 from benchmarks.routing.replica import SimReplica
 from benchmarks.routing.saturation import saturation
-from benchmarks.routing.simulation import Simulation
+from benchmarks.routing.simulation import FrontMaker, Simulation
 from benchmarks.routing.workload import Workload, bursty, chats, poisson, trace
 
 OURS = "ledger"
@@ -62,19 +63,27 @@ def run(setting: Setting, policy: str, load: float, seed: int) -> Outcome:
 
     Args:
         setting: fleet, workload, limits.
-        policy: one of POLICIES.
+        policy: one of POLICIES or REFERENCES.
         load: arrivals per second as a share of what the fleet saturates at with this seed's requests.
         seed: of the arrivals, the lengths and the policy's dice; the same arrivals for all policies.
     """
     fleet = FLEETS[setting.fleet]
     rate = load * _saturation(setting, seed)
+    front = front_of(policy, setting.ledgers)
+    return Simulation(fleet, setting.jobs(rate, seed), front, setting.limits, seed).run()
+
+
+def front_of(policy: str, ledgers: int = 1) -> FrontMaker:
+    """What makes the front of a policy; `ledgers` of them share the fleet, if it is ours."""
 
     def front(replicas: Sequence[SimReplica], actions: Actions, limits: Limits, rng: random.Random) -> Front:
         if policy == OURS:
-            return LedgerFront(replicas, actions, limits, rng, setting.ledgers)
+            return LedgerFront(replicas, actions, limits, rng, ledgers)
+        if policy in REFERENCES:
+            return ClairvoyantFront(REFERENCES[policy], replicas, actions, limits, rng)
         return DirectFront(BASELINES[policy](), replicas, actions, limits, rng)
 
-    return Simulation(fleet, setting.jobs(rate, seed), front, setting.limits, seed).run()
+    return front
 
 
 @cache
@@ -110,12 +119,12 @@ class Study:
     @cached_property
     def policies(self) -> list[str]:
         """Those that were run, ours first."""
-        return [policy for policy in POLICIES if (policy, self.loads[0]) in self.outcomes]
+        return [policy for policy in (*POLICIES, *REFERENCES) if (policy, self.loads[0]) in self.outcomes]
 
     @cached_property
     def others(self) -> list[str]:
-        """Those that ours is compared with; may be none."""
-        return [policy for policy in self.policies if policy != OURS]
+        """Those that ours is compared with; may be none. References are none of them: no router knows what they do."""
+        return [policy for policy in self.policies if policy in BASELINES]
 
     @cached_property
     def loads(self) -> list[float]:

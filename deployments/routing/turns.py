@@ -44,7 +44,7 @@ class Turns:
         self._comings = 0
         """How often replicas came or went."""
         self._settled = True
-        """Nothing has changed since nobody could be served."""
+        """Nothing has changed since nobody could be served; every first was asked, or lacks the room."""
         self._all_judged = False
         """All firsts were asked since a replica came, went, or was given back: now only room is news."""
 
@@ -64,13 +64,14 @@ class Turns:
             answer: None while nobody is answered.
             now: Unix seconds.
         """
+        in_vain = self._settled or not self._queue
         self._queue.join(waiter)
         if answer is not None:
             waiter.judged = self._comings
         if not self._queue.is_first(waiter):
             return None
         self._settled = False
-        return self._serve(answer, now, only=waiter) if answer is not None else None
+        return self._serve(answer, now, only=waiter) if in_vain and answer is not None else None
 
     def leave(self, request_id: str, *, granted_tokens: int = 0) -> Waiter | None:
         """Take a waiter out; None when it doesn't wait."""
@@ -107,7 +108,7 @@ class Turns:
         return None
 
     def _serve(self, answer: Answer, now: float, only: Waiter | None = None) -> Outcome | None:
-        """Answer the first who can be answered, or `only`, unless someone before it may have to be."""
+        """Answer the first who can be answered, or `only`, where it is known that nobody else can be."""
         if only is None and self._all_judged and self._fleet.room_tokens(None) < self._queue.least_room:
             self._settled = True
             return None
@@ -119,9 +120,8 @@ class Turns:
             pool = waiter.request.pool
             if pool not in rooms:
                 rooms[pool] = self._fleet.room_tokens(pool)
-            if waiter is only or waiter.judged != self._comings or rooms[pool] >= waiter.least_room:
-                if only is not None and waiter is not only:
-                    return None
+            news = waiter.judged != self._comings or rooms[pool] >= waiter.least_room
+            if waiter is only or (only is None and news):
                 if (outcome := answer(waiter, None, now)) is not None:
                     self._finish(waiter, outcome, passed)
                     return outcome

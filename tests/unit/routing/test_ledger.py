@@ -916,3 +916,11 @@ def test_a_displaced_request_is_told_while_the_ledger_is_new() -> None:
         book.reserve(wish(f"f{k}", tenant="flood"), 0.0)
     assert isinstance(book.reserve(wish("mine", tenant="me"), 0.0), Queued)
     assert told(book.tick(0.1)) == [("f1", "queue_full")]
+
+
+def test_a_newcomer_passes_one_with_a_prefix_that_waits_in_vain_at_once() -> None:
+    book = ledger(state())
+    granted(book.reserve(wish("running", prompt=100, output=12), 0.0))  # 3 of 10 blocks are left
+    assert isinstance(book.reserve(wish("large", prompt=60, prefix=Prefix(16, (1, 2))), 0.0), Queued)
+    granted(book.reserve(wish("small"), 0.0))
+    book.check_integrity()

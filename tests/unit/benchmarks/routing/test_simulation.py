@@ -8,29 +8,21 @@ from collections.abc import Sequence
 
 import pytest
 
-from benchmarks.routing.baselines import BASELINES
+from benchmarks.routing.clairvoyant import REFERENCES
 from benchmarks.routing.fleet import ReplicaSpec
-from benchmarks.routing.front import Actions, DirectFront, Front, LedgerFront, Limits
+from benchmarks.routing.front import Limits
 from benchmarks.routing.histogram import Histogram
 from benchmarks.routing.job import Job
 from benchmarks.routing.outcome import Interval
 from benchmarks.routing.replica import SimReplica
 from benchmarks.routing.saturation import saturation
-from benchmarks.routing.simulation import FrontMaker, Simulation
+from benchmarks.routing.simulation import Simulation
 from benchmarks.routing.speed import Speed
-from benchmarks.routing.study import OURS, POLICIES
+from benchmarks.routing.study import OURS, POLICIES, front_of
 from benchmarks.routing.workload import Workload, bursty, chats, poisson
 
 SMALL = (ReplicaSpec(16_384), ReplicaSpec(32_768))
-
-
-def front_of(policy: str) -> FrontMaker:
-    def make(replicas: Sequence[SimReplica], actions: Actions, limits: Limits, rng: random.Random) -> Front:
-        if policy == OURS:
-            return LedgerFront(replicas, actions, limits, rng)
-        return DirectFront(BASELINES[policy](), replicas, actions, limits, rng)
-
-    return make
+EVERY = (*POLICIES, *REFERENCES)
 
 
 def simulated(
@@ -42,7 +34,7 @@ def simulated(
 
 
 @pytest.mark.parametrize("workload", [poisson, bursty, chats])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY)
 def test_every_request_ends_or_is_refused_and_every_block_is_free_again(policy: str, workload: Workload) -> None:
     jobs = workload(60.0, 300, random.Random(1))
     simulation = simulated(policy, jobs, limits=Limits(queue_per_replica=4))
@@ -57,7 +49,7 @@ def test_every_request_ends_or_is_refused_and_every_block_is_free_again(policy: 
         assert replica.ongoing == replica.used_blocks == 0
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY)
 def test_with_room_for_all_the_first_token_takes_as_long_as_its_prompt(policy: str) -> None:
     alone = [Job(i, 100.0 * i, prompt, 5, 1024) for i, prompt in enumerate((1, 17, 900, 2048))]
     simulated(policy, alone, fleet=[ReplicaSpec(1 << 20)] * 3)
@@ -69,7 +61,7 @@ def test_with_room_for_all_the_first_token_takes_as_long_as_its_prompt(policy: s
         assert job.end_to_end == pytest.approx(job.ttft + decodes)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY)
 def test_the_same_seed_gives_the_same_run(policy: str) -> None:
     def once() -> list[tuple[float, float]]:
         jobs = chats(20.0, 200, random.Random(5))
@@ -77,6 +69,18 @@ def test_the_same_seed_gives_the_same_run(policy: str) -> None:
         return [(job.ttft, job.end_to_end) for job in jobs]
 
     assert once() == once()
+
+
+def test_who_knows_the_future_fills_replicas_and_preempts_hardly_anyone() -> None:
+    seen = {}
+    for policy in ("least requests", *REFERENCES):
+        jobs = poisson(60.0, 600, random.Random(1))
+        seen[policy] = simulated(policy, jobs, limits=Limits(queue_per_replica=1000, wait_limit=1e9))
+    preempted = {policy: sum(job.preemptions for job in run.jobs) for policy, run in seen.items()}
+    last = {policy: max(job.ended_at for job in run.jobs) for policy, run in seen.items()}
+    for policy in REFERENCES:
+        assert preempted[policy] < 0.01 * len(jobs) < preempted["least requests"]
+        assert last[policy] < last["least requests"]
 
 
 def test_a_replica_that_runs_out_of_blocks_preempts_the_youngest_and_recomputes_it() -> None:
