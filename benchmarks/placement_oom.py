@@ -43,7 +43,7 @@ from deployments.settings import PoolSettings
 from placement.errors import DoesNotFit
 from placement.plan import Plan, Stage
 from placement.recipe import BLOCK
-from placement.reserve import CONTEXT, GRAPHS, KERNELS, driver_bytes
+from placement.reserve import CONTEXT, GRAPHS, driver_bytes
 
 Device = Literal["cpu", "cuda"]
 OWN_ATTENTION = ("bloom", "falcon", "gptj")
@@ -247,8 +247,10 @@ def _write(config: PreTrainedConfig, folder: Path, device: Device) -> None:
 def _allowed(plan: Plan, stage: Stage) -> int:
     """Bytes of a stage's budget that torch's allocator may have: all but what the driver takes."""
     terms = {term.name: term.bytes for term in stage.reserve}
-    graphs = driver_bytes(plan.stages[-1].layers[1]) if GRAPHS in terms else terms.get(KERNELS, 0)
-    return stage.budget_bytes - terms.get(CONTEXT, 0) - graphs
+    if CONTEXT not in terms:  # no GPU
+        return stage.budget_bytes
+    driver = driver_bytes(plan.stages[-1].layers[1] if GRAPHS in terms else 0)
+    return stage.budget_bytes - terms[CONTEXT] - driver
 
 
 def _waves(vocab: int, plan: Plan, max_sequences: int) -> Iterator[list[tuple[int, ...]]]:

@@ -28,10 +28,8 @@ CONTEXT = "context"
 """Name of the one term that a max_memory cap does not bound."""
 
 GRAPHS = "graphs"
-"""Name of the term of which `driver_bytes` are outside PyTorch's allocator."""
-
-KERNELS = "kernels"
-"""Name of the term that is outside it where no graphs are captured."""
+"""Name of the term of which `driver_bytes` are outside PyTorch's allocator; without it, those of no layers are in the
+buffers."""
 
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 """Head sizes that FlashInfer has kernels for."""
@@ -109,8 +107,6 @@ class Reserve:
     load_peak: int
     last_load_peak: int = 0
     """Of loading where the last stage is, with the head."""
-    kernels: int = 0
-    """Of the driver, where there are no graphs."""
     own: Room | None = None
     """Of attention in the model's own code, which takes it instead of `gather_per_block`; None: the engine attends."""
 
@@ -118,7 +114,7 @@ class Reserve:
         """Everything but weights while `blocks` KV blocks (and the scratch block) are there."""
         kv = (blocks + 1) * kv_block_bytes
         running = self._kept(last, blocks) + self.activations + self._workspace(last, blocks) + kv
-        return self.context + self.graphs + self.kernels + self.fragmentation + max(running, self._load_peak(last))
+        return self.context + self.graphs + self.fragmentation + max(running, self._load_peak(last))
 
     def terms(self, *, last: bool, blocks: int, kv_block_bytes: int) -> tuple[Term, ...]:
         """The same, less the KV, named. A term of 0 bytes is left out."""
@@ -134,7 +130,6 @@ class Reserve:
         terms = (
             Term(CONTEXT, self.context, "CUDA context, and the code of libraries and kernels"),
             Term(GRAPHS, self.graphs, "CUDA graphs, and the activations of the largest of them"),
-            Term(KERNELS, self.kernels, "the code of kernels that the driver loads when steps run"),
             Term("fragmentation", self.fragmentation, "what the allocator can't hand out"),
             Term("buffers", kept, "kept by pipeline, attention, kernels and sampler from step to step"),
             Term("activations", self.activations, "hidden states and projections of one step in the widest layer"),
@@ -209,7 +204,6 @@ def reserve(footprint: Footprint, workload: Workload, *, device_type: DeviceType
         gather_per_block=_gather_bytes(footprint, workload) if gathers and not own and not encodes else 0,
         load_peak=load_peak(footprint, devices, head=False),
         last_load_peak=load_peak(footprint, devices, head=True),
-        kernels=driver_bytes(0) if gathers and cuda else 0,
         own=cross.room(footprint, workload) if encodes else room,
     )
 
@@ -262,7 +256,8 @@ def _expert_rows(tensor: Tensor) -> int:
 
 def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gathers: bool) -> int:
     """What a GPU's stage keeps beside weights and KV: the ids, positions and cache slots of a step (int64), hidden
-    states that come in (a step for each slot) and go out, cuBLAS', the kernels' and FlashInfer's workspaces."""
+    states that come in (a step for each slot) and go out, cuBLAS', the kernels' and FlashInfer's workspaces; without
+    graphs also what the driver takes."""
     step = workload.max_batch_tokens
     rows = 2 * workload.captured_rows(devices) + (devices * step if devices > 1 else 0)
     size, tables = dtype_bytes(footprint.dtype), 24 * step
@@ -273,7 +268,7 @@ def _buffer_bytes(footprint: Footprint, workload: Workload, devices: int, *, gat
         kept += _KERNEL_BYTES + min(
             _DEQUANTISED_MOST, 2 * dtype_bytes(footprint.dtype) * _largest_quantised(footprint, head=True)
         )
-    return kept if gathers else kept + _flashinfer_bytes(footprint, workload)
+    return kept + (driver_bytes(0) if gathers else _flashinfer_bytes(footprint, workload))
 
 
 def _flashinfer_bytes(footprint: Footprint, workload: Workload) -> int:

@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from bitsandbytes.nn import modules as bitsandbytes_modules
 from torch import nn
 
 from deployments.engine.residents import move_to_arena
 
 log = logging.getLogger(__name__)
+modules: Any = bitsandbytes_modules
 
 
 def settle_layers(model: nn.Module, layers: Iterable[nn.Module], *, kernels: bool, arenas: bool) -> None:
@@ -22,6 +24,8 @@ def settle_layers(model: nn.Module, layers: Iterable[nn.Module], *, kernels: boo
     One layer after the other, so that memory peaks at one layer more: what a layer leaves is given back before the
     next.
     """
+    if kernels:
+        _make_buffers(model)
     done = [0, 0]
     for part in (*layers, model):  # the model last, for what is beside its layers
         if kernels:
@@ -44,6 +48,29 @@ def expand_segments() -> None:
     private: Any = torch._C
     set_allocator = getattr(private, "_accelerator_setAllocatorSettings", None)  # its name from some torch on
     (set_allocator or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+
+
+def buffer_bytes(model: nn.Module) -> dict[torch.device, int]:
+    """What the kernels dequantise into on each CUDA device at most: the largest of its quantised linears that they will
+    replace, and another fused with it, in the compute dtype. A plan counts the same."""
+    found: dict[torch.device, int] = {}
+    for module in model.modules():
+        linear: Any = module
+        if isinstance(module, modules.Linear4bit | modules.Linear8bitLt):
+            dtype = getattr(linear, "compute_dtype", None) or torch.bfloat16
+            size = 2 * linear.out_features * linear.in_features * dtype.itemsize
+            found[linear.weight.device] = max(found.get(linear.weight.device, 0), size)
+    return found
+
+
+def _make_buffers(model: nn.Module) -> None:
+    """One for each device, before it is needed: a buffer that grows leaves those before it behind, as captured graphs
+    may name them, and three of an 8B model's took 150 MB more than the last."""
+    from deployments.engine.kernels.workspace import prepare
+
+    for device, size in buffer_bytes(model).items():
+        if device.type == "cuda":
+            prepare(device, size)
 
 
 def _use_kernels(part: nn.Module) -> tuple[int, int]:

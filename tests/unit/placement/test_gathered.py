@@ -20,7 +20,7 @@ from placement.footprint import Footprint, Tensor, footprint
 from placement.hardware import virtual_cpu_devices
 from placement.kv import LayerKv
 from placement.plan import solve
-from placement.reserve import driver_bytes, reserve, why_not_flashinfer
+from placement.reserve import reserve, why_not_flashinfer
 from placement.workload import Workload
 from tests.contract.families import FAMILIES, PAGED, Family
 from tests.contract.greedy import save
@@ -62,12 +62,12 @@ def test_real_models_with_attention_of_their_own_are_planned_so(name: str) -> No
     assert weighed.geometry.own_attention is not None
     assert why_not_flashinfer(weighed, WORKLOAD) == weighed.geometry.own_attention
     found = reserve(weighed, WORKLOAD, device_type="cuda")
-    assert (found.graphs, found.kernels, found.prefill, found.gather_per_block) == (0, driver_bytes(0), 0, 0)
+    assert (found.graphs, found.prefill, found.gather_per_block) == (0, 0, 0)
     assert found.own is not None
     assert found == reserve(weighed, replace(WORKLOAD, attention="torch"), device_type="cuda")
 
 
-@pytest.mark.parametrize("name", ["llama-8b", "gemma-2-9b", "t5-11b", "mixtral-8x7b"])
+@pytest.mark.parametrize("name", ["llama-8b", "gemma-2-9b", "mixtral-8x7b"])
 def test_others_are_not(name: str) -> None:
     found = reserve(footprint(CONFIGS / name, quantization="nf4"), WORKLOAD, device_type="cpu")
     assert found.own is None
