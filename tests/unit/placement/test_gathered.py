@@ -67,7 +67,7 @@ def test_real_models_with_attention_of_their_own_are_planned_so(name: str) -> No
     assert found == reserve(weighed, replace(WORKLOAD, attention="torch"), device_type="cuda", budget_bytes=10**9)
 
 
-@pytest.mark.parametrize("name", ["llama-8b", "gemma-2-9b", "t5-11b", "mixtral-8x7b"])
+@pytest.mark.parametrize("name", ["llama-8b", "gemma-2-9b", "mixtral-8x7b"])
 def test_others_are_not(name: str) -> None:
     found = reserve(footprint(CONFIGS / name, quantization="nf4"), WORKLOAD, device_type="cpu", budget_bytes=10**9)
     assert (found.scores, found.gathered_blocks) == (0, None)
