@@ -265,10 +265,17 @@ def test_what_the_engine_does_not_do_with_an_encoder_decoder(
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_an_encoder_decoder_is_refused_on_gpus(tmp_path: Path) -> None:
+def test_an_encoder_decoder_is_planned_on_gpus(tmp_path: Path) -> None:
+    """Without CUDA graphs and FlashInfer; in steps that have room for the longest prompt."""
     ENCODER_DECODERS["t5"].save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"runs on the CPU alone yet; set `device: cpu`"):
-        plan_pool("tiny", tmp_path, pool())
+    plan, device_type = plan_pool("tiny", tmp_path, pool(stages=2))
+    assert device_type == "cuda"
+    assert plan.dtype == "bfloat16"
+    assert [stage.device for stage in plan.stages] == [0, 1]
+    for stage in plan.stages:
+        terms = {term.name: term for term in stage.reserve}
+        assert "graphs" not in terms
+        assert "decode attention" in terms["workspace"].why
 
 
 @pytest.mark.usefixtures("two_gpus")
