@@ -34,7 +34,7 @@ from deployments.engine.embedding import quantising_embedding, settle_embedding,
 from deployments.engine.encoder_decoder import EncoderDecoderStage
 from deployments.engine.encoder_decoder_load import ATTENTION, proven, samples, untie
 from deployments.engine.expert_loading import quantising_experts, settle_experts
-from deployments.engine.grouped import grouped_options, settle_grouped
+from deployments.engine.grouped import check_kernels, grouped_options, settle_grouped
 from deployments.engine.grouped_stored import StoredLinear, repack
 from deployments.engine.head import quantise_head
 from deployments.engine.load_probe import plain_logits, probe_ids
@@ -115,7 +115,7 @@ def load(
     copies = _copies(model, plan, devices)
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
     if stored := any(isinstance(module, StoredLinear) for module in model.modules()):
-        _check_kernels(plan, kernels=kernels)
+        check_kernels(plan, kernels=kernels)
     else:
         verify_bytes(model, plan, copies)
     if early := kernels and plan.quantization == "int8":
@@ -304,14 +304,6 @@ def _settle(model: PreTrainedModel, plan: Plan, *, kernels: bool) -> None:
         )  # fmt: skip
     layers = find_layers(find_decoder(model)[1])[1]
     settle_layers(model, layers, kernels=kernels, arenas=plan.quantization in QUANTISED)
-
-
-def _check_kernels(plan: Plan, *, kernels: bool) -> None:
-    if not kernels:
-        raise ConfigError(
-            f"{plan.model} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute with; set "
-            "`kernels: headroom`"
-        )
 
 
 def _tune(model: PreTrainedModel, tuning: Tuning) -> None:
