@@ -15,6 +15,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from deployments.engine.grouped_stored import stored_options
+from deployments.errors import ConfigError
+from placement.plan import Plan
 
 _BACKENDS = {"gptq": "gptq_torch", "awq": "torch_awq"}
 _TABLES = ("wf_unsqueeze_zero", "wf_unsqueeze_neg_one")
@@ -33,6 +35,19 @@ def grouped_options(model_dir: Path, *, on_gpu: bool = False) -> dict[str, Any]:
         return {}
     config.quantization_config = stored_options(model_dir, stored) if on_gpu else stored | {"backend": backend}
     return {"config": config}
+
+
+def check_kernels(plan: Plan, *, kernels: bool) -> None:
+    """Refuse a GPU's replica of such a checkpoint that is to do without Headroom's kernels.
+
+    Raises:
+        ConfigError: `kernels` is not set.
+    """
+    if not kernels:
+        raise ConfigError(
+            f"{plan.model} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute with; set "
+            "`kernels: headroom`"
+        )
 
 
 def settle_grouped(model: nn.Module) -> None:

@@ -185,14 +185,14 @@ def repack(model: nn.Module, dtype: torch.dtype) -> int:
     Raises:
         ConfigError: a linear is not what the checkpoint's config says.
     """
-    count = 0
-    for name, module in list(model.named_modules()):
-        if isinstance(module, StoredLinear):
-            model.set_submodule(name, _repacked(name, module, dtype).train(module.training))
-            count += 1
-    if count:
-        log.info("%d linears repacked for Headroom's kernels, their codes and scales as they were", count)
-    return count
+    # By name: a list of modules would keep what is replaced, and with it a second copy of the model.
+    names = [name for name, module in model.named_modules() if isinstance(module, StoredLinear)]
+    for name in names:
+        stored: Any = model.get_submodule(name)
+        model.set_submodule(name, _repacked(name, stored, dtype))
+    if names:
+        log.info("%d linears repacked for Headroom's kernels, their codes and scales as they were", len(names))
+    return len(names)
 
 
 def _repacked(name: str, linear: StoredLinear, dtype: torch.dtype) -> GroupedLinear4:
@@ -214,7 +214,7 @@ def _repacked(name: str, linear: StoredLinear, dtype: torch.dtype) -> GroupedLin
     else:
         weight = tile4(weight)
     saved = Saved4(recipe.name, dtype)
-    return GroupedLinear4(weight, linear.bias, dtype, saved, order=order, shift=shift)
+    return GroupedLinear4(weight, linear.bias, dtype, saved, order=order, shift=shift).train(linear.training)
 
 
 def _order(name: str, linear: StoredLinear) -> Tensor | None:

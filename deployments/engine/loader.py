@@ -35,7 +35,7 @@ from deployments.engine.embedding import quantising_embedding, settle_embedding,
 from deployments.engine.encoder_decoder import EncoderDecoderStage, find_encoder
 from deployments.engine.encoder_decoder_load import ATTENTION, proven, samples, untie
 from deployments.engine.expert_loading import quantising_experts, settle_experts
-from deployments.engine.grouped import grouped_options, settle_grouped
+from deployments.engine.grouped import check_kernels, grouped_options, settle_grouped
 from deployments.engine.grouped_stored import StoredLinear, repack
 from deployments.engine.head import quantise_head
 from deployments.engine.laps import Laps
@@ -181,7 +181,7 @@ def _settled(
     probe, at the last moment at which that gives what will be served."""
     kernels = device_type == "cuda" and (limits is None or limits.kernels)
     if stored := any(isinstance(module, StoredLinear) for module in model.modules()):
-        _check_kernels(plan, kernels=kernels)
+        check_kernels(plan, kernels=kernels)
     if early := kernels and plan.quantization == "int8":
         _settle(model, plan, kernels=kernels)  # before the plain forward, where bitsandbytes would round activations
         laps.lap("settle")
@@ -339,14 +339,6 @@ def _settle(model: PreTrainedModel, plan: Plan, *, kernels: bool) -> None:
     stacks = [find_decoder(model), *([find_encoder(model)] if model.config.is_encoder_decoder else [])]
     layers = [layer for _, stack in stacks for layer in find_layers(stack)[1]]
     settle_layers(model, layers, kernels=kernels, arenas=plan.quantization in QUANTISED)
-
-
-def _check_kernels(plan: Plan, *, kernels: bool) -> None:
-    if not kernels:
-        raise ConfigError(
-            f"{plan.model} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute with; set "
-            "`kernels: headroom`"
-        )
 
 
 def _tune(model: PreTrainedModel, tuning: Tuning) -> None:

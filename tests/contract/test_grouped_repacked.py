@@ -6,6 +6,7 @@ What the kernels compute on a GPU is `ops`' definition here; tests/gpu/test_grou
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deployments.engine import loader
-from deployments.engine.grouped import grouped_options
+from deployments.engine import grouped_stored, loader
+from deployments.engine.grouped import check_kernels, grouped_options
 from deployments.engine.grouped_stored import StoredLinear, repack
 from deployments.engine.kernels.fuse import Part, fuse_linears
 from deployments.engine.kernels.grouped import GroupedLinear4
@@ -83,13 +84,13 @@ def test_repacked_linears_compute_what_the_codes_stand_for(name: str, grouping: 
 def test_the_engine_serves_them(name: str, grouping: Grouping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that `load` does with one for GPUs, with the CPU in their place."""
     monkeypatch.setattr(loader, "grouped_options", lambda where, **_: grouped_options(where, on_gpu=True))
-    monkeypatch.setattr(loader, "_check_kernels", lambda *_, **__: None)
     folder, _ = checkpoint(CONFIGS[name], grouping, tmp_path)
     oracle, prompts = read(folder), make_prompts()
     repack(oracle, torch.float32)
     outputs = generated(oracle, prompts)
     expected = {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
     for stages in (1, 2):
+        monkeypatch.setattr(loader, "check_kernels", check_kernels)
         plan = solve(
             footprint(folder, dtype="float32").on_gpus(),
             virtual_cpu_devices(("40MB",) * stages),
@@ -99,7 +100,24 @@ def test_the_engine_serves_them(name: str, grouping: Grouping, tmp_path: Path, m
             max_context=64,
         )
         assert len(plan.stages) == stages
+        with pytest.raises(ConfigError, match="on GPUs Headroom's kernels alone compute with; set `kernels: headroom`"):
+            load(folder, plan, device_type="cpu")
+        monkeypatch.setattr(loader, "check_kernels", lambda *_, **__: None)
         assert run(load(folder, plan, device_type="cpu"), plan, LIMITS, prompts)[0] == expected
+
+
+def test_each_linear_is_let_go_of_once_it_is_repacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = read(checkpoint(CONFIGS["Llama"], Grouping(), tmp_path)[0])
+    linears = [weakref.ref(linear) for linear in of_kind(model, StoredLinear)]
+    one_by_one, there = grouped_stored._repacked, []
+
+    def counted(*arguments: Any) -> GroupedLinear4:
+        there.append(sum(linear() is not None for linear in linears))
+        return one_by_one(*arguments)
+
+    monkeypatch.setattr(grouped_stored, "_repacked", counted)
+    repack(model, torch.float32)
+    assert there == list(range(len(linears), 0, -1))
 
 
 def test_linears_of_one_order_are_one_product(tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ pytestmark = [
 ]
 
 LIMITS = EngineLimits(max_batch_tokens=256, max_sequences=16, prefix_cache=True, threads=1)
-BOUND = 0.1
-"""As in test_cuda_pipeline.py."""
+BOUND = 0.25
+"""As in test_cuda_pipeline.py, for logits with a standard deviation of 1.6 instead of 0.8, and weights that were
+rounded to float16 (plain) and were not (kernels)."""
 OUTPUT = 16
 AWQ = Grouping(method="awq", group_size=128, symmetric=False, version="gemm")
 GROUPINGS = (
