@@ -5,6 +5,7 @@ The same with a CPU's faults: tests/contract/test_engine_failures.py.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -38,14 +39,20 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
     return EngineSpec("tiny", folder, pool, replicas_here=1, cache_dir=folder.parent / "quantized")
 
 
-async def test_logits_that_are_not_finite_and_then_a_kernel_that_fails(
+def test_logits_that_are_not_finite_and_then_a_kernel_that_fails(
     spec: EngineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with faulty(spec, tmp_path, monkeypatch) as engine:
-        await engine.survives_nan()
-        await engine.ends("assert", "CUDA error")
+    async def fail() -> None:
+        async with faulty(spec, tmp_path, monkeypatch) as engine:
+            await engine.survives_nan()
+            await engine.ends("assert", "CUDA error")
+
+    asyncio.run(fail())
 
 
-async def test_memory_that_ran_out(spec: EngineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with faulty(spec, tmp_path, monkeypatch) as engine:
-        await engine.ends("memory", "out of memory")
+def test_memory_that_ran_out(spec: EngineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail() -> None:
+        async with faulty(spec, tmp_path, monkeypatch) as engine:
+            await engine.ends("memory", "out of memory")
+
+    asyncio.run(fail())
