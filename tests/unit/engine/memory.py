@@ -19,12 +19,12 @@ class PeakBytes(TorchDispatchMode):
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                storage = tensor.untyped_storage()
-                self._live[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
+                storage = tensor.untyped_storage()  # told apart by its object: on the meta device none has an address
+                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return result

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deployments.engine import gather
-from deployments.engine.attention import RowSpan
+from deployments.engine.attention import PagedKv, RowSpan, StepLayout
 from deployments.engine.loader import load
 from deployments.engine.stages import StepRows
 from placement import gathered
@@ -167,3 +168,41 @@ def test_a_forward_takes_no_more_than_the_plan_holds_back(family: Family, tmp_pa
     stage.attention = gather.GatherAttention(320, stage.device, replace(limit, most=most))
     assert peak(20, 1, 240) <= most + beside
     assert peak(1, 120, 120) <= most + beside
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["bloom-3b", "gpt-j-6b", "mpt-7b"])
+def test_real_shapes_take_no_more_than_the_plan_holds_back(name: str) -> None:
+    """Two layers on the meta device, in bfloat16: a long prompt, chunks behind what is cached, and decodes of many."""
+    meta, workload = torch.device("meta"), Workload(16, 2048, 256, 2048, "bfloat16")
+    weighed = footprint(CONFIGS / name, quantization="bf16")
+    held, limit, kv = (
+        reserve(weighed, workload, device_type="cuda"),
+        gathered.planned(weighed, 2048),
+        weighed.geometry.kv,
+    )
+    config = AutoConfig.from_pretrained(CONFIGS / name)
+    config.num_hidden_layers = 2  # GPT-J and MPT know it by other names, and by this one
+    config._attn_implementation = "eager"
+    with meta:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().get_decoder()
+    caches = {i: PagedKv(3000, 16, kv[i].kv_heads, kv[i].head_dim, torch.bfloat16, meta) for i in range(2)}
+    attention = gather.GatherAttention(3000, meta, limit)
+
+    def forward(source: torch.Tensor, _: torch.Tensor, **options: Any) -> torch.Tensor:
+        found: torch.Tensor = model(inputs_embeds=source, **options).last_hidden_state
+        return found
+
+    def peak(sequences: int, new: int, past: int) -> int:
+        spans = (RowSpan(past, new, tuple(range(-(-(past + new) // 16)))),) * sequences
+        rows = torch.empty(1, sequences * new, weighed.geometry.hidden, dtype=torch.bfloat16, device=meta)
+        attention.prepare(StepLayout(spans, 16))
+        with PeakBytes() as counted:
+            attention.run(forward, rows, rows[..., 0], caches)
+        return counted.peak
+
+    assert held.own is not None
+    most = held.activations + held.own.taken(3000)
+    peaks = [peak(1, 2040, 0), peak(5, 400, 200), peak(100, 1, 900), peak(85, 24, 0)]
+    assert max(peaks) <= most
+    assert max(peaks) > most // 2, "the bound says something"
