@@ -6,7 +6,8 @@ that waits stays the same, and so does the cost of a decision if nothing is scan
 CPU time, which is what the ledger's one thread has: on an idle machine they are those of the clock.
 
 Through Ray, one actor asks the ledger's deployment at a steady rate, as an ingress does; what it measures is what every
-request waits before it is sent to a replica.
+request waits before it is sent to a replica. It plays the replicas too: each reports every 100 ms which of its requests
+have ended, all at once, and so its grants end as those of a service do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import platform
 import random
 import tempfile
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -26,18 +27,21 @@ from time import perf_counter, process_time
 from typing import Any
 
 from benchmarks.child import ROOT
-from deployments.protocol import Grant, IngressNotice, ReplicaState, ReserveRequest
+from deployments.protocol import Grant, ReplicaState, ReserveRequest
 from deployments.routing.ledger import Ledger, Queued
 from deployments.routing.refusals import LedgerConfig
 
 PAIRS_GOAL, ADDED_GOAL_MS = 20_000, 3.0
 BLOCK, BLOCKS, TENANTS = 16, 512, 100
 EPOCH = 1
+REPORT_S = 0.1
 
 
-def replica(index: int, ledger_epoch: int = EPOCH, sequence: int = 1) -> ReplicaState:
-    """The report of an empty replica of 8,192 tokens."""
-    return ReplicaState(f"r{index}", "default", 1, sequence, BLOCK, BLOCKS, BLOCK * BLOCKS, ledger_epoch=ledger_epoch)
+def replica(index: int, ledger_epoch: int = EPOCH, sequence: int = 1, ended: Sequence[str] = ()) -> ReplicaState:
+    """The report of an empty replica of 8,192 tokens, on which these grants have ended."""
+    shape = BLOCK, BLOCKS, BLOCK * BLOCKS
+    over = tuple((grant_id, 1, 1) for grant_id in ended)
+    return ReplicaState(f"r{index}", "default", 1, sequence, *shape, ended=over, ledger_epoch=ledger_epoch)
 
 
 def request(rng: random.Random, number: int) -> ReserveRequest:
@@ -100,6 +104,8 @@ class Asker:
 
     def __init__(self, ledger: Any) -> None:
         self._ledger = ledger
+        self._ended: dict[str, list[str]] = defaultdict(list)
+        """Replica -> grants to report as ended."""
 
     async def measure(self, replicas: int, rate: int, seconds: int) -> list[float]:
         """Reserve at a steady rate, whatever the answers take; returns the seconds that each took."""
@@ -109,12 +115,13 @@ class Asker:
                 await self._ledger.report.remote(replica(index, epoch, sequence))
         loop, rng = asyncio.get_running_loop(), random.Random(0)
         begun, calls = loop.time(), []
-        beats = asyncio.ensure_future(self._beat(replicas, epoch))
+        beats = [asyncio.ensure_future(self._beat(index, epoch)) for index in range(replicas)]
         for number in range(rate * seconds):
             await asyncio.sleep(max(0.0, begun + number / rate - loop.time()))
             calls.append(asyncio.ensure_future(self._ask(request(rng, number))))
         took = await asyncio.gather(*calls)
-        beats.cancel()
+        for beat in beats:
+            beat.cancel()
         return took[rate:]  # without the first second
 
     async def _ask(self, wish: ReserveRequest) -> float:
@@ -123,15 +130,16 @@ class Asker:
         took = perf_counter() - begun
         if not isinstance(grant, Grant):
             raise RuntimeError(f"the benchmark's own request was refused: {grant.message}")
-        await self._ledger.notice.remote(IngressNotice("in", unused=(grant.grant_id,)))
+        self._ended[grant.replica_id].append(grant.grant_id)
         return took
 
-    async def _beat(self, replicas: int, epoch: int) -> None:
-        """The replicas' heartbeats."""
+    async def _beat(self, index: int, epoch: int) -> None:
+        """The reports of one replica; not at the same time as the others'."""
+        await asyncio.sleep(REPORT_S * random.random())
         for sequence in count(4):
-            for index in range(replicas):
-                await self._ledger.report.remote(replica(index, epoch, sequence))
-            await asyncio.sleep(1.0)
+            ended = self._ended.pop(f"r{index}", [])
+            await self._ledger.report.remote(replica(index, epoch, sequence, ended))
+            await asyncio.sleep(REPORT_S)
 
 
 def through_ray(replicas: int, rate: int, seconds: int) -> list[float]:

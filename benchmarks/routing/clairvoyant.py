@@ -1,6 +1,6 @@
-"""A reference that no router can be: it knows how long each output will be, and sees every replica without delay.
+"""References that no router can be: they see all replicas without delay, and all but one know how long outputs will be.
 
-It bounds what routing could gain. One queue for the whole fleet, with the limits of all others; a request is sent as
+They show what routing could gain. One queue for the whole fleet, with the limits of all others; a request is sent as
 soon as it fits on a replica to its last token beside all that runs there, and so almost nothing is ever preempted:
 
     tokens(t) = sum over those that still run after t steps of (length now + t),  for t = each one's last step
@@ -8,6 +8,9 @@ soon as it fits on a replica to its last token beside all that runs there, and s
 must stay within the replica's blocks. Of the replicas where it fits it takes the one where it leaves most room less
 prompts still to be computed, as the ledger does. A sequence whose prompt is not computed yet is taken to decode at
 once, which is late by a few steps; hence the few preemptions that are left.
+
+"Forecast peaks" does the same with guesses: a quantile of the outputs lately ended that were longer than what the
+sequence has produced. It shows what the rule is worth without knowledge of the future.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ from __future__ import annotations
 import random
 from bisect import insort
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from benchmarks.routing.front import Actions, Limits
 from benchmarks.routing.job import Job
 from benchmarks.routing.replica import SimReplica
+from deployments.routing.sizing import OutputLengths
 
 Order = Callable[[Job], float]
 """The lowest is served first; those for which there is no room are passed."""
@@ -34,14 +39,27 @@ def by_work(job: Job) -> float:
     return job.output * (job.prompt + job.output / 2)
 
 
-REFERENCES: dict[str, Order] = {"clairvoyant": by_arrival, "clairvoyant, small first": by_work}
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a reference goes by."""
+
+    order: Order
+    guess_percent: int | None = None
+    """The quantile of output lengths that it guesses by; None: it knows them."""
+
+
+REFERENCES = {
+    "clairvoyant": Reference(by_arrival),
+    "clairvoyant, small first": Reference(by_work),
+    "forecast peaks": Reference(by_arrival, guess_percent=25),
+}
 
 
 class ClairvoyantFront:
     """Keeps the queue, and sends what fits to its end.
 
     Args:
-        order: of those who wait.
+        reference: its order, and what it knows.
         replicas: whose state it reads.
         actions: on the world.
         limits: as for all policies; it needs no call and no report.
@@ -49,10 +67,17 @@ class ClairvoyantFront:
     """
 
     def __init__(
-        self, order: Order, replicas: Sequence[SimReplica], actions: Actions, limits: Limits, rng: random.Random
+        self,
+        reference: Reference,
+        replicas: Sequence[SimReplica],
+        actions: Actions,
+        limits: Limits,
+        rng: random.Random,
     ) -> None:
         self.call = 0.0
-        self._order = order
+        self._order = reference.order
+        percent = reference.guess_percent
+        self._lengths = OutputLengths(quantile_percent=percent) if percent is not None else None
         self._replicas = replicas
         self._actions = actions
         self._limits = limits
@@ -71,8 +96,9 @@ class ClairvoyantFront:
     def overdue(self, _job: Job, _now: float, /) -> None:
         pass  # what was sent is in a batch within a step or two; what waits here is looked at by `tick`
 
-    def ended(self, _job: Job, _replica: int, /) -> None:
-        pass  # `hear` follows at once, when the replica has begun its next step
+    def ended(self, job: Job, _replica: int, /) -> None:
+        if self._lengths is not None:
+            self._lengths.add(job.output, job.max_tokens)  # `hear` follows, when the replica has begun its next step
 
     def report(self, _replica: int, /) -> object:
         return None
@@ -114,7 +140,7 @@ class ClairvoyantFront:
         best_score = 0
         for index, replica in enumerate(self._replicas):
             replica.settle(now)
-            score = _score(replica, job)
+            score = self._score(replica, job)
             if score is None or (best and score < best_score):
                 continue
             if not best or score > best_score:
@@ -122,25 +148,30 @@ class ClairvoyantFront:
             best.append(index)
         return self._rng.choice(best) if best else None
 
+    def _score(self, replica: SimReplica, job: Job) -> int | None:
+        """Tokens left free, less those of prompts to be computed; None where the job doesn't fit to its last token."""
+        size, running = replica.spec.block_size, replica.sequences()
+        if replica.ongoing == 0:
+            fits = job.prompt + job.max_tokens <= replica.spec.capacity_tokens
+            return replica.spec.capacity_tokens - job.prompt if fits else None
+        if replica.ongoing >= replica.spec.max_sequences:
+            return None
+        used = job.prompt + sum(sequence.job.prompt for sequence in replica.waiting)
+        ahead = sum(sequence.remaining for sequence in replica.prefilling) + used - job.prompt
+        free = replica.free_blocks * size - used
+        if free < 0:
+            return None
+        lengths = [(self._to_come(job, 0), job.prompt)]
+        for sequence in (*running, *replica.waiting):
+            produced = replica.produced(sequence)
+            lengths.append((self._to_come(sequence.job, produced), sequence.job.prompt + produced))
+        return free - ahead if _peak(lengths, size) <= replica.spec.capacity_tokens else None
 
-def _score(replica: SimReplica, job: Job) -> int | None:
-    """Tokens left free, less those of prompts to be computed; None where the job doesn't fit to its last token."""
-    size, running = replica.spec.block_size, replica.sequences()
-    if replica.ongoing == 0:
-        fits = job.prompt + job.max_tokens <= replica.spec.capacity_tokens
-        return replica.spec.capacity_tokens - job.prompt if fits else None
-    if replica.ongoing >= replica.spec.max_sequences:
-        return None
-    used = job.prompt + sum(sequence.job.prompt for sequence in replica.waiting)
-    ahead = sum(sequence.remaining for sequence in replica.prefilling) + used - job.prompt
-    free = replica.free_blocks * size - used
-    if free < 0:
-        return None
-    lengths = [(job.output, job.prompt)]
-    for sequence in (*running, *replica.waiting):
-        produced = replica.produced(sequence)
-        lengths.append((sequence.job.output - produced, sequence.job.prompt + produced))
-    return free - ahead if _peak(lengths, size) <= replica.spec.capacity_tokens else None
+    def _to_come(self, job: Job, produced: int) -> int:
+        """Tokens that it will still produce, known or guessed."""
+        if self._lengths is None:
+            return job.output - produced
+        return self._lengths.expected_beyond(produced, job.max_tokens) - produced
 
 
 def _peak(lengths: list[tuple[int, int]], block_size: int) -> int:

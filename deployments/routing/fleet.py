@@ -76,13 +76,10 @@ class Standing:
     kept: bool = False
     headroom: int = 0
     """In blocks."""
+    free_tokens: int = 0
+    """The same in tokens, none at least."""
     position: int | None = None
     """Among those of its shelf with equal headroom; None while it is not open."""
-
-    @property
-    def free_tokens(self) -> int:
-        """Its headroom in tokens, which is at least none."""
-        return max(0, self.headroom) * self.account.block_size
 
 
 class Shelf:
@@ -215,6 +212,7 @@ class Fleet:
             counts.alive += account.alive - standing.alive
             counts.sold += sold - standing.sold
         standing.alive, standing.sold, standing.headroom = account.alive, sold, headroom
+        standing.free_tokens = max(0, headroom) * account.block_size
         self._open(standing)
         if not same:
             return Change.STANDING

@@ -322,7 +322,8 @@ class Ledger:
     # Time
 
     def _advance(self, now: float) -> float:
-        self._now = max(self._now, now)
+        if now > self._now:
+            self._now = now
         return self._now
 
     def _drop_lapsed(self, now: float) -> list[Outcome]:

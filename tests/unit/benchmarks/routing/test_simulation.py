@@ -73,12 +73,13 @@ def test_the_same_seed_gives_the_same_run(policy: str) -> None:
 
 def test_who_knows_the_future_fills_replicas_and_preempts_hardly_anyone() -> None:
     seen = {}
-    for policy in ("least requests", *REFERENCES):
+    knowing = [policy for policy, reference in REFERENCES.items() if reference.guess_percent is None]
+    for policy in ("least requests", *knowing):
         jobs = poisson(60.0, 600, random.Random(1))
         seen[policy] = simulated(policy, jobs, limits=Limits(queue_per_replica=1000, wait_limit=1e9))
     preempted = {policy: sum(job.preemptions for job in run.jobs) for policy, run in seen.items()}
     last = {policy: max(job.ended_at for job in run.jobs) for policy, run in seen.items()}
-    for policy in REFERENCES:
+    for policy in knowing:
         assert preempted[policy] < 0.01 * len(jobs) < preempted["least requests"]
         assert last[policy] < last["least requests"]
 
