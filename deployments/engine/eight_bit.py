@@ -37,6 +37,7 @@ def int8_parameter(weight: Tensor) -> Any:
         part = slice(first, first + rows)
         half = weight[part].to(torch.float16).contiguous()
         rounded[part], scales[part], _ = functional.int8_vectorwise_quant(half)
+        del half  # before the next is made
     return bitsandbytes.Int8Params(rounded, requires_grad=False, has_fp16_weights=False, CB=rounded, SCB=scales)
 
 
