@@ -6,7 +6,7 @@ _CLASSES = (
     ("fused elementwise", ("triton_",)),  # their names hold those of the operators around them
     ("KV append", ("index_copy", "index_elementwise", "AppendPagedKV", "append_paged")),
     ("attention", ("flashinfer", "fmha", "flash_", "MergeStates", "BatchPrefill", "BatchDecode")),
-    ("GEMM", ("skinny", "gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv", "wgmma", "linear_")),
+    ("GEMM", ("skinny", "wide", "gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv", "wgmma", "linear_")),
     ("dequantise", ("Dequantize", "dequant")),
     ("sampling", ("argmax", "ArgMax", "reduce_kernel", "softmax", "topk", "sort")),
     ("copies", ("Memcpy", "Memset", "copy_kernel", "direct_copy")),
