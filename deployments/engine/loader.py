@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from deployments.checkpoint import is_encoder_decoder, read_config
+from deployments.engine.bnb_linears import compute_as_planned, shorten_linears
 from deployments.engine.cut import Cut
 from deployments.engine.eight_bit import quantising_in_place
 from deployments.engine.embedding import quantising_embedding, settle_embedding, untied_config
@@ -117,7 +118,7 @@ def load(
         quantise_head(model, quantization)
     if plan.embeddings:
         settle_embedding(model, plan)
-    _compute_as_planned(model, plan, limits.int8_threshold if limits else 0.0)
+    compute_as_planned(model, plan, limits.int8_threshold if limits else 0.0)
     if device_type == "cuda":
         mend_odd_linears(model)
     settle_grouped(model)
@@ -192,7 +193,7 @@ def _settled(
         repack(model, getattr(torch, plan.dtype))
         verify_bytes(model, plan, copies)
     if device_type == "cpu":
-        _shorten_linears(model)
+        shorten_linears(model)
         return expected
     if not early:
         _settle(model, plan, kernels=kernels)
@@ -348,30 +349,6 @@ def _tune(model: PreTrainedModel, tuning: Tuning) -> None:
     tune_model(model, tuning_folder(tuning.folder), limit_s=tuning.limit_s)
 
 
-def _shorten_linears(model: nn.Module) -> None:
-    """Let bfloat16 linears that bitsandbytes repacked for the CPU call its kernel without its module's checks.
-
-    The same kernel on the same tensors, so the same bits; a third of a small linear's time is in those checks.
-    """
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False) and getattr(module, "compute_dtype", None) == torch.bfloat16:
-            module.forward = _packed_linear(module)  # of this instance alone
-
-
-def _packed_linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    weight: Any = module.weight
-    state, bias = weight.quant_state, getattr(module, "bias", None)
-    kernel = torch.ops.bitsandbytes.gemv_4bit.default
-    packed, shape, absmax, code, block = weight.data, state.shape, state.absmax, state.code, state.blocksize
-
-    def forward(x: Tensor) -> Tensor:
-        out: Tensor = kernel(x, packed, shape, absmax, code, block)
-        return out if bias is None else out.add_(bias)
-
-    return forward
-
-
 def quantised_already(model_dir: Path) -> bool:
     """Whether the checkpoint's weights are quantised as they are stored."""
     config = read_config(model_dir)
@@ -389,22 +366,6 @@ def _check_dtype(model: PreTrainedModel, plan: Plan) -> None:
             f"{plan.model} stores what is not quantised in {str(model.dtype).removeprefix('torch.')}, but its plan "
             f"says {plan.dtype}; correct `dtype` in its config.json"
         )
-
-
-def _compute_as_planned(model: PreTrainedModel, plan: Plan, threshold: float) -> None:
-    """Give bitsandbytes' linears the plan's dtype and this outlier threshold, whatever a quantised checkpoint says.
-
-    In float32, its AVX512-BF16 path is switched off, which rounds activations and scales to bfloat16 inside.
-    """
-    dtype = getattr(torch, plan.dtype)
-    for module in model.modules():
-        linear: Any = module
-        if hasattr(module, "compute_type_is_set"):  # 4 bits
-            linear.compute_dtype, linear.compute_type_is_set = dtype, True
-        elif hasattr(getattr(module, "state", None), "threshold"):  # 8 bits
-            linear.state.threshold = threshold
-        if plan.dtype == "float32" and hasattr(module, "support_avx512bf16_for_cpu"):
-            linear.support_avx512bf16_for_cpu = False
 
 
 def _untie(model: PreTrainedModel, devices: list[torch.device]) -> None:

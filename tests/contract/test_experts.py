@@ -222,7 +222,6 @@ def test_a_gpu_s_plan_holds_back_dequantised_experts(quantization: str, source: 
                 footprint(folder, quantization=quantization, experts=experts),
                 workload,
                 device_type="cuda",
-                budget_bytes=10**9,
             )
             for experts in (False, True)
         )

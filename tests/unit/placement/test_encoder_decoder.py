@@ -51,27 +51,26 @@ def test_bytes_of_a_row_by_hand() -> None:
 
 def test_bytes_of_a_block_by_hand() -> None:
     token = 2 * 128 * 128 * 2 + 128 * (2 * 2 + 8) + 64
-    assert cross.block_bytes(t5(), WORKLOAD) == 2 * 16 * token
+    assert cross.room(t5(), WORKLOAD).per_block == 2 * 16 * token
     narrow = replace(WORKLOAD, kv_dtype="float8_e4m3fn")
-    assert cross.block_bytes(t5(), narrow) == 2 * 16 * (token + 128 * 128), "one of keys and values in 8 bits too"
+    assert cross.room(t5(), narrow).per_block == 2 * 16 * (token + 128 * 128), "one of keys and values in 8 bits too"
 
 
 def test_what_is_gathered_at_once_is_bounded() -> None:
     most = cross.TOKENS // (2 * 16)
-    found = reserve(t5(), WORKLOAD, device_type="cuda", budget_bytes=10**9)
-    assert (found.graphs, found.gathered_blocks) == (0, most)
+    found = reserve(t5(), WORKLOAD, device_type="cuda")
+    assert found.own is not None
+    assert (found.graphs, found.own.most) == (0, most * found.own.per_block)
     full = found.held(last=False, blocks=most, kv_block_bytes=0)
     assert found.held(last=False, blocks=10**6, kv_block_bytes=0) == full
     long = replace(WORKLOAD, max_context=100_000)
-    assert reserve(t5(), long, device_type="cuda", budget_bytes=10**9).gathered_blocks == 100_000 // (2 * 16)
+    room = cross.room(t5(), long)
+    assert room.most == 100_000 // (2 * 16) * room.per_block
 
 
 def test_hidden_states_wait_in_the_dtype_that_they_have_between_layers() -> None:
     found = {
-        quantization: [
-            reserve(weighed, WORKLOAD, device_type="cuda", budget_bytes=10**9, devices=devices).buffers
-            for devices in (1, 2)
-        ]
+        quantization: [reserve(weighed, WORKLOAD, device_type="cuda", devices=devices).buffers for devices in (1, 2)]
         for quantization, weighed in (("bf16", t5("bf16", None)), ("fp16", t5("fp16", None)))
     }
     inboxes = {name: two - one for name, (one, two) in found.items()}
@@ -99,7 +98,7 @@ def test_a_step_takes_no_more_than_the_plan_holds_back(
         weighed, virtual_cpu_devices(("90MB",)), block_size=16, max_batch_tokens=512, max_sequences=32, max_context=256
     )
     workload = replace(WORKLOAD, kv_dtype=plan.kv_dtype)
-    found = reserve(weighed, workload, device_type="cuda", budget_bytes=10**9)
+    found = reserve(weighed, workload, device_type="cuda")
     (stage,) = load(tmp_path, replace(plan, num_blocks=512), device_type="cpu").stages
     layout = cross.layout_bytes(workload) + 24 * 512
 
@@ -119,7 +118,7 @@ def test_a_step_takes_no_more_than_the_plan_holds_back(
     assert peak(*(RowSpan(0, 256, table(i), 128) for i in range(2))) <= prompt, "preempted, and computed again"
     assert peak(*(RowSpan(0, 256, table(i), 255) for i in range(2))) > prompt // 8, "the bound says something"
 
-    token = cross.block_bytes(weighed, workload) // (2 * 16)
+    token = cross.room(weighed, workload).per_block // (2 * 16)
     decodes = [RowSpan(255, 1, table(i), 200 + i) for i in range(24)]
     beside = 24 * cross.activation_bytes(weighed) + layout
     whole = peak(*decodes)
