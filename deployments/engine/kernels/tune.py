@@ -378,7 +378,7 @@ def tuning_folder(home: Path) -> Path:
     """The folder of tables below `home`: results depend on torch, Triton, the kernels' code and the shipped tables."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*here.glob("*.py"), *here.glob("*.cu"), *here.glob("tables/*.json")]):
+    for path in sorted([*here.glob("*.py"), *here.glob("*.cu*"), *here.glob("tables/*.json")]):
         digest.update(path.read_bytes())
     try:
         triton = version("triton")

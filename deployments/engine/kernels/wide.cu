@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
     asm volatile("griddepcontrol.launch_dependents;");
     // Weights do not depend on the kernel before this one.
     Tile tile[DEPTH];
-    const u32 first = (block_row / 16 + across * 4 + warp) * columns * TILE_BYTES + lane * 16;
+    const u32 first = (u32)(block_row / 16 + across * 4 + warp) * (u32)columns * TILE_BYTES + lane * 16;
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
         const int column = begin + d * ALONG + along;

@@ -6,10 +6,8 @@ import base64
 import hashlib
 import logging
 import re
-import tomllib
 from collections.abc import Callable
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,10 +88,3 @@ async def test_polling_is_neither_logged_nor_counted(api: Api, caplog: pytest.Lo
 @pytest.mark.parametrize("path", ["/fleet", "/fleet/state"])
 async def test_only_reading(api: Api, path: str) -> None:
     assert (await api.post(path)).status_code == 405
-
-
-def test_an_installed_package_has_the_pages_files() -> None:
-    root = Path(__file__).parents[3]
-    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    files = {file.name for file in (root / "deployments/fleet").iterdir() if file.is_file() and file.suffix != ".py"}
-    assert files == set(data["deployments.fleet"])
