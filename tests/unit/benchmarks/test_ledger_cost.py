@@ -39,7 +39,7 @@ class Direct:
 async def test_the_ledger_learns_of_prompts_and_outputs_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_cost, "REPORT_S", 0.001)
     ledger = Direct()
-    assert await Asker(ledger).measure(replicas=2, rate=20, seconds=1) == [], "the first second doesn't count"
+    assert await Asker(ledger).measure(replicas=8, rate=20, seconds=1) == [], "the first second doesn't count"
     assert ledger.ended
     for key, (prompt, output) in ledger.ended.items():
         wish = ledger.wishes[key]
