@@ -1,10 +1,9 @@
 """The queue of requests that wait for blocks: fair between tenants, by priority and arrival within one, with deadlines.
 
 The order of all who wait is (tag of the tenant, priority, arrival), and so it is among those that lost the replica they
-were granted: these come first, and their tenants have paid for them. They stand in lines of
-requests that are alike: of one pool, and alike in size up to a factor of two. When there is no room for the first of a
-line, there is hardly any for the rest of it, so only the first of each line is looked at: some tens of them, however
-many wait.
+were granted: these come first, and their tenants have paid for them. They stand in lines of requests that are alike: of
+one pool, and alike in size up to a factor of two. When there is no room for the first of a line, there is hardly any
+for the rest of it, so only the first of each line is looked at: some tens of them, however many wait.
 """
 
 from __future__ import annotations
