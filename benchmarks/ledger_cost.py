@@ -36,12 +36,14 @@ BLOCK, BLOCKS, TENANTS = 16, 512, 100
 EPOCH = 1
 REPORT_S = 0.1
 
+Ended = tuple[str, int, int]
+"""(grant id, prompt tokens, output tokens)"""
 
-def replica(index: int, ledger_epoch: int = EPOCH, sequence: int = 1, ended: Sequence[str] = ()) -> ReplicaState:
+
+def replica(index: int, ledger_epoch: int = EPOCH, sequence: int = 1, ended: Sequence[Ended] = ()) -> ReplicaState:
     """The report of an empty replica of 8,192 tokens, on which these grants have ended."""
     shape = BLOCK, BLOCKS, BLOCK * BLOCKS
-    over = tuple((grant_id, 1, 1) for grant_id in ended)
-    return ReplicaState(f"r{index}", "default", 1, sequence, *shape, ended=over, ledger_epoch=ledger_epoch)
+    return ReplicaState(f"r{index}", "default", 1, sequence, *shape, ended=tuple(ended), ledger_epoch=ledger_epoch)
 
 
 def request(rng: random.Random, number: int) -> ReserveRequest:
@@ -104,24 +106,30 @@ class Asker:
 
     def __init__(self, ledger: Any) -> None:
         self._ledger = ledger
-        self._ended: dict[str, list[str]] = defaultdict(list)
+        self._ended: dict[str, list[Ended]] = defaultdict(list)
         """Replica -> grants to report as ended."""
+        self._outputs = random.Random(1)
 
     async def measure(self, replicas: int, rate: int, seconds: int) -> list[float]:
-        """Reserve at a steady rate, whatever the answers take; returns the seconds that each took."""
+        """Reserve at a steady rate, whatever the answers take; returns the seconds that each took.
+
+        Raises:
+            ExceptionGroup: of what a call of the ledger raised.
+        """
         epoch = (await self._ledger.report.remote(replica(0, 0))).epoch
         for sequence in (2, 3):
             for index in range(replicas):
                 await self._ledger.report.remote(replica(index, epoch, sequence))
         loop, rng = asyncio.get_running_loop(), random.Random(0)
         begun, calls = loop.time(), []
-        beats = [asyncio.ensure_future(self._beat(index, epoch)) for index in range(replicas)]
-        for number in range(rate * seconds):
-            await asyncio.sleep(max(0.0, begun + number / rate - loop.time()))
-            calls.append(asyncio.ensure_future(self._ask(request(rng, number))))
-        took = await asyncio.gather(*calls)
-        for beat in beats:
-            beat.cancel()
+        async with asyncio.TaskGroup() as group:
+            beats = [group.create_task(self._beat(index, epoch)) for index in range(replicas)]
+            for number in range(rate * seconds):
+                await asyncio.sleep(max(0.0, begun + number / rate - loop.time()))
+                calls.append(group.create_task(self._ask(request(rng, number))))
+            took = await asyncio.gather(*calls)
+            for beat in beats:
+                beat.cancel()
         return took[rate:]  # without the first second
 
     async def _ask(self, wish: ReserveRequest) -> float:
@@ -130,7 +138,8 @@ class Asker:
         took = perf_counter() - begun
         if not isinstance(grant, Grant):
             raise RuntimeError(f"the benchmark's own request was refused: {grant.message}")
-        self._ended[grant.replica_id].append(grant.grant_id)
+        output = self._outputs.randint(1, wish.max_tokens)
+        self._ended[grant.replica_id].append((grant.grant_id, wish.prompt_tokens, output))
         return took
 
     async def _beat(self, index: int, epoch: int) -> None:

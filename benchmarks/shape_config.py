@@ -26,7 +26,8 @@ def write_config(shape: str, quantization: str, ingress: int, folder: Path) -> P
     command = [sys.executable, "-m", "benchmarks.checkpoint", shape]
     written = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if written.returncode:
-        raise LoadFailed(f"no checkpoint of shape {shape}: {written.stderr.strip().splitlines()[-1]}")
+        said = written.stderr.strip().splitlines() or [f"its process ended with code {written.returncode}"]
+        raise LoadFailed(f"no checkpoint of shape {shape}: {said[-1]}")
     model = {
         "name": f"random-{shape}",
         "source": written.stdout.strip().splitlines()[-1],

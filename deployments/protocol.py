@@ -138,8 +138,9 @@ class ReserveRequest:
     weight: int | None = None
     """Of the tenant, from its API key; None: as the ledger's settings have it."""
     resumes: bool = False
-    """It was granted before, and lost that replica or was not taken up there. It waits however many do, before those
-    that were never granted, and makes room for no other: such requests are as few as were granted."""
+    """It was granted, and lost that replica, after the take-up or before. It waits however many do, before all others,
+    and makes room for none: no more requests can lose a replica than had room there. One that the replica refused asks
+    again as a new one: of such there might be any number."""
 
 
 RefusalKind = Literal["too_long", "queue_full", "deadline", "no_replica", "unknown_pool", "version"]

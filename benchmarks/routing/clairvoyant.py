@@ -151,9 +151,10 @@ class ClairvoyantFront:
     def _score(self, replica: SimReplica, job: Job) -> int | None:
         """Tokens left free, less those of prompts to be computed; None where the job doesn't fit to its last token."""
         size, running = replica.spec.block_size, replica.sequences()
+        if job.prompt + job.max_tokens > replica.spec.capacity_tokens:  # no replica takes more, whatever comes of it
+            return None
         if replica.ongoing == 0:
-            fits = job.prompt + job.max_tokens <= replica.spec.capacity_tokens
-            return replica.spec.capacity_tokens - job.prompt if fits else None
+            return replica.spec.capacity_tokens - job.prompt
         if replica.ongoing >= replica.spec.max_sequences:
             return None
         used = job.prompt + sum(sequence.job.prompt for sequence in replica.waiting)

@@ -159,20 +159,28 @@ class EngineClient:
 
     def _pass_on(self, chunks: Iterable[TokenChunk]) -> None:
         now, interval = asyncio.get_running_loop().time(), interval_s(len(self._streams))
-        held = False
+        held = []
         for chunk in chunks:
             stream = self._streams.get(chunk.request_id)
             if stream is not None and not stream.put(chunk, now, interval):
-                held = True
-        if held and self._releasing is None:
-            self._release()
+                held.append(stream.due)
+        if held:
+            self._release_at(min(held))
 
     def _release(self) -> None:
         """Let go what is due, and come back when the next is."""
-        loop = asyncio.get_running_loop()
-        now, interval = loop.time(), interval_s(len(self._streams))
-        due = [stream.due for stream in self._streams.values() if not stream.release(now, interval)]
-        self._releasing = loop.call_at(min(due), self._release) if due else None
+        now, interval = asyncio.get_running_loop().time(), interval_s(len(self._streams))
+        self._releasing = None
+        if due := [stream.due for stream in self._streams.values() if not stream.release(now, interval)]:
+            self._release_at(min(due))
+
+    def _release_at(self, due: float) -> None:
+        """Call `_release` at that time, unless it is called before. With fewer streams chunks are due sooner."""
+        if self._releasing is not None:
+            if self._releasing.when() <= due:
+                return
+            self._releasing.cancel()
+        self._releasing = asyncio.get_running_loop().call_at(due, self._release)
 
     def _fail(self, reason: str) -> None:
         if self.failure is not None:

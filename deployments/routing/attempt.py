@@ -21,11 +21,13 @@ class NotTakenUp(Exception):
     Args:
         reason: one line.
         busy: it has no room.
+        lost: it was granted and lost, rather than that it said no.
     """
 
-    def __init__(self, reason: str, *, busy: bool = False) -> None:
+    def __init__(self, reason: str, *, busy: bool = False, lost: bool = False) -> None:
         super().__init__(reason)
         self.busy = busy
+        self.lost = lost
 
 
 class Refused(NotTakenUp):

@@ -181,7 +181,7 @@ class ServeDispatcher:
     async def _resume(self, progress: Progress, grant: Grant, loss: Lost, wait_limit_s: float) -> Attempt | TokenChunk:
         """Another attempt after a loss, or the chunk that says why there is none."""
         progress.losses += 1
-        progress.granted = True
+        progress.resumes = True
         done = f"replica {grant.replica_id} failed after {len(progress.produced)} tokens: {loss}"
         logger.warning("request %s: %s", progress.request.request_id, done)
         if progress.losses > MAX_LOSSES:
@@ -207,9 +207,9 @@ class ServeDispatcher:
             request = progress.next_attempt()
             try:
                 grant = await self._reserve(self._wish(request, progress, max(0.0, deadline - loop.time())))
-                progress.granted |= grant.ledger_epoch != LOCAL_EPOCH
                 return await self._send(replace(request, grant=grant), grant)
             except NotTakenUp as reason:
+                progress.resumes |= reason.lost
                 logger.warning("request %s was not taken up and is tried again: %s", request.request_id, reason)
                 if loop.time() + pause >= deadline:
                     raise self._given_up(reason, wait_limit_s) from None
@@ -233,7 +233,7 @@ class ServeDispatcher:
             priority=request.priority,
             prefix=self._prefix(request),
             weight=request.weight,
-            resumes=progress.granted,
+            resumes=progress.resumes,
         )
 
     async def _reserve(self, wish: ReserveRequest) -> Grant:
@@ -285,7 +285,7 @@ class ServeDispatcher:
             raise NotTakenUp(str(reason), busy=local or reason.busy) from None
         except Lost as loss:
             self._note_loss(grant, loss.cause)
-            raise NotTakenUp(f"replica {grant.replica_id} was lost: {loss}") from loss
+            raise NotTakenUp(f"replica {grant.replica_id} was lost: {loss}", lost=True) from loss
         except asyncio.CancelledError:  # the call may arrive there all the same
             if grant.ledger_epoch != LOCAL_EPOCH:
                 self._notices.left(grant.grant_id)

@@ -33,7 +33,7 @@ class Flow:
         self.requests = 0
         """Requests of it that wait."""
         self.tokens = 0
-        """The sum of their grants."""
+        """Of their grants, what it will be charged for."""
         self.listed = -1
         """The tag that it was last listed with among those ahead of the clock."""
 
@@ -55,7 +55,13 @@ class FairShares:
         self._requests = 0
 
     def join(self, tenant: str, tokens: int, weight: int | None = None) -> None:
-        """A request of this tenant begins to wait; its weight is the tenant's until the next one brings another."""
+        """A request of this tenant begins to wait; its weight is the tenant's until the next one brings another.
+
+        Args:
+            tenant: whose.
+            tokens: what it is to be charged for once it is granted; 0 for a request that was paid for before.
+            weight: that comes with the request.
+        """
         own = self._weight(tenant, weight)
         flow = self._flows.get(tenant)
         if flow is None:
@@ -102,7 +108,7 @@ class FairShares:
         return self._flows[tenant].tag
 
     def tokens_before(self, tenant: str, weight: int | None, total: int) -> int:
-        """Tokens likely to be granted before one more request of this tenant, when `total` wait.
+        """Tokens likely to be granted before one more request of this tenant, when `total` wait to be charged for.
 
         While it works off its own, each of the others is granted in proportion to its weight, and no more than `total`.
         """
@@ -127,14 +133,16 @@ class FairShares:
     def most_over_share(self, newcomer: str, weight: int | None, limit: int) -> str | None:
         """The tenant that waits with the most requests over its part of `limit` when `newcomer` waits too.
 
+        Only of tenants that wait with something to be charged for: what was paid for before makes no room.
+
         Returns:
-            None when nobody has more than its part. Looks at every tenant that waits.
+            None when none of them has more than its part. Looks at every tenant that waits.
         """
         everyone = self._everyone(newcomer, self._weight(newcomer, weight))
         over = {
             tenant: flow.requests - _share(limit, flow.weight, everyone)
             for tenant, flow in self._flows.items()
-            if tenant != newcomer
+            if tenant != newcomer and flow.tokens
         }
         most = max(over, key=over.__getitem__, default=None)
         return most if most is not None and over[most] > 0 else None

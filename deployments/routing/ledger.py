@@ -296,7 +296,7 @@ class Ledger:
         )
 
     def _is_full_for(self, request: ReserveRequest) -> bool:
-        """Whether as many wait as may. Who was granted before waits all the same: those are bounded by what was."""
+        """Whether as many wait as may. Who lost a replica waits all the same: those had room there."""
         return len(self._queue) >= self.config.queue_limit and not request.resumes
 
     def _displace_for(self, request: ReserveRequest, now: float) -> bool:

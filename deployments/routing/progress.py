@@ -19,8 +19,8 @@ class Progress:
         self.produced: list[int] = []
         """Output ids that the client was given."""
         self.attempts = 0
-        self.granted = False
-        """Whether the ledger ever granted it, or a replica took it up."""
+        self.resumes = False
+        """Whether it lost a replica that it was granted. One that was refused there has lost nothing but time."""
         self.losses = 0
         """Attempts that ended with their replica after it had taken the request up."""
         self.pool: str | None = None

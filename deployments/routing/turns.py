@@ -47,11 +47,14 @@ class Turns:
         """Nothing has changed since nobody could be served; every first was asked, or lacks the room."""
         self._all_judged = False
         """All firsts were asked since a replica came, went, or was given back: now only room is news."""
+        self._unjudged = 0
+        """How many wait who were not asked since a replica came or went. Behind who leaves one of them may be first."""
 
     def stir(self, freed: ReplicaAccount | None = None) -> None:
         """Someone may be answered again: who has room on the replica that has more of it than before, or everyone."""
         if freed is None:
             self._comings += 1
+            self._unjudged = len(self._queue)
             self._all_judged = self._settled = False
         elif _room(freed) >= self._queue.least_room:
             self._settled = False
@@ -66,8 +69,9 @@ class Turns:
         """
         in_vain = self._settled or not self._queue
         self._queue.join(waiter)
+        self._unjudged += 1
         if answer is not None:
-            waiter.judged = self._comings
+            self._judge(waiter)
         if not self._queue.is_first(waiter):
             return None
         self._settled = False
@@ -78,6 +82,8 @@ class Turns:
         waiter = self._queue.leave(request_id, granted_tokens=granted_tokens)
         if waiter is not None:
             self._settled = False
+            self._unjudged -= waiter.judged != self._comings
+            self._all_judged &= not self._unjudged  # in other lines too, where its tenant was charged: tags order them
             if request_id in self._kept_for:
                 self._give_back(request_id)
         return waiter
@@ -89,8 +95,10 @@ class Turns:
         return self._serve_kept(answer, now) or self._serve(answer, now)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError when a replica is kept for a request that doesn't wait."""
+        """Raise AssertionError when a replica is kept for a request that doesn't wait, or a count is wrong."""
         self._queue.check_integrity()
+        unjudged = self._queue.count(lambda waiter: waiter.judged != self._comings)
+        assert unjudged == self._unjudged, f"waiters not asked lately: counted {self._unjudged}, there are {unjudged}"
         lost = [key for key in self._kept_for if key not in self._queue]
         assert not lost, f"replicas are kept for {lost}, which don't wait"
 
@@ -104,7 +112,7 @@ class Turns:
                 if (outcome := answer(waiter, account, now)) is not None:
                     self._finish(waiter, outcome, [])
                     return outcome
-                waiter.judged = self._comings
+                self._judge(waiter)
         return None
 
     def _serve(self, answer: Answer, now: float, only: Waiter | None = None) -> Outcome | None:
@@ -125,11 +133,15 @@ class Turns:
                 if (outcome := answer(waiter, None, now)) is not None:
                     self._finish(waiter, outcome, passed)
                     return outcome
-                waiter.judged = self._comings
+                self._judge(waiter)
             passed.append(waiter)
         self._keep(passed)
         self._settled = self._all_judged = True
         return None
+
+    def _judge(self, waiter: Waiter) -> None:
+        self._unjudged -= waiter.judged != self._comings
+        waiter.judged = self._comings
 
     def _finish(self, waiter: Waiter, outcome: Outcome, passed: list[Waiter]) -> None:
         tokens = waiter.size.grant_tokens if isinstance(outcome, Grant) else 0

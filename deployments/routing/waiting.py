@@ -1,10 +1,9 @@
 """The queue of requests that wait for blocks: fair between tenants, by priority and arrival within one, with deadlines.
 
-The order of all who wait is (tag of the tenant, priority, arrival), and so it is among those that were granted before
-and lost that through no fault of theirs: these come first, and their tenants have paid for them. They stand in lines of
-requests that are alike: of one pool, and alike in size up to a factor of two. When there is no room for the first of a
-line, there is hardly any for the rest of it, so only the first of each line is looked at: some tens of them, however
-many wait.
+The order of all who wait is (tag of the tenant, priority, arrival), and so it is among those that lost the replica they
+were granted: these come first, and their tenants have paid for them. They stand in lines of requests that are alike: of
+one pool, and alike in size up to a factor of two. When there is no room for the first of a line, there is hardly any
+for the rest of it, so only the first of each line is looked at: some tens of them, however many wait.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import heapq
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from deployments.routing.growth import Waiting
 from deployments.routing.policy import Size
 
 Place = tuple[bool, int, int, int]
-"""(whether it was never granted, tag of the tenant, priority, arrival): the lowest is served first."""
+"""(whether it has lost no replica, tag of the tenant, priority, arrival): the lowest is served first."""
 
 
 class Kind(NamedTuple):
@@ -33,7 +33,7 @@ class Kind(NamedTuple):
     longest_bits: int
     """Bit length of prompt + max_tokens."""
     resumes: bool = False
-    """They were granted before."""
+    """They lost the replica they were granted."""
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ class Line:
 
     Args:
         shares: where tenants stand.
-        fresh: whether its waiters were never granted.
+        fresh: whether its waiters have lost no replica.
     """
 
     def __init__(self, shares: FairShares, *, fresh: bool) -> None:
@@ -163,6 +163,8 @@ class WaitingQueue:
         """A heap; entries of waiters that left are skipped, and swept when they are the majority."""
         self._joined = 0
         self._tokens = 0
+        self._paid_tokens = 0
+        """Of the same, those of requests that resume."""
         self._sums: dict[Kind, Sum] = {}
         self.least_room = sys.maxsize
         """With less room than so many tokens none of the waiters is served."""
@@ -189,8 +191,9 @@ class WaitingQueue:
     def tokens_before(self, request: ReserveRequest) -> int:
         """Tokens likely to be granted before this request, which doesn't wait yet or is its tenant's last."""
         if request.resumes:
-            return sum(each.tokens for kind, each in self._sums.items() if kind.resumes)
-        return self._shares.tokens_before(request.tenant, request.weight, self._tokens)
+            return self._paid_tokens
+        fresh = self._tokens - self._paid_tokens
+        return self._paid_tokens + self._shares.tokens_before(request.tenant, request.weight, fresh)
 
     def join(self, waiter: Waiter) -> None:
         """Add a waiter; its request id must not wait already."""
@@ -201,9 +204,8 @@ class WaitingQueue:
         waiter.waits = True
         self._joined += 1
         waiter.arrival = self._joined
-        self._tokens += waiter.size.grant_tokens
         self._add(waiter)
-        self._shares.join(request.tenant, waiter.size.grant_tokens, request.weight)
+        self._shares.join(request.tenant, _to_pay(waiter), request.weight)
         self._line_up(waiter)
         heapq.heappush(self._deadlines, (waiter.deadline, waiter.arrival, waiter))
 
@@ -229,19 +231,18 @@ class WaitingQueue:
 
         Args:
             request_id: of the waiter.
-            granted_tokens: what its tenant is charged for, unless it was granted before.
+            granted_tokens: what its tenant is charged for, unless it resumes.
         """
         waiter = self._waiters.get(request_id)
         if waiter is None:
             return None
-        tenant, tokens = waiter.request.tenant, waiter.size.grant_tokens
+        tenant = waiter.request.tenant
         if granted_tokens and not waiter.request.resumes:
             self._shares.charge(tenant, granted_tokens)
         del self._waiters[request_id]
         waiter.waits = False
-        self._tokens -= tokens
         self._subtract(waiter)
-        self._shares.leave(tenant, tokens)
+        self._shares.leave(tenant, _to_pay(waiter))
         self._sweep()
         return waiter
 
@@ -255,8 +256,8 @@ class WaitingQueue:
             limit: requests that may wait.
 
         Returns:
-            The last one of the tenant most over its share, of those that were never granted; None when the newcomer is
-            the one to refuse.
+            The last one, of those that don't resume, of the tenant most over its share that has any; None when the
+            newcomer is the one to refuse.
         """
         if not self._shares.below_share(request.tenant, request.weight, limit):
             return None
@@ -278,12 +279,18 @@ class WaitingQueue:
         """Request ids that one ingress has waiting, oldest first. Looks at every waiter: for rare events."""
         return [key for key, waiter in self._waiters.items() if waiter.request.ingress_id == ingress_id]
 
+    def count(self, chosen: Callable[[Waiter], bool]) -> int:
+        """How many are such. Looks at every waiter: for checks."""
+        return sum(map(chosen, self._waiters.values()))
+
     def check_integrity(self) -> None:
         """Raise AssertionError when the sums or the deadlines don't match the waiters."""
         self._shares.check_integrity()
         total = sum(waiter.size.grant_tokens for waiter in self._waiters.values())
         assert total == self._tokens, f"waiting tokens: counted {self._tokens}, summed {total}"
         by_kind = sum(each.tokens for each in self._sums.values()), sum(each.requests for each in self._sums.values())
+        paid = sum(each.tokens for kind, each in self._sums.items() if kind.resumes)
+        assert paid == self._paid_tokens, f"waiting tokens of those that resume: counted {self._paid_tokens}, {paid}"
         assert by_kind == (total, len(self)), f"waiting (tokens, requests) by kind: {by_kind}, all: {total, len(self)}"
         with_deadline = {id(entry[2]) for entry in self._deadlines}
         lost = [key for key, waiter in self._waiters.items() if id(waiter) not in with_deadline]
@@ -293,6 +300,8 @@ class WaitingQueue:
 
     def _add(self, waiter: Waiter) -> None:
         size, each = waiter.size, self._sums.setdefault(waiter.kind, Sum())
+        self._tokens += size.grant_tokens
+        self._paid_tokens += size.grant_tokens - _to_pay(waiter)
         each.requests += 1
         each.tokens += size.grant_tokens
         each.longest = max(each.longest, size.prompt_tokens + size.max_tokens)
@@ -300,9 +309,11 @@ class WaitingQueue:
         self.least_room = min(self.least_room, waiter.least_room)
 
     def _subtract(self, waiter: Waiter) -> None:
-        each = self._sums[waiter.kind]
+        each, tokens = self._sums[waiter.kind], waiter.size.grant_tokens
+        self._tokens -= tokens
+        self._paid_tokens -= tokens - _to_pay(waiter)
         each.requests -= 1
-        each.tokens -= waiter.size.grant_tokens
+        each.tokens -= tokens
         if not each.requests:
             del self._sums[waiter.kind]
             self.least_room = min((each.least_room for each in self._sums.values()), default=sys.maxsize)
@@ -324,3 +335,8 @@ class WaitingQueue:
             self._lines.clear()
             for waiter in self._waiters.values():
                 self._line_up(waiter)
+
+
+def _to_pay(waiter: Waiter) -> int:
+    """Tokens that its tenant will be charged for its grant: none for one that was granted, and lost that replica."""
+    return 0 if waiter.request.resumes else waiter.size.grant_tokens

@@ -121,9 +121,15 @@ def test_a_shape_is_served_by_a_config_of_its_own(tmp_path: Path, monkeypatch: p
     assert (settings.models[0].pools[0].quantization, settings.api.replicas) == ("int8", 3)
 
 
-def test_a_shape_that_can_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, returncode=1, stderr="Traceback ...\nOSError: no space left on device\n")
-    with pytest.raises(LoadFailed, match="no checkpoint of shape 8b: OSError: no space left"):
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [("Traceback ...\nOSError: no space left on device\n", "OSError: no space left"), ("\n", "ended with code -9")],
+)
+def test_a_shape_that_can_not_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, reason: str
+) -> None:
+    stand_in(monkeypatch, returncode=-9, stderr=stderr)
+    with pytest.raises(LoadFailed, match=f"no checkpoint of shape 8b: .*{reason}"):
         shape_config.write_config("8b", "nf4", 1, tmp_path)
 
 

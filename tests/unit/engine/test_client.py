@@ -116,6 +116,28 @@ async def test_tokens_that_come_too_fast_are_joined_and_none_is_kept(
     assert [chunk async for chunk in stream] == [TokenChunk("a", (4, 5), finish_reason="stop")]
 
 
+async def test_a_chunk_that_is_due_sooner_does_not_wait_for_another_streams_time(
+    wired: Wired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "CHUNKS_PER_S", 0.001)
+    late, soon = (wired.client.generate(request(name)) for name in ("late", "soon"))
+    firsts = [asyncio.create_task(anext(stream)) for stream in (late, soon)]
+    await wired.received()
+    wired.say(TokenChunk("late", (1,)))
+    wired.say(TokenChunk("late", (2,)))
+    assert (await firsts[0]).token_ids == (1,)
+    while len(wired.reports) < 2:
+        await asyncio.sleep(0.01)
+    monkeypatch.setattr(outbox, "CHUNKS_PER_S", 4)  # as if most streams had ended
+    wired.say(TokenChunk("soon", (1,)))
+    wired.say(TokenChunk("soon", (2,)))
+    assert (await firsts[1]).token_ids == (1,)
+    assert (await asyncio.wait_for(anext(soon), 10.0)).token_ids == (2,)
+    wired.say(TokenChunk("late", (3,), finish_reason="stop"))
+    assert [chunk.token_ids async for chunk in late] == [(2, 3)]
+    await soon.aclose()
+
+
 async def test_who_leaves_is_aborted_once_and_who_ended_is_not(wired: Wired) -> None:
     leaves, ends = read(wired, "leaves"), read(wired, "ends")
     await wired.received()

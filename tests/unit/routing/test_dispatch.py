@@ -371,10 +371,21 @@ async def test_who_lost_its_replica_says_so_when_it_asks_again() -> None:
     await world.dispatcher.close()
 
 
-async def test_who_was_granted_in_vain_says_so_when_it_asks_again() -> None:
-    world = World([grant(1), grant(2)], [[Rejected("too many calls")], [TAKEN, text(5, finish="stop")]])
+@pytest.mark.parametrize(
+    ("failure", "resumes"),
+    [
+        (Rejected("too many calls"), False),
+        (TokenChunk("q", finish_reason="error", error=REFUSED + "expired"), False),
+        (ActorDiedError(), True),
+        (NotSent("r1"), True),
+    ],
+    ids=["rejected", "refused", "died", "not sent"],
+)
+async def test_who_was_granted_in_vain_resumes_only_where_the_replica_was_lost(failure: Any, resumes: bool) -> None:
+    """A replica may refuse any number within milliseconds; it can be lost by no more than it had room for."""
+    world = World([grant(1), grant(2)], [[failure], [TAKEN, text(5, finish="stop")]])
     assert await run(world) == [text(5, finish="stop")]
-    assert [wish.resumes for wish in world.wishes] == [False, True]
+    assert [wish.resumes for wish in world.wishes] == [False, resumes]
     await world.dispatcher.close()
 
 

@@ -5,7 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.protocol import PROTOCOL_VERSION, CachedGranules, Grant, IngressNotice, Prefix, Refusal
+from deployments.protocol import (
+    PROTOCOL_VERSION,
+    CachedGranules,
+    Grant,
+    IngressNotice,
+    Prefix,
+    Refusal,
+    ReplicaState,
+    ReserveRequest,
+)
 from deployments.routing.forecast import ForecastError
 from deployments.routing.growth import ScaledPool
 from deployments.routing.ledger import Ledger, Queued
@@ -814,9 +823,9 @@ def test_nothing_is_too_long_for_a_fixed_pool_of_which_no_replica_was_heard() ->
     assert granted(book.reserve(wish("long", prompt=20_000), 6.0)).replica_id == "large"
 
 
-def flooded(flood: int = 8, **changes: object) -> Ledger:
+def flooded(flood: int = 8, queue_limit: int = 8, **changes: object) -> Ledger:
     """The only replica is full, and so is the queue of 8, with requests of one tenant."""
-    book = ledger(state(), queue_limit=8, **changes)  # type: ignore[arg-type]  # fields by name
+    book = ledger(state(), queue_limit=queue_limit, **changes)  # type: ignore[arg-type]  # fields by name
     granted(book.reserve(wish("running", prompt=100, output=60), 0.0))
     for k in range(flood):
         assert isinstance(book.reserve(wish(f"f{k}", tenant="flood"), 0.0), Queued)
@@ -860,7 +869,7 @@ def test_the_least_urgent_of_the_tenant_most_over_its_share_makes_room() -> None
     assert told(book.tick(0.1)) == [("lowest", "queue_full")]
 
 
-def test_who_was_granted_before_waits_however_many_do_and_is_first() -> None:
+def test_who_lost_its_replica_waits_however_many_do_and_is_first() -> None:
     book = ledger(state(), queue_limit=2)
     lost = granted(book.reserve(wish("lost", prompt=100, output=60), 0.0))
     for k in range(2):
@@ -923,4 +932,57 @@ def test_a_newcomer_passes_one_with_a_prefix_that_waits_in_vain_at_once() -> Non
     granted(book.reserve(wish("running", prompt=100, output=12), 0.0))  # 3 of 10 blocks are left
     assert isinstance(book.reserve(wish("large", prompt=60, prefix=Prefix(16, (1, 2))), 0.0), Queued)
     granted(book.reserve(wish("small"), 0.0))
+    book.check_integrity()
+
+
+def with_one_that_none_can_hold(*more: ReserveRequest) -> tuple[Ledger, ReplicaState]:
+    """The last report at 24 s of a full replica of 160 tokens, after the other, of 320, was forgotten.
+
+    Of those that wait "second" of tenant b, the second of its line, would have needed that one.
+    """
+    small = state("small")
+    book = ledger(small)
+    grants = [granted(book.reserve(wish(f"running{n}", prompt=n - 1, output=1), 0.0)) for n in (144, 16)]
+    small = replace(small, held=tuple((grant.grant_id, grant.blocks) for grant in grants))
+    book.report(state("big", capacity_blocks=20, max_context=320), 0.0)
+    granted(book.reserve(wish("large", prompt=319, output=1), 0.0))
+    for key, tokens, tenant in (("first", 150, "a"), ("second", 210, "b")):
+        book.reserve(wish(key, prompt=tokens - 1, output=1, tenant=tenant, wait_limit_s=1e6), 0.0)
+    for request in more:
+        book.reserve(request, 0.0)
+    for now in range(1, 25):
+        small = replace(small, sequence=1 + now)
+        book.report(small, float(now))
+        book.renew_lease("in", float(now))
+        assert book.tick(float(now)) == []
+        book.check_integrity()
+    return book, small
+
+
+def test_whom_no_replica_can_hold_is_refused_once_the_one_before_it_has_left() -> None:
+    book, _ = with_one_that_none_can_hold()
+    book.cancel("first", 25.0)
+    (outcome,) = book.tick(25.0)
+    assert (refused(outcome)[0], outcome.request_id) == ("no_replica", "second")
+    book.check_integrity()
+
+
+def test_whom_no_replica_can_hold_is_refused_once_its_tenants_turn_has_come() -> None:
+    """A grant in another line moved the tenant on that stood before it."""
+    tiny = wish("tiny", prompt=15, output=1, tenant="a", wait_limit_s=1e6)
+    book, small = with_one_that_none_can_hold(tiny)
+    ended = small.held[1][0], 15, 1
+    book.report(replace(small, sequence=small.sequence + 1, held=small.held[:1], ended=(ended,)), 25.0)
+    served, outcome = book.tick(25.0)
+    assert granted(served).request_id == "tiny"
+    assert (refused(outcome)[0], outcome.request_id) == ("no_replica", "second")
+    book.check_integrity()
+
+
+def test_a_tenant_with_nobody_to_make_room_does_not_shield_another_that_is_over_its_share() -> None:
+    book = flooded(6, queue_limit=6)
+    for k in range(8):
+        assert isinstance(book.reserve(wish(f"resumed{k}", tenant="a", resumes=True), 0.0), Queued)
+    assert isinstance(book.reserve(wish("mine", tenant="me"), 0.0), Queued)
+    assert told(book.tick(0.1)) == [("f5", "queue_full")]
     book.check_integrity()

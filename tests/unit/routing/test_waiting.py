@@ -155,6 +155,22 @@ def test_tokens_before_follow_the_shares() -> None:
     assert waiting.tokens_before(wish("next", tenant="new")) == 0
 
 
+def test_all_that_resumes_is_served_before_what_does_not() -> None:
+    waiting = WaitingQueue(FairShares({}))
+    for index in range(3):
+        waiting.join(waiter(f"lost{index}", tenant="lost", resumes=True))
+        waiting.join(waiter(f"a{index}", tenant="a"))
+    waiting.join(waiter("b", tenant="b"))
+    assert waiting.tokens_before(wish("next", tenant="new")) == 30
+    assert waiting.tokens_before(wish("next", tenant="lost")) == 30
+    assert waiting.tokens_before(wish("next", tenant="b")) == 60  # and its own, and as many of each other tenant's
+    assert waiting.tokens_before(wish("next", tenant="a")) == 70  # all
+    assert waiting.tokens_before(wish("next", tenant="a", resumes=True)) == 30
+    waiting.leave("lost0", granted_tokens=10)
+    assert waiting.tokens_before(wish("next", tenant="new")) == 20
+    waiting.check_integrity()
+
+
 def test_overdue_ones_come_by_deadline_and_once() -> None:
     waiting = queue(9, 5, 7)
     waiting.leave("q1")

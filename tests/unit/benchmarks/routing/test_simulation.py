@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from benchmarks.routing.clairvoyant import REFERENCES
+from benchmarks.routing.clairvoyant import REFERENCES, ClairvoyantFront
 from benchmarks.routing.fleet import ReplicaSpec
 from benchmarks.routing.front import Limits
 from benchmarks.routing.histogram import Histogram
@@ -150,3 +150,30 @@ def test_a_histogram_has_the_exact_mean_and_percentiles_to_a_bin() -> None:
     assert histogram.mean == pytest.approx(0.0298)
     assert histogram.percentile(50) == pytest.approx(0.01, rel=0.02)
     assert histogram.percentile(99) == pytest.approx(1.0, rel=0.02)
+
+
+class Noted:
+    """Actions that are only noted."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, int]] = []
+        self.refused: list[int] = []
+
+    def send(self, job: Job, replica: int) -> None:
+        self.sent.append((job.index, replica))
+
+    def refuse(self, job: Job) -> None:
+        self.refused.append(job.index)
+
+
+def test_who_knows_the_future_sends_nothing_that_a_replica_would_not_take() -> None:
+    """A request is held by its `max_tokens`, on a replica that is busy as on an idle one."""
+    replicas = [SimReplica(ReplicaSpec(tokens), Histogram()) for tokens in (1024, 2304)]
+    replicas[0].submit(Job(0, 0.0, 64, 500, 500), 0.0)
+    replicas[1].submit(Job(1, 0.0, 2200, 100, 100), 0.0)
+    actions = Noted()
+    front = ClairvoyantFront(REFERENCES["clairvoyant"], replicas, actions, Limits(), random.Random(0))
+    front.arrive(Job(2, 0.0, 100, 10, 2000), 0.0)
+    assert (actions.sent, actions.refused) == ([], [])
+    front.arrive(Job(3, 0.0, 100, 10, 20), 0.0)
+    assert (actions.sent, actions.refused) == ([(3, 0)], [])
