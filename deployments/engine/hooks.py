@@ -12,8 +12,8 @@ from torch import nn
 def remove_hooks(model: nn.Module) -> None:
     """Remove accelerate's hooks, and the reference to itself that each leaves in its module.
 
-    A hook puts back the `forward` that it found, as an attribute of the module, which so refers to itself: a linear that
-    is replaced then stays until Python collects cycles, and with all of them a second copy of the model.
+    A hook puts back the `forward` that it found, as an attribute of the module, which so refers to itself: a linear
+    that is replaced then stays until Python collects cycles, and with all of them a second copy of the model.
     """
     remove_hook_from_submodules(model)
     for module in model.modules():

@@ -68,8 +68,8 @@ def buffer_bytes(model: nn.Module, dtype: torch.dtype) -> dict[torch.device, int
 
 
 def make_buffers(model: nn.Module, dtype: torch.dtype) -> None:
-    """One for each device, before the first linear is replaced or repacked: a buffer that grows leaves those before it behind, as captured graphs
-    may name them, and three of an 8B model's took 150 MB more than the last."""
+    """One for each device, before the first linear is replaced or repacked: a buffer that grows leaves those before it
+    behind, as captured graphs may name them, and three of an 8B model's took 150 MB more than the last."""
     from deployments.engine.kernels.workspace import prepare
 
     for device, size in buffer_bytes(model, dtype).items():
