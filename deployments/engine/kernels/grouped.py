@@ -6,8 +6,8 @@ by side, that is what the 4-bit kernels compute, in blocks of a group and with t
     W x = (scale * (code - m)) x + (u * scale * (m - zero)) (s / u),    s[g] the sum of the group's x
 
 The second product has a column for each group, and u keeps both of its factors well inside the range of float16
-(`sum_unit`). Where all zeros are m (GPTQ's `sym`) it is 0, and left out. Under act-order the weight's columns are sorted
-by group, and x is read in that order.
+(`sum_unit`). Where all zeros are m (GPTQ's `sym`) it is 0, and left out. Under act-order the weight's columns are
+sorted by group, and x is read in that order.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def test_a_cpu_is_slower_than_any_gpu() -> None:
 
 def test_gptq_and_awq_are_read_as_gpus_hold_them() -> None:
     weighed = footprint(Path(__file__).parents[2] / "configs" / "zephyr-7b-beta-awq", dtype="bfloat16")
-    plan = plan_on(Gpu("toy", 24 * GB, bandwidth=10 * GB, flops=20 * GB), model=weighed)
+    quick = Gpu("toy", 24 * GB, bandwidth=10_000 * GB, flops=10_000_000 * GB)
+    plan, on_cpu = (plan_on(each, model=weighed) for each in (quick, replace(quick, device_type="cpu")))
     assert estimate(weighed, plan) == estimate(weighed.on_gpus(), plan)
-    on_cpu = plan_on(Gpu("cpu0", 24 * GB, device_type="cpu"), model=weighed)
     assert estimate(weighed, on_cpu).single > estimate(weighed.on_gpus(), on_cpu).single, "as stored it is smaller"
