@@ -6,13 +6,15 @@ _CLASSES = (
     ("fused elementwise", ("triton_",)),  # their names hold those of the operators around them
     ("KV append", ("index_copy", "index_elementwise", "AppendPagedKV", "append_paged")),
     ("attention", ("flashinfer", "fmha", "flash_", "MergeStates", "BatchPrefill", "BatchDecode")),
-    ("GEMM", ("skinny", "wide", "gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv", "wgmma", "linear_")),
+    ("GEMM", ("gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv", "wgmma", "linear_")),
     ("dequantise", ("Dequantize", "dequant")),
     ("sampling", ("argmax", "ArgMax", "reduce_kernel", "softmax", "topk", "sort")),
     ("copies", ("Memcpy", "Memset", "copy_kernel", "direct_copy")),
 )
 """Kernel classes, by a part of the kernel's name; the first that matches counts."""
 
+_PRODUCTS = ("skinny", "wide")
+"""This project's CUDA kernels, by their whole name."""
 OTHER = "other"
 CLASSES = (*(name for name, _ in _CLASSES), OTHER)
 """All of them."""
@@ -20,4 +22,6 @@ CLASSES = (*(name for name, _ in _CLASSES), OTHER)
 
 def kernel_class(kernel: str) -> str:
     """One of `CLASSES`."""
+    if kernel in _PRODUCTS:
+        return "GEMM"
     return next((name for name, parts in _CLASSES if any(part in kernel for part in parts)), OTHER)

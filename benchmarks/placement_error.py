@@ -29,7 +29,9 @@ from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
 from deployments.protocol import GenerationRequest, Sampling
 from placement import probe
+from placement.encoder_decoder import encodes
 from placement.footprint import footprint
+from placement.hardware import Gpu
 from placement.plan import Plan, solve
 
 ONE_GPU = (
@@ -102,22 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(case: str, folder: Path) -> dict[str, Any]:
     """Plan, load and run one case in this process."""
-    shape, quantization, *rest = case.split(":")
-    name, *options = quantization.split("+")
-    caps = dict(part.split("=") for part in rest[0].split(",")) if rest else {}
+    shape, _, _, caps = _read_case(case)
     path = write(shape, folder)
     torch.cuda.empty_cache()  # of what was written
     devices = probe.cuda_gpus()[: max(1, len(caps))]
     parts = [_used("context alone", devices_count=len(devices))]
-    plan = solve(
-        footprint(path, **asked(shape, name), double_quant="dq" in options, experts="experts" in options),
-        devices,
-        block_size=16,
-        max_batch_tokens=MAX_BATCH_TOKENS,
-        max_sequences=MAX_SEQUENCES,
-        max_context=SHAPES[shape]["max_position_embeddings"],
-        max_memory={int(device): size for device, size in caps.items()},
-    )
+    plan = plan_case(case, path, devices)
     began = time.monotonic()
     limits = EngineLimits(max_batch_tokens=MAX_BATCH_TOKENS, max_sequences=MAX_SEQUENCES, prefix_cache=True, threads=1)
     model = load(path, plan, device_type="cuda", limits=limits)
@@ -146,6 +138,30 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
         "ready_s": ready_s,
         "parts": parts,
     }
+
+
+def plan_case(case: str, path: Path, devices: Sequence[Gpu]) -> Plan:
+    """Of an encoder-decoder, a plan that has room for the longest sequence: it serves no other here."""
+    shape, name, options, caps = _read_case(case)
+    weighed = footprint(path, **asked(shape, name), double_quant="dq" in options, experts="experts" in options)
+    context = SHAPES[shape]["max_position_embeddings"]
+    return solve(
+        weighed,
+        devices,
+        block_size=16,
+        max_batch_tokens=MAX_BATCH_TOKENS,
+        max_sequences=MAX_SEQUENCES,
+        max_context=context,
+        min_context=context if encodes(weighed) else None,
+        max_memory={int(device): size for device, size in caps.items()},
+    )
+
+
+def _read_case(case: str) -> tuple[str, str, list[str], dict[str, str]]:
+    """Its shape, its quantisation, the options of that, and caps by device."""
+    shape, quantization, *rest = case.split(":")
+    name, *options = quantization.split("+")
+    return shape, name, options, dict(part.split("=") for part in rest[0].split(",")) if rest else {}
 
 
 def _prompts(plan: Plan) -> list[int]:

@@ -11,7 +11,7 @@ from placement.hardware import DeviceType
 from placement.recipe import Grouped
 
 EXTRA = "pip install 'headroom[gptq]'"
-_DEQUANTISE = "make a plain checkpoint of it: python -m deployments.dequantize FOLDER NEW_FOLDER"
+DEQUANTISE = "make a plain checkpoint of it: python -m deployments.dequantize FOLDER NEW_FOLDER"
 _PACKAGES = ("gptqmodel", "optimum")
 _FORMATS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 _BITS = (2, 4, 8)
@@ -28,7 +28,7 @@ def why_not(recipe: Grouped, config: Mapping[str, Any], device_type: DeviceType)
     stored = f"is quantised already ({recipe.name})"
     if recipe.overrides or recipe.lm_head:
         part = "its head, too" if recipe.lm_head else "with settings of their own for some modules (dynamic)"
-        return f"{stored}, {part}, which transformers does not load; {_DEQUANTISE}"
+        return f"{stored}, {part}, which transformers does not load; {DEQUANTISE}"
     if device_type == "cuda":
         return None
     if absent := [name for name in _PACKAGES if find_spec(name) is None]:
@@ -40,7 +40,7 @@ def why_not_on_gpus(recipe: Grouped) -> str:
     """The same of one whose linears don't suit GPUs (`placement.footprint.Footprint.on_gpus`)."""
     return (
         f"is quantised already ({recipe.name}), and GPUs have codes of up to 4 bits in whole groups; set "
-        f"`device: cpu`, or {_DEQUANTISE}"
+        f"`device: cpu`, or {DEQUANTISE}"
     )
 
 

@@ -91,7 +91,7 @@ def _check_served(
     if reason := _why_not_loaded(weighed, source, device_type):
         raise ConfigError(f"pool {pool.name}: {name} {reason} (`headroom plan` sizes this one all the same)")
     if "encoder" in weighed.stacks:
-        _check_encoder_decoder(name, model_dir, pool)
+        _check_encoder_decoder(name, model_dir, pool, weighed, device_type)
     if reason := why_not_served(weighed.geometry.kv):
         raise ConfigError(
             f"pool {pool.name}: {name} caches {reason}, which the engine does not serve yet; "
@@ -121,12 +121,19 @@ def step_tokens(model_dir: Path, pool: PoolSettings, device_type: DeviceType) ->
     return max(tokens, need)
 
 
-def _check_encoder_decoder(name: str, model_dir: Path, pool: PoolSettings) -> None:
+def _check_encoder_decoder(
+    name: str, model_dir: Path, pool: PoolSettings, weighed: Footprint, device_type: DeviceType
+) -> None:
     """Refuse what the engine does not do with an encoder-decoder."""
     kind = read_config(model_dir)["model_type"]
     asked = pool.model_fields_set & {"prefix_cache", "prefill_chunk_tokens"}
     if kind not in _ENCODER_DECODERS:
         reason = f"is an encoder-decoder of type {kind}, and the engine serves {', '.join(_ENCODER_DECODERS)} alone"
+    elif weighed.grouped is not None and device_type == "cuda":
+        reason = (
+            "is an encoder-decoder quantised by GPTQ or AWQ, which GPUs don't compute with yet; "
+            f"{gptqmodel_fit.DEQUANTISE}, or set `device: cpu`"
+        )
     elif "prefill_chunk_tokens" in asked and pool.prefill_chunk_tokens is not None:
         reason = "is an encoder-decoder, whose prompts are computed whole; leave prefill_chunk_tokens out"
     elif "prefix_cache" in asked and pool.prefix_cache:

@@ -25,8 +25,8 @@ from placement.kv import dtype_bytes, kv_dtype_bytes
 from placement.workload import Workload
 
 TOKENS = 32_768
-"""Of which a batch gathers keys and values at once at most: on an H200, reading them takes about as long as launching
-a step of T5-3B."""
+"""Of which a batch gathers keys and values at once at most. An estimate, not measured: on an H200, reading them should
+take about as long as launching a step of T5-3B."""
 
 _PADDING = 2
 """What is gathered is padded to at most so many times what sequences hold."""

@@ -85,6 +85,8 @@ def estimate(
         sequences: running at once; None: as many of that length as the KV cache holds, at least one.
         chunk: tokens of a prefill step.
     """
+    if any(stage.gpu.device_type == "cuda" for stage in plan.stages):
+        footprint = footprint.on_gpus()  # as the solver weighs it there
     context = context or plan.max_context
     sequences = sequences or max(1, plan.capacity_tokens // context)
     # The encoder of an encoder-decoder runs once, for the prompt; of any other model both steps run all layers.

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deployments.checkpoint import shards
 from deployments.engine.grouped_codes import awq_codes, gptq_codes, gptq_zeros
-from deployments.engine.kernels.grouped import GroupedLinear4
+from deployments.engine.kernels.grouped import GroupedLinear4, sum_unit
 from deployments.engine.kernels.modules import Saved4
 from deployments.engine.kernels.repack import why_not_tiled
 from deployments.engine.kernels.weights import Weight4, tile4
@@ -200,7 +200,7 @@ def _repacked(name: str, linear: StoredLinear, dtype: torch.dtype) -> GroupedLin
     order, zeros, middle = _order(name, linear), linear.zeros(), 1 << (recipe.bits - 1)
     shift = None
     if recipe.shifted:
-        shift = ((middle - zeros) * linear.scales).t().to(dtype).contiguous()
+        shift = ((middle - zeros) * linear.scales * sum_unit(linear.group_size)).t().to(dtype).contiguous()
     elif not bool((zeros == middle).all()):
         raise ConfigError(f"{name} has zeros other than {middle}, but config.json says `sym: true`; correct it")
     packed = torch.empty(n, k // 2, dtype=torch.uint8, device=linear.qweight.device)

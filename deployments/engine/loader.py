@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -39,13 +39,14 @@ from deployments.engine.expert_loading import quantising_experts, settle_experts
 from deployments.engine.grouped import check_kernels, grouped_options, settle_grouped
 from deployments.engine.grouped_stored import StoredLinear, repack
 from deployments.engine.head import quantise_head
+from deployments.engine.hooks import remove_hooks
 from deployments.engine.laps import Laps
 from deployments.engine.load_probe import plain_logits, probe_ids
 from deployments.engine.messages import EngineLimits, Tuning
 from deployments.engine.odd_linears import mend_odd_linears
 from deployments.engine.residents import resident_bytes
 from deployments.engine.rotary import fix_frequencies
-from deployments.engine.settle import expand_segments, settle_layers
+from deployments.engine.settle import expand_segments, make_buffers, settle_layers
 from deployments.engine.stages import Stage, find_decoder, find_layers
 from deployments.errors import ConfigError
 from deployments.once import make_once
@@ -188,8 +189,9 @@ def _settled(
         laps.lap("settle")
     expected = expect()
     laps.lap("plain forward")
-    remove_hook_from_submodules(model)
+    remove_hooks(model)
     if stored:
+        make_buffers(model, getattr(torch, plan.dtype))
         repack(model, getattr(torch, plan.dtype))
         verify_bytes(model, plan, copies)
     if device_type == "cpu":
@@ -339,6 +341,8 @@ def _settle(model: PreTrainedModel, plan: Plan, *, kernels: bool) -> None:
         )  # fmt: skip
     stacks = [find_decoder(model), *([find_encoder(model)] if model.config.is_encoder_decoder else [])]
     layers = [layer for _, stack in stacks for layer in find_layers(stack)[1]]
+    if kernels:
+        make_buffers(model, getattr(torch, plan.dtype))
     settle_layers(model, layers, kernels=kernels, arenas=plan.quantization in QUANTISED)
 
 

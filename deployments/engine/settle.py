@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.nn import modules as bitsandbytes_modules
 from torch import nn
 
+from deployments.engine.grouped_stored import StoredLinear
 from deployments.engine.residents import move_to_arena
 
 log = logging.getLogger(__name__)
@@ -24,8 +25,6 @@ def settle_layers(model: nn.Module, layers: Iterable[nn.Module], *, kernels: boo
     One layer after the other, so that memory peaks at one layer more: what a layer leaves is given back before the
     next.
     """
-    if kernels:
-        _make_buffers(model)
     done = [0, 0]
     for part in (*layers, model):  # the model last, for what is beside its layers
         if kernels:
@@ -50,25 +49,30 @@ def expand_segments() -> None:
     (set_allocator or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
-def buffer_bytes(model: nn.Module) -> dict[torch.device, int]:
+def buffer_bytes(model: nn.Module, dtype: torch.dtype) -> dict[torch.device, int]:
     """What the kernels dequantise into on each CUDA device at most: the largest of its quantised linears that they will
-    replace, and another fused with it, in the compute dtype. A plan counts the same."""
+    replace, and another fused with it, in the compute dtype. A plan counts the same.
+
+    Args:
+        dtype: in which those compute that don't say it.
+    """
     found: dict[torch.device, int] = {}
     for module in model.modules():
         linear: Any = module
-        if isinstance(module, modules.Linear4bit | modules.Linear8bitLt):
-            dtype = getattr(linear, "compute_dtype", None) or torch.bfloat16
-            size = 2 * linear.out_features * linear.in_features * dtype.itemsize
-            found[linear.weight.device] = max(found.get(linear.weight.device, 0), size)
+        if isinstance(module, modules.Linear4bit | modules.Linear8bitLt | StoredLinear):
+            computed = getattr(linear, "compute_dtype", None) or dtype
+            size = 2 * linear.out_features * linear.in_features * computed.itemsize
+            device = (linear.qweight if isinstance(module, StoredLinear) else linear.weight).device
+            found[device] = max(found.get(device, 0), size)
     return found
 
 
-def _make_buffers(model: nn.Module) -> None:
-    """One for each device, before it is needed: a buffer that grows leaves those before it behind, as captured graphs
-    may name them, and three of an 8B model's took 150 MB more than the last."""
+def make_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+    """One for each device, before the first linear is replaced or repacked: a buffer that grows leaves those before it
+    behind, as captured graphs may name them, and three of an 8B model's took 150 MB more than the last."""
     from deployments.engine.kernels.workspace import prepare
 
-    for device, size in buffer_bytes(model).items():
+    for device, size in buffer_bytes(model, dtype).items():
         if device.type == "cuda":
             prepare(device, size)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -20,10 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from deployments.engine import grouped_stored, loader
 from deployments.engine.grouped import check_kernels, grouped_options
 from deployments.engine.grouped_stored import StoredLinear, repack
+from deployments.engine.hooks import remove_hooks
 from deployments.engine.kernels.fuse import Part, fuse_linears
 from deployments.engine.kernels.grouped import GroupedLinear4
 from deployments.engine.loader import load
 from deployments.engine.residents import move_to_arena, resident_bytes
+from deployments.engine.settle import buffer_bytes
 from deployments.errors import ConfigError
 from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
@@ -83,6 +86,8 @@ def test_repacked_linears_compute_what_the_codes_stand_for(name: str, grouping: 
 @pytest.mark.parametrize(("name", "grouping"), [SUITED[4], SUITED[-1]], ids=[LABELS[4], LABELS[-1]])
 def test_the_engine_serves_them(name: str, grouping: Grouping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that `load` does with one for GPUs, with the CPU in their place."""
+    buffers: list[dict[torch.device, int]] = []
+    monkeypatch.setattr(loader, "make_buffers", lambda *arguments: buffers.append(buffer_bytes(*arguments)))
     monkeypatch.setattr(loader, "grouped_options", lambda where, **_: grouped_options(where, on_gpu=True))
     folder, _ = checkpoint(CONFIGS[name], grouping, tmp_path)
     oracle, prompts = read(folder), make_prompts()
@@ -103,11 +108,17 @@ def test_the_engine_serves_them(name: str, grouping: Grouping, tmp_path: Path, m
         with pytest.raises(ConfigError, match="on GPUs Headroom's kernels alone compute with; set `kernels: headroom`"):
             load(folder, plan, device_type="cpu")
         monkeypatch.setattr(loader, "check_kernels", lambda *_, **__: None)
+        buffers.clear()
         assert run(load(folder, plan, device_type="cpu"), plan, LIMITS, prompts)[0] == expected
+        assert [list(made) for made in buffers] == [[torch.device("cpu")]], "made while the linears are as stored"
 
 
 def test_each_linear_is_let_go_of_once_it_is_repacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = read(checkpoint(CONFIGS["Llama"], Grouping(), tmp_path)[0])
+    for module in model.modules():  # as on several GPUs
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    logits(model)
+    remove_hooks(model)
     linears = [weakref.ref(linear) for linear in of_kind(model, StoredLinear)]
     one_by_one, there = grouped_stored._repacked, []
 

@@ -279,6 +279,17 @@ def test_an_encoder_decoder_is_planned_on_gpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
+def test_an_encoder_decoder_of_gptq_is_refused_on_gpus(tmp_path: Path) -> None:
+    ENCODER_DECODERS["t5"].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4}  # in whole words
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"quantised by GPTQ or AWQ, .*deployments.dequantize .*, or set `device: c"):
+        plan_pool("tiny", tmp_path, pool())
+
+
+@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(("here", "head_dim", "graphs"), [(True, 64, True), (True, 16, False), (False, 64, False)])
 def test_a_plan_counts_on_the_attention_of_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool, head_dim: int, graphs: bool

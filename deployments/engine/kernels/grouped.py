@@ -3,10 +3,11 @@
 A weight is scale[g] * (code - zero[g]), g the group of the input. With m the middle code and the inputs of a group side
 by side, that is what the 4-bit kernels compute, in blocks of a group and with the table code - m, and one more term:
 
-    W x = (scale * (code - m)) x + (scale * (m - zero)) s,    s[g] the sum of the group's x
+    W x = (scale * (code - m)) x + (u * scale * (m - zero)) (s / u),    s[g] the sum of the group's x
 
-The second product has a column for each group. Where all zeros are m (GPTQ's `sym`) it is 0, and left out. Under
-act-order the weight's columns are sorted by group, and x is read in that order.
+The second product has a column for each group, and u keeps both of its factors well inside the range of float16
+(`sum_unit`). Where all zeros are m (GPTQ's `sym`) it is 0, and left out. Under act-order the weight's columns are
+sorted by group, and x is read in that order.
 """
 
 from __future__ import annotations
@@ -23,13 +24,27 @@ from deployments.engine.kernels.weights import Weight4
 NOT_SAVED = "a GPTQ or AWQ checkpoint that runs on GPUs is not written again: copy the one that it was loaded from"
 
 
+def sum_unit(group_size: int) -> float:
+    """In which unit the sum of a group's x is rounded to the compute dtype: about the root of the group's size.
+
+    So the sum of x that vary around 0 is about as large as they are. In float16, a group of 28,672 has room for a mean
+    of 511, and for scales of up to 36; the sum itself would overflow from a mean of 2.3 on. What is rounded is the mean
+    alone, which is then multiplied by a power of two.
+    """
+    return group_size / _mean_factor(group_size)
+
+
+def _mean_factor(group_size: int) -> int:
+    return 1 << group_size.bit_length() // 2
+
+
 class GroupedLinear4(QuantLinear4):
     """x [..., k] -> [..., n].
 
     Args:
         weight: in blocks of a group, the table code - m.
         order: int32 [k]: which input each column of the weight is for; None: as they are.
-        shift: [n, groups] in the compute dtype: scale * (m - zero); None: 0.
+        shift: [n, groups] in the compute dtype: scale * (m - zero), times `sum_unit` of a group; None: 0.
     """
 
     order: Tensor | None
@@ -46,6 +61,7 @@ class GroupedLinear4(QuantLinear4):
         shift: Tensor | None = None,
     ) -> None:
         super().__init__(weight, bias, compute_dtype, saved)
+        self.mean_factor = _mean_factor(weight.blocksize)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
 
@@ -57,7 +73,7 @@ class GroupedLinear4(QuantLinear4):
             x = x.index_select(-1, self.order)
         if self.shift is None:
             return super().forward(x).to(given)
-        sums = x.view(*x.shape[:-1], self.shift.shape[1], -1).sum(-1)
+        sums = x.view(*x.shape[:-1], self.shift.shape[1], -1).mean(-1).mul_(self.mean_factor)
         out: Tensor = ops.linear_4bit_shifted(
             x,
             self.packed,

@@ -7,10 +7,11 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from torch.nn import functional
 
+from deployments.engine.hooks import remove_hooks
 from deployments.engine.odd_linears import mend_odd_linears
 
 
@@ -57,6 +58,6 @@ def test_a_hook_stays_and_goes_without_it(monkeypatch: pytest.MonkeyPatch) -> No
     mend_odd_linears(odd)
     assert odd.forward is hooked
     with_hook = odd(torch.ones(3, 64))
-    remove_hook_from_module(odd)
+    remove_hooks(odd)
     assert not hasattr(odd, "_old_forward")
     assert torch.equal(odd(torch.ones(3, 64)), with_hook)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from placement.cards import GB
-from placement.footprint import Footprint
+from placement.footprint import Footprint, footprint
 from placement.hardware import Gpu
 from placement.plan import Plan, solve
 from placement.speed import estimate
@@ -97,3 +98,11 @@ def test_a_cpu_is_slower_than_any_gpu() -> None:
         estimate(MODEL, plan_on(Gpu("?", 2 * GB))),
     )
     assert cpu.decode < gpu.decode
+
+
+def test_gptq_and_awq_are_read_as_gpus_hold_them() -> None:
+    weighed = footprint(Path(__file__).parents[2] / "configs" / "zephyr-7b-beta-awq", dtype="bfloat16")
+    quick = Gpu("toy", 24 * GB, bandwidth=10_000 * GB, flops=10_000_000 * GB)
+    plan, on_cpu = (plan_on(each, model=weighed) for each in (quick, replace(quick, device_type="cpu")))
+    assert estimate(weighed, plan) == estimate(weighed.on_gpus(), plan)
+    assert estimate(weighed, on_cpu).single > estimate(weighed.on_gpus(), on_cpu).single, "as stored it is smaller"
