@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from deployments.engine.kernels.config import BUCKETS, HEURISTIC, Entry, GemmConfig, Kind, Table, bucket_of
-from deployments.engine.kernels.tune import CANDIDATES, graph_time, over, write_table
+from deployments.engine.kernels.timing import graph_time, over
+from deployments.engine.kernels.tune import CANDIDATES, write_table
 from deployments.engine.kernels.weights import Nested, Weight4, Weight8, dequantise4, dequantise8, tile4, tile8
 
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {

@@ -28,7 +28,8 @@ from deployments.engine.kernels import cut, slab
 from deployments.engine.kernels.config import Kind, Table, cut_rows_of, parse_table
 from deployments.engine.kernels.cut import MOST_ROWS, Cut, groups_of
 from deployments.engine.kernels.slab import Slab
-from deployments.engine.kernels.tune import cut_product, graph_time, over, write_table
+from deployments.engine.kernels.timing import cut_product, graph_time, over
+from deployments.engine.kernels.tune import write_table
 
 KINDS: tuple[Kind, Kind] = ("4bit", "8bit")
 Times = dict[Cut | Slab, float]

@@ -1,8 +1,8 @@
 """Measure which configuration is fastest for a weight on this GPU, and keep the answers on disk.
 
-The products are timed as they are used: as CUDA graphs, over all weights of one shape in turn, so that the cache holds
-none of them. So is the crossover: both ways of a product at the same numbers of rows. The table goes to a folder of the
-caller's (`tuning_folder`), and is read before the shipped ones; shapes that either has are not measured again.
+The products are timed as they are used (`timing.py`), and so is the crossover: both ways of a product at the same
+numbers of rows. The table goes to a folder of the caller's (`tuning_folder`), and is read before the shipped ones;
+shapes that either has are not measured again.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import hashlib
 import json
 import logging
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from filelock import FileLock
-from torch import Tensor, nn
+from torch import nn
 
 from deployments.engine.kernels.config import (
     BUCKETS,
@@ -42,7 +40,8 @@ from deployments.engine.kernels.config import (
 from deployments.engine.kernels.cut import MOST_ROWS, Cut, groups_of, ranked_cuts
 from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8
 from deployments.engine.kernels.slab import Slab, ranked_slabs
-from deployments.engine.kernels.weights import Weight4, Weight8
+from deployments.engine.kernels.timing import Weight, time_product
+from deployments.engine.kernels.weights import Weight4
 from deployments.once import write_whole
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,6 @@ table of pairs: Triton raises the driver's limit of 48 KiB in all only for such.
 CROSSOVER_ROWS = (*BUCKETS, 256)
 """Where dequantising is compared with the small-batch kernel."""
 
-Weight = Weight4 | Weight8
 Shape = tuple[Kind, int, int]
 Measure = Callable[[GemmConfig | Cut | Slab | None, int], float]
 """Microseconds of one product with so many rows; None: the weight is dequantised for it."""
@@ -287,20 +285,6 @@ def _crossover(configs: dict[int, GemmConfig], measure: Measure, *, most: float)
     return crossover
 
 
-def time_product(weights: Sequence[Weight], config: GemmConfig | Cut | Slab | None, rows: int) -> float:
-    """`Bench.microseconds` on the weights' GPU, in bfloat16."""
-    device = weights[0].packed.device
-    x = torch.randn(rows, weights[0].k, device=device, dtype=torch.bfloat16)
-    if config is None:
-        call = partial(_whole, x)
-    elif isinstance(config, Cut | Slab):
-        call = partial(cut_product, x, config)
-    else:
-        call = partial(_small, x, config, min(rows, BUCKETS[-1]))
-    with torch.cuda.device(device):
-        return graph_time(over(weights, call))
-
-
 def cuts_of(weight: Weight, rows: int) -> Sequence[Cut | Slab]:
     """The first of `ranked_cuts`, of `ranked_slabs`, or of both where either may be faster; none on GPUs without
     clusters."""
@@ -320,53 +304,6 @@ def cuts_of(weight: Weight, rows: int) -> Sequence[Cut | Slab]:
 
 
 GPU = Bench(torch.cuda.get_device_name, time_product, time.monotonic, cuts_of)
-
-
-def cut_product(x: Tensor, cut: Cut | Slab, weight: Weight) -> Tensor:
-    """The product by the CUDA kernel that the cut is for."""
-    from deployments.engine.kernels.skinny import skinny_product
-    from deployments.engine.kernels.wide import wide_product
-
-    return skinny_product(x, weight, None, cut) if isinstance(cut, Cut) else wide_product(x, weight, None, cut)
-
-
-def _small(x: Tensor, config: GemmConfig, bucket: int, weight: Weight) -> Tensor:
-    from deployments.engine.kernels.launch import small_product
-
-    return small_product(x, weight, None, config, bucket=bucket)
-
-
-def _whole(x: Tensor, weight: Weight) -> Tensor:
-    from deployments.engine.kernels.launch import dequantised_product
-
-    return dequantised_product(x, weight, None)
-
-
-def over(weights: Sequence[Any], call: Callable[[Any], Tensor], least: int = 12) -> list[Callable[[], Tensor]]:
-    """At least `least` calls, each on the next weight."""
-    count = max(least, len(weights))
-    return [partial(call, weights[i % len(weights)]) for i in range(count)]
-
-
-def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float:
-    """Microseconds per call, the median over replays of a CUDA graph of all of them."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
 
 
 def write_table(table: Table, path: Path) -> None:

@@ -22,7 +22,8 @@ from deployments.engine.kernels.config import BUCKETS, HEURISTIC, Entry, GemmCon
 from deployments.engine.kernels.cut import SHARED_BYTES, Cut, choose_cut
 from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8
 from deployments.engine.kernels.slab import Slab, choose_slab
-from deployments.engine.kernels.tune import CANDIDATES, Bench, Weight, tune_model, tuning_folder
+from deployments.engine.kernels.timing import Weight
+from deployments.engine.kernels.tune import CANDIDATES, Bench, tune_model, tuning_folder
 from tests.unit.engine.kernels.test_modules import linear4, linear8
 
 TOY = "Toy GPU"
