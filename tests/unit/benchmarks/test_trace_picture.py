@@ -34,7 +34,7 @@ def events(gpus: int = 1) -> list[dict[str, Any]]:
         ]
         for gpu in range(gpus):
             found += [
-                kernel("skinny4_kernel", start + 10, 40, gpu),
+                kernel("skinny", start + 10, 40, gpu),
                 kernel("BatchDecodeWithPagedKVCacheKernel", start + 50, 20, gpu),
                 kernel("triton_red_fused_add", start + 70, 15, gpu),
             ]
@@ -83,7 +83,7 @@ def test_the_picture_is_to_scale_and_names_its_colours(tmp_path: Path) -> None:
 
 
 def test_neighbours_of_a_kind_are_drawn_as_one(tmp_path: Path) -> None:
-    short = [kernel("skinny4_kernel", 1210 + i / 10, 0.09) for i in range(300)]
+    short = [kernel("skinny", 1210 + i / 10, 0.09) for i in range(300)]
     marks = [event("user_annotation", STEP, start, 99) for start in range(1000, 1500, 100)]
     picture = draw([read(written(tmp_path, marks + short), "64 requests")])
     assert picture.count(COLOURS["GEMM"]) < 10
