@@ -244,10 +244,10 @@ def test_no_launch_waits_for_a_gpu(make: Callable[..., Case], quantization: str,
 
     def watched(*args: object) -> object:
         with no_waits():
-            launched.append(launch(*args))  # type: ignore[arg-type]
+            launched.append(launch(*args))  # type: ignore[arg-type]  # whatever launch takes
         return launched[-1]
 
-    pipeline.launch = watched  # type: ignore[method-assign, assignment]
+    pipeline.launch = watched  # type: ignore[method-assign, assignment]  # of this instance alone
     late = GenerationRequest("late", (*prompts()[4], START), Sampling(max_tokens=OUTPUT, seed=9, temperature=0.0))
     while engine.has_work():
         engine.step()
