@@ -103,12 +103,12 @@ class Lane:
         self._block_size = block_size
         self.forms = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, lanes=lanes)
         """Of the graphs."""
-        shape = (1, max(form.rows for form in self.forms), stage.hidden_size)
         self._incoming: Tensor | None = None
         if not stage.is_first:
+            shape = (1, max(form.rows for form in self.forms), stage.hidden_size)
             self._incoming = torch.zeros(shape, dtype=stage.dtype, device=self.device)
-        self._outgoing = torch.zeros(shape, dtype=stage.dtype, device=self.device)
-        """Of all graphs: results of their own would add up."""
+        self._outgoing: Tensor | None = None
+        """Of all graphs, once there is one: results of their own would add up."""
         # One for all captures: cuBLAS keeps a workspace for each stream that it was ever called on.
         self._side = torch.cuda.Stream(self.device)
         self._graphs: dict[Form, torch.cuda.CUDAGraph] = {}
@@ -157,6 +157,7 @@ class Lane:
                 assert incoming is not None
                 self._incoming[:, :rows].copy_(incoming[:, :rows])
             self._graphs[form].replay()
+            assert self._outgoing is not None
             return self._outgoing[:, :rows]
 
     @torch.inference_mode()
@@ -228,7 +229,11 @@ class Lane:
         self._side.wait_stream(compute)
         with torch.cuda.stream(self._side):
             for _ in range(_WARM_UPS):
-                self._compute(form.rows, self._incoming)
+                result = self._compute(form.rows, self._incoming)
+        if (
+            self._outgoing is None
+        ):  # the largest graph; OPT's last hidden states may be narrower than those of its layers
+            self._outgoing = torch.zeros_like(result)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=self._side):
             self._outgoing[:, : form.rows].copy_(self._compute(form.rows, self._incoming))
