@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from deployments.engine.attention import RowSpan
-from deployments.engine.cuda_pipeline import CudaPipeline, Flight
+from deployments.engine.cuda_pipeline import CudaPipeline
 from deployments.engine.draw import Draw
 from deployments.engine.flashinfer_fit import why_not_here
+from deployments.engine.flight import Flight
 from deployments.engine.lane import Form, forms
 from deployments.engine.link import Link
 from deployments.engine.loader import LoadedModel, load

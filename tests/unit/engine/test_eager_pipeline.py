@@ -59,7 +59,7 @@ class Mailbox:
 
 
 class Event:
-    def record(self, stream: object) -> None:
+    def record(self) -> None:
         """Nothing runs ahead here."""
 
 
