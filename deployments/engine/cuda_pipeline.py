@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from deployments.engine.attention import StepLayout
 from deployments.engine.budget import chunk_within
 from deployments.engine.draw import Draw
+from deployments.engine.flight import Draws, Flight
 from deployments.engine.lane import Form, Lane
 from deployments.engine.link import Link
-from deployments.engine.sampler import Drawn, Sampler
-from deployments.engine.sampling import SampledToken
+from deployments.engine.sampler import Sampler
 from deployments.engine.stages import Stage, StepRows
 
 log = logging.getLogger(__name__)
@@ -33,22 +31,6 @@ LEAST_CHUNK = 256
 """Of prompts beside decodes, however long it takes: fewer tokens take hardly less time, as weights are read once."""
 _DECODES = 64
 """Decodes of a usual step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A step on its way through the GPUs."""
-
-    drawn: Drawn | None
-    """None: the step samples nothing."""
-    done: torch.cuda.Event
-
-    def result(self) -> list[SampledToken]:
-        """What was drawn, one per sampled row; waits for it."""
-        if self.drawn is not None:
-            return self.drawn.read()
-        self.done.synchronize()
-        return []
 
 
 class CudaPipeline:
@@ -102,8 +84,7 @@ class CudaPipeline:
         if self.depth > 1:
             last, first = stages[-1].device, stages[0].device
             self._returns = Link(last, first, slots=self.depth, shape=(max_sequences,), dtype=torch.int64)
-        self._last_ids: list[Tensor | None] = [None] * self.depth
-        """Per slot: what its last step drew, on the last stage's device."""
+        self._draws = Draws(sampler, self._returns, slots=self.depth)
         self._warm()
         self.chunk_tokens = self._measure_chunk(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
@@ -112,7 +93,7 @@ class CudaPipeline:
         """Queue a step on all GPUs; returns at once."""
         layout = StepLayout(step.spans, self._block_size)
         pending = any(token < 0 for token in step.ids)
-        last_ids = self._last_ids[slot] if pending else None
+        last_ids = self._draws.last_ids(slot) if pending else None
         first = self._lanes[0]
         returned = last_ids
         if last_ids is not None and self._returns is not None:
@@ -125,26 +106,15 @@ class CudaPipeline:
             incoming = link.receive(slot)
             hidden = lane.run(step, layout, last_ids if lane is self._lanes[-1] else None, incoming)
             link.release(slot)
-        with torch.cuda.device(self._lanes[-1].device):
-            return self._draw(slot, step, hidden, draw)
+        last, rows = self._lanes[-1], len(step.ids)
+        with torch.cuda.device(last.device):
+            self._sampler.note_inputs(last.ids[:rows], last.cache_slots[:rows])
+            return self._draws.launch(slot, last.logits(step, hidden) if step.sampled else None, draw)
 
     def close(self) -> None:
         """Wait for what was launched."""
         for lane in self._lanes:
             torch.cuda.synchronize(lane.device)
-
-    def _draw(self, slot: int, step: StepRows, hidden: Tensor, draw: Draw) -> Flight:
-        last, rows = self._lanes[-1], len(step.ids)
-        self._sampler.note_inputs(last.ids[:rows], last.cache_slots[:rows])
-        drawn = None
-        if step.sampled:
-            drawn = self._sampler.draw(last.logits(step, hidden), draw)
-            self._last_ids[slot] = drawn.ids
-            if self._returns is not None:
-                self._returns.send(slot, drawn.ids)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(last.device))
-        return Flight(drawn, done)
 
     def _warm(self) -> None:
         for i, lane in enumerate(self._lanes):

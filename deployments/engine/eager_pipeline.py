@@ -17,9 +17,10 @@ from torch import Tensor
 from deployments.engine.attention import RowSpan
 from deployments.engine.budget import chunk_within
 from deployments.engine.cross_batches import CrossStep
-from deployments.engine.cuda_pipeline import CHUNK_SLOWDOWN, LEAST_CHUNK, Flight
+from deployments.engine.cuda_pipeline import CHUNK_SLOWDOWN, LEAST_CHUNK
 from deployments.engine.draw import Draw
 from deployments.engine.encoder_decoder import EncoderDecoderStage
+from deployments.engine.flight import Draws, Flight
 from deployments.engine.link import Link
 from deployments.engine.messages import EngineLimits
 from deployments.engine.sampler import Sampler
@@ -70,8 +71,7 @@ class EagerPipeline:
             last, reader = stages[-1].device, self._reader.device
             shape = (limits.max_sequences,)
             self._returns = Link(last, reader, slots=self.depth, shape=shape, dtype=torch.int64)
-        self._last_ids: list[Tensor | None] = [None] * self.depth
-        """Per slot: what its last step drew, on the last stage's device."""
+        self._draws = Draws(sampler, self._returns, slots=self.depth)
         self.chunk_tokens = self._warm(limits)
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
 
@@ -82,15 +82,7 @@ class EagerPipeline:
         last = self._stages[-1]
         with torch.cuda.device(last.device):
             self._sampler.note_inputs(rows.ids, rows.slots)
-            drawn = None
-            if step.sampled:
-                drawn = self._sampler.draw(last.logits(rows, hidden), draw)
-                self._last_ids[slot] = drawn.ids
-                if self._returns is not None:
-                    self._returns.send(slot, drawn.ids)
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(last.device))
-        return Flight(drawn, done)
+            return self._draws.launch(slot, last.logits(rows, hidden) if step.sampled else None, draw)
 
     def close(self) -> None:
         """Wait for what was launched."""
@@ -118,7 +110,7 @@ class EagerPipeline:
 
     def _with_drawn(self, slot: int, stage: EncoderDecoderStage, rows: CrossStep) -> CrossStep:
         """`rows` with the ids that the slot's step before has drawn, where a stage needs them."""
-        drawn = self._last_ids[slot]
+        drawn = self._draws.last_ids(slot)
         assert drawn is not None, "the first step of a slot has no step before it"
         returns = self._returns if stage is self._reader else None
         if returns is not None:

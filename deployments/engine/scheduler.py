@@ -10,18 +10,16 @@ the order in which they were launched. Blocks stay held until the last step in f
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from itertools import chain, count, islice
+from itertools import count, islice
 from operator import attrgetter
 
 from deployments.engine.blocks import BlockManager, IntegrityError
 from deployments.engine.budget import prefill_budget
+from deployments.engine.queues import Queues, by_arrival
 from deployments.engine.sequence import TokenSequence, TooLong
 from deployments.engine.step import StepItem, StepPlan
-
-_by_arrival = attrgetter("arrival")
 
 
 class Scheduler:
@@ -66,8 +64,7 @@ class Scheduler:
         self._lookahead = lookahead
         self._whole_prompts = whole_prompts
         self._sequences: dict[str, TokenSequence] = {}
-        self._waiting: list[TokenSequence] = []  # this and each list of _running: in order of arrival
-        self._running: list[list[TokenSequence]] = [[] for _ in range(slots)]
+        self._queues = Queues(slots)
         self._launched: deque[StepPlan] = deque()
         self._starved: TokenSequence | None = None
         """The oldest sequence that needs a block and waits for one: nobody else takes any."""
@@ -78,12 +75,12 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Sequences that hold a place in a slot."""
-        return sum(map(len, self._running))
+        return sum(map(len, self._queues.slots))
 
     @property
     def waiting(self) -> int:
         """Sequences not admitted yet, or preempted."""
-        return len(self._waiting)
+        return len(self._queues.waiting)
 
     def has_work(self) -> bool:
         """Whether any sequence waits, runs, or is named by a step in flight."""
@@ -114,7 +111,7 @@ class Scheduler:
         if need > have:
             raise TooLong(request_id, need, have)
         self._sequences[request_id] = TokenSequence(request_id, prompt_ids, salt, max_tokens, next(self._arrivals))
-        self._waiting.append(self._sequences[request_id])
+        self._queues.wait(self._sequences[request_id])
 
     def abort(self, request_id: str) -> bool:
         """End a request at any time; False if it is unknown or ended already.
@@ -195,7 +192,7 @@ class Scheduler:
         flights = Counter(item.request_id for item in items)
         draws = Counter(item.request_id for item in items if item.samples)
         holding = {s.request_id for s in known if s.in_flight or s.state == "running"}
-        queued = [*self._waiting, *chain.from_iterable(self._running)]
+        queued = [*self._queues.waiting, *self._queues.running()]
         live = [s for s in known if s.state != "finished"]
         checks = {
             "sequences in flight differ from the launched steps": flights
@@ -204,13 +201,7 @@ class Scheduler:
             == {s.request_id: s.pending for s in known if s.pending},
             "block tables differ from the sequences that run": self._blocks.open_tables == holding,
             "queues differ from the sequences not ended": sorted(map(id, queued)) == sorted(map(id, live)),
-            "a queue is not in order of arrival": all(
-                queue == sorted(queue, key=_by_arrival) for queue in (self._waiting, *self._running)
-            ),
-            "a waiting sequence has a slot": all(s.state == "waiting" and s.slot is None for s in self._waiting),
-            "a sequence is in another slot than it says": all(
-                s.state == "running" and s.slot == slot for slot, running in enumerate(self._running) for s in running
-            ),
+            **self._queues.checks(),
             "blocks are kept for a sequence that doesn't run": all(
                 s is None or s.state == "running" for s in (self._starved, self._yielding)
             ),
@@ -221,21 +212,21 @@ class Scheduler:
 
     def _decodes(self, slot: int) -> list[TokenSequence]:
         """Sequences with one token to compute, oldest first; they take turns when the budget is too small for all."""
-        for sequence in self._running[slot]:
+        for sequence in self._queues.slots[slot]:
             if len(sequence.output_ids) >= sequence.max_tokens:
                 raise RuntimeError(f"request {sequence.request_id} has its {sequence.max_tokens} tokens: finish it")
-        ready = [s for s in self._running[slot] if s.remaining == 1]
+        ready = [s for s in self._queues.slots[slot] if s.remaining == 1]
         if len(ready) <= self._max_batch_tokens:
             return ready
         picked = sorted(ready, key=attrgetter("turn"))[: self._max_batch_tokens]
         for sequence in picked:
             sequence.turn = next(self._turns)
-        return sorted(picked, key=_by_arrival)
+        return sorted(picked, key=by_arrival)
 
     def _prefill(self, slot: int, decodes: int) -> list[StepItem]:
         """Prompts for the budget that a step of so many decodes has left."""
-        prompts = [s for s in chain.from_iterable(self._running) if s.remaining > 1]
-        if not prompts and not self._waiting:
+        prompts = [s for s in self._queues.running() if s.remaining > 1]
+        if not prompts and not self._queues.waiting:
             return []
         fit = self._fitting()
         budget = prefill_budget(
@@ -262,10 +253,10 @@ class Scheduler:
         """
         able = [s for s in prompts if s is not self._yielding]
         yield from ((s, s.remaining) for s in able if s.slot == slot)
-        share = -(-(self.running + max(fit, 1)) // len(self._running))
-        while len(self._running[slot]) < share and (admitted := self._admit(slot)):
+        share = -(-(self.running + max(fit, 1)) // len(self._queues.slots))
+        while len(self._queues.slots[slot]) < share and (admitted := self._admit(slot)):
             yield admitted, admitted.remaining
-        guests = sorted((s for s in able if s.slot != slot and s.in_flight), key=_by_arrival)
+        guests = sorted((s for s in able if s.slot != slot and s.in_flight), key=by_arrival)
         yield from ((s, s.remaining - 1) for s in guests)
 
     def _make_room(self, sequence: TokenSequence) -> bool:
@@ -281,7 +272,7 @@ class Scheduler:
         if self._starved is not None and self._starved.arrival < sequence.arrival:
             return False
         while not self._blocks.can_grow(sequence.request_id, sequence.length):
-            youngest = max(chain.from_iterable(self._running), key=_by_arrival)
+            youngest = self._queues.youngest()
             ending = any(s.state == "finished" for s in self._sequences.values())
             if ending or youngest.in_flight:
                 self._starved, self._yielding = sequence, None if ending else youngest
@@ -295,11 +286,11 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: TokenSequence) -> None:
-        self._leave_slot(sequence)
+        self._leave(sequence)
         self._blocks.close(sequence.request_id)
         sequence.set_back()
         self.preemptions += 1
-        insort(self._waiting, sequence, key=_by_arrival)
+        self._queues.wait(sequence)
 
     def _fitting(self) -> int:
         """Waiting sequences that would run if all that fit now were admitted.
@@ -307,7 +298,7 @@ class Scheduler:
         Cached prefixes are not looked up, so the count may be low.
         """
         free, fit = self._blocks.free_blocks, 0
-        for sequence in islice(self._waiting, max(0, self._max_sequences - self.running)):
+        for sequence in islice(self._queues.waiting, max(0, self._max_sequences - self.running)):
             free -= self._blocks.blocks_for(sequence.length)
             if free < 0:
                 break
@@ -320,9 +311,9 @@ class Scheduler:
         While others run one block more must be free, or the newcomer would be preempted at their next growth.
         """
         running = self.running
-        if not self._waiting or running >= self._max_sequences or self._starved is not None:
+        if not self._queues.waiting or running >= self._max_sequences or self._starved is not None:
             return None
-        sequence = self._waiting[0]
+        sequence = self._queues.waiting[0]
         request_id, tokens = sequence.request_id, len(sequence.ids)
         spare = self._blocks.block_size if running else 0
         cached = self._blocks.open(request_id, sequence.ids, sequence.salt, digests=sequence.digests)
@@ -332,8 +323,8 @@ class Scheduler:
         self._blocks.grow(request_id, tokens)
         if not sequence.preemptions:
             sequence.cached_tokens = cached
-        sequence.state, sequence.slot, sequence.computed = "running", slot, cached
-        insort(self._running[slot], self._waiting.pop(0), key=_by_arrival)
+        sequence.computed = cached
+        self._queues.enter(slot)
         return sequence
 
     def _launch(self, sequence: TokenSequence, most: int) -> StepItem:
@@ -380,10 +371,7 @@ class Scheduler:
             raise ValueError(f"step {step.step} needs tokens of {sorted(needed)}, got those of {sorted(tokens)}")
 
     def _end(self, sequence: TokenSequence) -> None:
-        if sequence.state == "waiting":
-            self._waiting.remove(sequence)
-        else:
-            self._leave_slot(sequence)
+        self._leave(sequence)
         sequence.state = "finished"
         if sequence.in_flight:
             self._blocks.retire(sequence.request_id)
@@ -395,10 +383,9 @@ class Scheduler:
             self._blocks.close(sequence.request_id)
         del self._sequences[sequence.request_id]
 
-    def _leave_slot(self, sequence: TokenSequence) -> None:
-        assert sequence.slot is not None, f"{sequence.request_id} runs in no slot"
-        self._running[sequence.slot].remove(sequence)
-        sequence.slot = None
+    def _leave(self, sequence: TokenSequence) -> None:
+        """Out of its queue; no blocks are kept for it, or taken from it for another, any more."""
+        self._queues.leave(sequence)
         if sequence is self._starved:
             self._starved = self._yielding = None
         elif sequence is self._yielding:

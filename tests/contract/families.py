@@ -13,10 +13,13 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig
 
+from tests.page_table import renew
+
 VOCAB = 256
 LAYERS = 2
 PAGED, GATHER = "paged", "gather cache"
-MARKERS = ("<!-- families -->", "<!-- end of families -->")
+TABLE = "families"
+"""Its name in docs/models.md."""
 BITSANDBYTES = ("nf4", "fp4", "int8")
 """Every family is tested in all three, and unquantised."""
 
@@ -279,12 +282,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def renew(page: Path) -> None:
-    """Put the table between the page's markers."""
-    before, start, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
-    page.write_text(f"{before}{start}\n{table()}\n{end}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    renew(Path(sys.argv[1]))
+    renew(Path(sys.argv[1]), TABLE, table())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
 from deployments.protocol import GenerationRequest, Sampling
 from placement.plan import Plan
+from tests.arrivals import two_at_each_step
 from tests.contract.families import VOCAB
 
 OUTPUT = 6
@@ -67,13 +67,6 @@ def run(
         GenerationRequest(f"{i}", prompt, Sampling(max_tokens=OUTPUT, seed=i, temperature=0.0))
         for i, prompt in enumerate((*prompts, prompts[0]))
     ]
-    outputs: dict[str, tuple[int, ...]] = defaultdict(tuple)
-    while waiting or engine.has_work():
-        for request in waiting[:2]:
-            engine.submit(request)
-        del waiting[:2]
-        for chunk in engine.step():
-            outputs[chunk.request_id] += chunk.token_ids
-        engine.check_integrity()
+    outputs = two_at_each_step(engine, waiting)
     engine.close()
     return outputs, engine

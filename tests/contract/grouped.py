@@ -28,8 +28,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tests.contract.greedy import save
+from tests.page_table import renew
 
-MARKERS = ("<!-- gptq and awq -->", "<!-- end of gptq and awq -->")
+TABLE = "gptq and awq"
+"""Its name in docs/models.md."""
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -179,12 +181,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def renew(page: Path) -> None:
-    """Put the table between the page's markers."""
-    before, start, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
-    page.write_text(f"{before}{start}\n{table()}\n{end}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    renew(Path(sys.argv[1]))
+    renew(Path(sys.argv[1]), TABLE, table())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from deployments.protocol import GenerationRequest, Sampling
 from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
+from tests.arrivals import two_at_each_step
 from tests.contract.families import ENCODER_DECODERS, MT5, VOCAB, Family
 
 START = 0
@@ -120,19 +120,10 @@ def run(
     model: LoadedModel, plan: Plan, limits: EngineLimits, requests: Sequence[GenerationRequest]
 ) -> tuple[dict[str, tuple[int, ...]], Engine]:
     """All requests, two more at each step."""
-    engine, waiting = Engine(model, plan, limits), list(requests)
-    outputs: dict[str, tuple[int, ...]] = defaultdict(tuple)
-    while waiting or engine.has_work():
-        for request in waiting[:2]:
-            engine.submit(request)
-        del waiting[:2]
-        for chunk in engine.step():
-            assert chunk.error is None
-            outputs[chunk.request_id] += chunk.token_ids
-        engine.check_integrity()
-    assert engine.blocks.held_blocks == 0
+    engine = Engine(model, plan, limits)
+    outputs = two_at_each_step(engine, requests)
     engine.close()
-    return dict(outputs), engine
+    return outputs, engine
 
 
 def test_greedy_tokens_equal_generate(case: Case, tmp_path: Path) -> None:

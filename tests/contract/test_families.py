@@ -22,8 +22,9 @@ from deployments.errors import ConfigError
 from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
-from tests.contract.families import FAMILIES, MARKERS, PAGED, Family, table
+from tests.contract.families import FAMILIES, PAGED, TABLE, Family, table
 from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
+from tests.page_table import MODELS, shown
 
 OLD = Version(transformers.__version__) < Version("5.23")
 
@@ -116,6 +117,4 @@ def test_what_transformers_can_not_run_is_refused(family: Family, quantization: 
 
 
 def test_the_page_has_the_table() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-    shown = page.partition(MARKERS[0])[2].partition(MARKERS[1])[0].strip()
-    assert shown == table(), "run `python -m tests.contract.families docs/models.md`"
+    assert shown(MODELS, TABLE) == table(), "renew it: python -m tests.contract.families docs/models.md"

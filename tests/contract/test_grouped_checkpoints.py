@@ -26,7 +26,8 @@ from placement.footprint import footprint
 from placement.plan import Plan
 from tests.contract.families import FAMILIES, VOCAB
 from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
-from tests.contract.grouped import CASES, MARKERS, Grouping, checkpoint, pack, quantised, table
+from tests.contract.grouped import CASES, TABLE, Grouping, checkpoint, pack, quantised, table
+from tests.page_table import MODELS, shown
 
 PROMPTS = make_prompts()
 CONFIGS = {family.name: family.config for family in FAMILIES}
@@ -128,6 +129,4 @@ def test_the_config_alone_weighs_what_the_file_does(name: str, grouping: Groupin
 
 
 def test_the_page_lists_these_cases() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-    printed = page.partition(MARKERS[0])[2].partition(MARKERS[1])[0].strip()
-    assert printed == table(), "renew it: python -m tests.contract.grouped docs/models.md"
+    assert shown(MODELS, TABLE) == table(), "renew it: python -m tests.contract.grouped docs/models.md"

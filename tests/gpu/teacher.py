@@ -9,15 +9,23 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deployments.engine.loader import quantization_config
+from deployments.engine.loader import LoadedModel, quantization_config
 from deployments.engine.loop import Engine
+from deployments.engine.messages import EngineLimits
 from deployments.protocol import GenerationRequest, Sampling
-from placement.plan import Plan
+from placement import probe
+from placement.footprint import Footprint
+from placement.plan import Plan, solve
+
+BLOCK = 16
+LIMITS = EngineLimits(max_batch_tokens=256, max_sequences=16, prefix_cache=True, threads=1)
 
 
 def plain_model(folder: Path, plan: Plan) -> PreTrainedModel:
@@ -42,8 +50,26 @@ def below_best(logits: Tensor, chosen: Sequence[int]) -> Tensor:
     return logits.max(-1).values - logits.gather(-1, torch.tensor(chosen)[:, None])[:, 0]
 
 
-def serve(engine: Engine, output: int) -> list[tuple[tuple[int, ...], list[int]]]:
+def plan_on_gpus(weighed: Footprint, stages: int, **wishes: Any) -> Plan:
+    """The plan of a replica on the first GPUs, as `LIMITS` say; skips the test where there are fewer than `stages`."""
+    gpus = probe.cuda_gpus()
+    if len(gpus) < stages:
+        pytest.skip(f"needs {stages} GPUs, {len(gpus)} are visible")
+    return solve(
+        weighed,
+        gpus[:stages],
+        block_size=BLOCK,
+        max_batch_tokens=LIMITS.max_batch_tokens,
+        max_sequences=LIMITS.max_sequences,
+        max_context=256,
+        max_memory=dict.fromkeys(range(stages), "4GiB"),
+        **wishes,
+    )
+
+
+def serve(model: LoadedModel, plan: Plan, output: int) -> list[tuple[tuple[int, ...], list[int]]]:
     """Twelve prompts of several lengths at once, ids below 1,024, each with the `output` tokens chosen greedily."""
+    engine = Engine(model, plan, LIMITS)
     draw = random.Random(1)
     prompts = [tuple(draw.randrange(3, 1024) for _ in range(draw.choice((5, 33, 90)))) for _ in range(12)]
     for i, prompt in enumerate(prompts):
@@ -55,6 +81,7 @@ def serve(engine: Engine, output: int) -> list[tuple[tuple[int, ...], list[int]]
             outputs[chunk.request_id] += chunk.token_ids
         engine.check_integrity()
     assert engine.blocks.held_blocks == 0
+    engine.close()
     assert all(len(chosen) == output for chosen in outputs.values())
     return list(zip(prompts, outputs.values(), strict=True))
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from deployments.engine.attention import RowSpan
-from deployments.engine.cuda_pipeline import CudaPipeline, Flight
+from deployments.engine.cuda_pipeline import CudaPipeline
 from deployments.engine.draw import Draw
 from deployments.engine.flashinfer_fit import why_not_here
+from deployments.engine.flight import Flight
 from deployments.engine.lane import Form, forms
 from deployments.engine.link import Link
 from deployments.engine.loader import LoadedModel, load
@@ -35,10 +36,9 @@ from deployments.engine.pipeline import open_pipeline
 from deployments.engine.sampling_batch import Row
 from deployments.engine.stages import StepRows
 from deployments.protocol import GenerationRequest, Sampling, TokenChunk
-from placement import probe
 from placement.footprint import footprint
-from placement.plan import Plan, solve
-from tests.gpu.teacher import below_best, plain_model, shortfalls
+from placement.plan import Plan
+from tests.gpu.teacher import BLOCK, LIMITS, below_best, plain_model, plan_on_gpus, shortfalls
 from tests.gpu.waits import no_waits
 
 MISSING = "no CUDA device" if not torch.cuda.is_available() else why_not_here()
@@ -49,7 +49,6 @@ pytestmark = [
 ]
 
 VOCAB = 1024
-BLOCK = 16
 OUTPUT = 24
 POISON = 77
 """A token whose embedding is made NaN; no prompt has it, and the loader does not feed it."""
@@ -60,7 +59,6 @@ COARSE = 0.25
 """The same where keys and values have 8 bits, or the oracle's activations (bitsandbytes' int8): 0.13."""
 RELATIVE = 0.05
 """Bound on RMS(found - expected) / RMS(expected) of logits, where only the rows of products differ."""
-LIMITS = EngineLimits(max_batch_tokens=256, max_sequences=16, prefix_cache=True, threads=1)
 
 _GLU = {
     "hidden_size": 256,
@@ -150,19 +148,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def served(request: pytest.FixtureRequest, folders: Callable[[str], Path]) -> Iterator[Served]:
     case: Case = request.param
-    gpus = probe.cuda_gpus()
-    if len(gpus) < case.stages:
-        pytest.skip(f"needs {case.stages} GPUs, {len(gpus)} are visible")
     stages = [stage for stage, count in enumerate(case.layers) for _ in range(count)]
-    plan = solve(
+    plan = plan_on_gpus(
         footprint(folders(case.family), quantization=case.quantization),
-        gpus[: case.stages],
-        block_size=BLOCK,
-        max_batch_tokens=LIMITS.max_batch_tokens,
-        max_sequences=LIMITS.max_sequences,
-        max_context=256,
+        case.stages,
         kv_dtype=case.kv_dtype,
-        max_memory=dict.fromkeys(range(case.stages), "4GiB"),
         pins={f"model.layers.{layer}": stage for layer, stage in enumerate(stages)},
     )
     limits = replace(LIMITS, kernels=case.kernels)

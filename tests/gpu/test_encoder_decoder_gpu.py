@@ -29,6 +29,7 @@ from deployments.protocol import GenerationRequest, Sampling
 from placement import probe
 from placement.footprint import footprint
 from placement.plan import Plan, solve
+from tests.arrivals import two_at_each_step
 from tests.gpu.teacher import below_best
 from tests.gpu.waits import no_waits
 
@@ -168,26 +169,17 @@ def prompts() -> list[tuple[int, ...]]:
     return [tuple(draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 5, 33, 90, 230)))) for _ in range(12)]
 
 
-def outputs(engine: Engine, **sampling: object) -> list[list[int]]:
+def outputs(engine: Engine, **sampling: object) -> list[tuple[int, ...]]:
     """What each prompt gets; two more requests at each step."""
-    waiting = [
+    requests = [
         GenerationRequest(
             f"{i}", (*prompt, START), Sampling(max_tokens=OUTPUT, seed=i, **({"temperature": 0.0} | sampling))
         )
         for i, prompt in enumerate(prompts())
     ]
-    found: dict[str, list[int]] = {request.request_id: [] for request in waiting}
-    while waiting or engine.has_work():
-        for request in waiting[:2]:
-            engine.submit(request)
-        del waiting[:2]
-        for chunk in engine.step():
-            assert chunk.error is None
-            found[chunk.request_id] += chunk.token_ids
-        engine.check_integrity()
-    assert engine.blocks.held_blocks == 0
-    assert all(len(chosen) == OUTPUT for chosen in found.values())
-    return list(found.values())
+    found = list(two_at_each_step(engine, requests).values())
+    assert all(len(chosen) == OUTPUT for chosen in found)
+    return found
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -204,7 +196,7 @@ def test_tokens_are_the_plain_forwards_argmax(
     bound, equal = (COARSE, 0.7) if quantization == "nf4" and dtype == "bfloat16" else (BOUND, 0.8)
     assert bool((short <= bound).all()), f"chose tokens {short.max():.3f} below the best"
     assert int((short == 0).sum()) >= equal * len(short), f"{int((short == 0).sum())} of {len(short)} are the best"
-    assert len({tuple(chosen) for chosen in found}) > len(found) // 2, "an oracle of one answer would show nothing"
+    assert len(set(found)) > len(found) // 2, "an oracle of one answer would show nothing"
 
 
 def test_in_float32_tokens_equal_generate(make: Callable[..., Case]) -> None:

@@ -11,20 +11,14 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from deployments.engine.loader import load
-from deployments.engine.loop import Engine
-from deployments.engine.messages import EngineLimits
-from placement import probe
 from placement.footprint import footprint
-from placement.plan import solve
-from tests.gpu.teacher import check, plain_model, serve
+from tests.gpu.teacher import LIMITS, check, plain_model, plan_on_gpus, serve
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("default"),  # FlashInfer's imports warn
 ]
-
-LIMITS = EngineLimits(max_batch_tokens=256, max_sequences=16, prefix_cache=True, threads=1)
 
 BOUND = 0.05
 OUTPUT = 24
@@ -53,19 +47,6 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "bf16"])
 def test_tokens_are_the_plain_forwards_argmax(family: Path, quantization: str, stages: int) -> None:
-    gpus = probe.cuda_gpus()
-    if len(gpus) < stages:
-        pytest.skip(f"needs {stages} GPUs, {len(gpus)} are visible")
-    plan = solve(
-        footprint(family, quantization=quantization),
-        gpus[:stages],
-        block_size=16,
-        max_batch_tokens=LIMITS.max_batch_tokens,
-        max_sequences=LIMITS.max_sequences,
-        max_context=256,
-        max_memory=dict.fromkeys(range(stages), "4GiB"),
-    )
-    engine = Engine(load(family, plan, device_type="cuda", limits=LIMITS), plan, LIMITS)
-    served = serve(engine, OUTPUT)
-    engine.close()
+    plan = plan_on_gpus(footprint(family, quantization=quantization), stages)
+    served = serve(load(family, plan, device_type="cuda", limits=LIMITS), plan, OUTPUT)
     check(plain_model(family, plan), served, BOUND)

@@ -18,14 +18,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from deployments.engine import expert_loading
 from deployments.engine.experts import EightBitExperts, FourBitExperts, eight_bits, experts_forward, four_bits
 from deployments.engine.loader import load
-from deployments.engine.loop import Engine
-from deployments.engine.messages import EngineLimits
-from placement import probe
 from placement.anatomy import fused_experts
 from placement.footprint import footprint
-from placement.plan import Plan, solve
+from placement.plan import Plan
 from placement.recipe import BLOCK
-from tests.gpu.teacher import check, plain_model, serve
+from tests.gpu.teacher import LIMITS, check, plain_model, plan_on_gpus, serve
 from tests.gpu.waits import no_waits
 
 pytestmark = [
@@ -34,7 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # FlashInfer's imports warn, and so does PyTorch's sync debug mode
 ]
 
-LIMITS = EngineLimits(max_batch_tokens=256, max_sequences=16, prefix_cache=True, threads=1)
 BOUND = 0.1
 """As in test_cuda_pipeline.py."""
 OUTPUT = 16
@@ -78,21 +74,8 @@ def oracle(folder: Path, plan: Plan) -> PreTrainedModel:
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_tokens_are_the_plain_forwards_argmax(family: Path, quantization: str, stages: int) -> None:
-    gpus = probe.cuda_gpus()
-    if len(gpus) < stages:
-        pytest.skip(f"needs {stages} GPUs, {len(gpus)} are visible")
-    plan = solve(
-        footprint(family, quantization=quantization, experts=True),
-        gpus[:stages],
-        block_size=16,
-        max_batch_tokens=LIMITS.max_batch_tokens,
-        max_sequences=LIMITS.max_sequences,
-        max_context=256,
-        max_memory=dict.fromkeys(range(stages), "4GiB"),
-    )
-    engine = Engine(load(family, plan, device_type="cuda", limits=LIMITS), plan, LIMITS)
-    served = serve(engine, OUTPUT)
-    engine.close()
+    plan = plan_on_gpus(footprint(family, quantization=quantization, experts=True), stages)
+    served = serve(load(family, plan, device_type="cuda", limits=LIMITS), plan, OUTPUT)
     check(oracle(family, plan), served, BOUND)
 
 

@@ -15,14 +15,10 @@ from torch import Tensor, nn
 from deployments.engine.grouped_stored import StoredLinear, repack
 from deployments.engine.kernels.grouped import GroupedLinear4
 from deployments.engine.loader import load
-from deployments.engine.loop import Engine
-from deployments.engine.messages import EngineLimits
-from placement import probe
 from placement.footprint import footprint
-from placement.plan import solve
 from placement.recipe import Grouped, read_recipe
 from tests.contract.grouped import Grouping, checkpoint, pack, quantised
-from tests.gpu.teacher import check, plain_model, serve
+from tests.gpu.teacher import LIMITS, check, plain_model, plan_on_gpus, serve
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # FlashInfer's imports warn
 ]
 
-LIMITS = EngineLimits(max_batch_tokens=256, max_sequences=16, prefix_cache=True, threads=1)
 BOUND = 0.25
 """As in test_cuda_pipeline.py, for logits with a standard deviation of 1.6 instead of 0.8, and weights that were
 rounded to float16 (plain) and were not (kernels)."""
@@ -86,22 +81,9 @@ def test_products_are_those_of_the_codes(grouping: Grouping, dtype: torch.dtype)
 @pytest.mark.parametrize("stages", [1, 2], ids=["one", "two"])
 @pytest.mark.parametrize("grouping", SERVED, ids=[grouping.label for grouping in SERVED])
 def test_tokens_are_the_plain_forwards_argmax(grouping: Grouping, stages: int, tmp_path: Path) -> None:
-    gpus = probe.cuda_gpus()
-    if len(gpus) < stages:
-        pytest.skip(f"needs {stages} GPUs, {len(gpus)} are visible")
     folder, plain = checkpoint(CONFIG, grouping, tmp_path)
-    plan = solve(
-        footprint(folder, dtype="bfloat16"),
-        gpus[:stages],
-        block_size=16,
-        max_batch_tokens=LIMITS.max_batch_tokens,
-        max_sequences=LIMITS.max_sequences,
-        max_context=256,
-        max_memory=dict.fromkeys(range(stages), "4GiB"),
-    )
+    plan = plan_on_gpus(footprint(folder, dtype="bfloat16"), stages)
     assert (plan.quantization, len(plan.stages)) == (f"{grouping.method}-{grouping.bits}bit", stages)
-    engine = Engine(load(folder, plan, device_type="cuda", limits=LIMITS), plan, LIMITS)
-    served = serve(engine, OUTPUT)
-    engine.close()
+    served = serve(load(folder, plan, device_type="cuda", limits=LIMITS), plan, OUTPUT)
     torch._dynamo.reset()
     check(plain_model(plain, plan), served, BOUND)

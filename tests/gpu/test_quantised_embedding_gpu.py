@@ -17,12 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from deployments.engine.embedding import QuantisedEmbedding, quantised_rows
 from deployments.engine.experts import EightBitExperts, FourBitExperts
 from deployments.engine.loader import load
-from deployments.engine.loop import Engine
-from deployments.engine.messages import EngineLimits
-from placement import probe
 from placement.footprint import footprint
-from placement.plan import Plan, solve
-from tests.gpu.teacher import check, plain_model, serve
+from placement.plan import Plan
+from tests.gpu.teacher import LIMITS, check, plain_model, plan_on_gpus, serve
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # FlashInfer's imports warn
 ]
 
-LIMITS = EngineLimits(max_batch_tokens=256, max_sequences=16, prefix_cache=True, threads=1)
 BOUND = 0.1
 """As in test_cuda_pipeline.py."""
 OUTPUT = 16
@@ -58,24 +54,11 @@ def oracle(folder: Path, plan: Plan) -> PreTrainedModel:
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize(("name", "quantization"), [("llama", "nf4"), ("llama", "int8"), ("bloom", "nf4")])
 def test_tokens_are_the_plain_forwards_argmax(name: str, quantization: str, stages: int, tmp_path: Path) -> None:
-    gpus = probe.cuda_gpus()
-    if len(gpus) < stages:
-        pytest.skip(f"needs {stages} GPUs, {len(gpus)} are visible")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(tmp_path)
-    plan = solve(
-        footprint(tmp_path, quantization=quantization, embeddings=True),
-        gpus[:stages],
-        block_size=16,
-        max_batch_tokens=LIMITS.max_batch_tokens,
-        max_sequences=LIMITS.max_sequences,
-        max_context=256,
-        max_memory=dict.fromkeys(range(stages), "4GiB"),
-    )
+    plan = plan_on_gpus(footprint(tmp_path, quantization=quantization, embeddings=True), stages)
     model = load(tmp_path, plan, device_type="cuda", limits=LIMITS)
     assert model.attention.startswith("gather cache") == (name == "bloom")
-    engine = Engine(model, plan, LIMITS)
-    served = serve(engine, OUTPUT)
-    engine.close()
+    served = serve(model, plan, OUTPUT)
     torch._dynamo.reset()
     check(oracle(tmp_path, plan), served, BOUND)

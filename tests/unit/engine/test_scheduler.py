@@ -302,9 +302,9 @@ def test_preempted_sequences_wait_in_order_of_arrival() -> None:
         old = plan(scheduler, 0)
         assert shape(old) == [("a", position, 1), ("b", position - 1, 1)]
         done(scheduler, old)
-    assert [s.request_id for s in scheduler._waiting] == ["c", "d"]
+    assert [s.request_id for s in scheduler._queues.waiting] == ["c", "d"]
     assert shape(plan(scheduler, 0)) == [("a", 9, 1)]  # b needs a third block, and is the youngest itself
-    assert [s.request_id for s in scheduler._waiting] == ["b", "c", "d"]
+    assert [s.request_id for s in scheduler._queues.waiting] == ["b", "c", "d"]
     assert scheduler.preemptions == 2
 
 
@@ -425,14 +425,14 @@ def test_check_integrity_finds_each_kind_of_damage() -> None:
         scheduler._blocks.close("a")
 
     def lost_from_queue(scheduler: Scheduler) -> None:
-        scheduler._waiting.clear()
+        scheduler._queues.waiting.clear()
 
     def slot_of_a_waiting_one(scheduler: Scheduler) -> None:
         scheduler.sequence("c").slot = 0
 
     def out_of_order(scheduler: Scheduler) -> None:
         scheduler.add("d", prompt(1), max_tokens=1)
-        scheduler._waiting.reverse()
+        scheduler._queues.waiting.reverse()
 
     def wrong_slot(scheduler: Scheduler) -> None:
         scheduler.sequence("a").slot = 1
