@@ -3,7 +3,7 @@
     python -m benchmarks.engine_throughput                              8B shape, NF4, one GPU
     python -m benchmarks.engine_throughput --quantization nf4,int8,bf16 --profile 1,64 --generate 1,8
     python -m benchmarks.engine_throughput --stages 2 --layers 8,24     two GPUs, a quarter of the layers on the first
-    python -m benchmarks.engine_throughput --quantization nf4,nf4+invariant --concurrency 1,8,64    batch_invariant's cost
+    python -m benchmarks.engine_throughput --quantization nf4,nf4+invariant             what batch_invariant costs
 
 Requests arrive at once, with random prompts of `--input` tokens that share nothing, and each produces `--output` tokens
 greedily. The floor of a decode step is the bytes that it must read (the weights once, and the KV cache of all its
