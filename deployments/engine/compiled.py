@@ -4,8 +4,8 @@ Each layer's forward is compiled by itself, whole, with the number of rows left 
 What a layer calls for its linears and its attention are custom operators, and stay as they are.
 
 Where GPUs can (capability 9.0), a kernel starts while the one before ends: programmatic dependent launch. One rule
-makes it safe, which the kernels of `kernels/` keep too: a kernel waits for the one before, and only then lets the next one
-start. So whatever runs finds all kernels done but the one before it, and that one, too, once it has waited.
+makes it safe, which the kernels of `kernels/` keep too: a kernel waits for the one before, and only then lets the next
+one start. So whatever runs finds all kernels done but the one before it, and that one, too, once it has waited.
 """
 
 from __future__ import annotations
