@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.checkpoint import SHAPES, write
+from benchmarks.checkpoint import FOLDER, SHAPES, write
 from deployments.compare.throughput import random_prompts
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
@@ -129,7 +129,7 @@ def _engine(options: argparse.Namespace) -> Engine:
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Time between tokens while long prompts arrive.")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/headroom-checkpoints"))
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--input", type=int, default=128, help="tokens of each stream's prompt")

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import heaviest
 from benchmarks.checkpoint import FOLDER, SHAPES, asked, write
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
-from deployments.protocol import GenerationRequest, Sampling
 from placement import probe
 from placement.encoder_decoder import encodes
 from placement.footprint import footprint
@@ -178,18 +178,10 @@ def _whole_prompts(plan: Plan) -> list[int]:
 
 
 def _serve(engine: Engine, lengths: Sequence[int], *, output: int) -> None:
-    """Prompts of these lengths at once, with every sampling setting that needs memory."""
+    """Random prompts of these lengths at once."""
     draw = random.Random(0)
-    for i, length in enumerate(lengths):
-        prompt = tuple(draw.randrange(3, engine.vocab_size) for _ in range(length))
-        sampling = Sampling(
-            max_tokens=output, seed=i, temperature=0.8, top_p=0.9, top_k=50, logprobs=5, repetition_penalty=1.1
-        )
-        engine.submit(GenerationRequest(f"{i}", prompt, sampling))
-    while engine.has_work():
-        for chunk in engine.step():
-            if chunk.error:
-                raise RuntimeError(chunk.error)
+    prompts = [tuple(draw.randrange(3, engine.vocab_size) for _ in range(length)) for length in lengths]
+    heaviest.serve(engine, prompts, output)
 
 
 def _used(when: str, *, devices_count: int) -> str:

@@ -31,6 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPTJConfig, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks import heaviest
 from benchmarks.child import ROOT
 from benchmarks.placement_sweep import FAMILIES, config_of
 from deployments.engine.loader import load
@@ -38,7 +39,6 @@ from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
 from deployments.errors import ConfigError
 from deployments.planning import plan_pool
-from deployments.protocol import GenerationRequest, Sampling
 from deployments.settings import PoolSettings
 from placement.errors import DoesNotFit
 from placement.plan import Plan, Stage
@@ -228,7 +228,10 @@ def serve(case: Case, plan: Plan, folder: Path, device: Device) -> dict[str, Any
     model = load(folder, plan, device_type=device, limits=limits)
     engine = Engine(model, plan, limits)
     try:
-        tokens = sum(_serve(engine, prompts) for prompts in _waves(engine.vocab_size, plan, pool.max_sequences))
+        tokens = 0
+        for prompts in _waves(engine.vocab_size, plan, pool.max_sequences):
+            heaviest.serve(engine, prompts, _OUTPUT)
+            tokens += sum(map(len, prompts))
         engine.check_integrity()
     finally:
         engine.close()
@@ -268,20 +271,6 @@ def _waves(vocab: int, plan: Plan, max_sequences: int) -> Iterator[list[tuple[in
     yield [shared]
     count = max(1, min(max_sequences, (tokens - len(shared)) // own))
     yield [(*shared[: len(shared) // (1 + i % 2)], rng.randrange(vocab)) for i in range(count)]
-
-
-def _serve(engine: Engine, prompts: list[tuple[int, ...]]) -> int:
-    """Serve `prompts` together, with every sampling setting that needs memory; their tokens."""
-    for i, prompt in enumerate(prompts):
-        sampling = Sampling(
-            max_tokens=_OUTPUT, seed=i, temperature=0.8, top_p=0.9, top_k=50, logprobs=5, repetition_penalty=1.1
-        )
-        engine.submit(GenerationRequest(f"{len(prompts)}-{i}", prompt, sampling))
-    while engine.has_work():
-        for chunk in engine.step():
-            if chunk.error:
-                raise RuntimeError(chunk.error)
-    return sum(map(len, prompts))
 
 
 def in_child(seed: int, number: int, device: Device, devices: int) -> dict[str, Any]:

@@ -32,19 +32,8 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
         ConfigError: the model does not fit, the devices are not there, or the settings contradict each other; one line.
     """
     try:
-        gpus = () if pool.device == "cpu" else probe.cuda_gpus()
-        if len(gpus) < pool.stage_count and (gpus or pool.device == "cuda"):
-            raise ConfigError(
-                f"pool {pool.name} needs {pool.stage_count} GPUs, and {len(gpus)} are visible; "
-                "lower `stages`, set `device: cpu`, or make more visible"
-            )
-        on_gpu = bool(gpus)
-        device_type: DeviceType = "cuda" if on_gpu else "cpu"
-        if pool.quantize_head and on_gpu and not pool.own_kernels:
-            raise ConfigError(
-                f"pool {pool.name}: quantize_head on GPUs needs `kernels: headroom` and no int8_threshold; "
-                "bitsandbytes' kernels would dequantise the whole head at once; change one of the two"
-            )
+        gpus = _gpus(pool)
+        device_type: DeviceType = "cuda" if gpus else "cpu"
         source = find_source(model_dir)
         weighed = footprint(
             model_dir,
@@ -56,32 +45,57 @@ def plan_pool(name: str, model_dir: Path, pool: PoolSettings) -> tuple[Plan, Dev
             embeddings=pool.quantize_embeddings,
             dtype=_dtype(pool, device_type, source),
         )
-        if pool.int8_threshold and weighed.quantization != "int8":
-            raise ConfigError(
-                f"pool {pool.name}: int8_threshold is for int8, and {name} is served in {weighed.quantization}; "
-                "drop it, or set `quantization: int8`"
-            )
-        if weighed.grouped is not None and on_gpu and pool.kernels != "headroom":
-            raise ConfigError(
-                f"pool {pool.name}: {name} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute "
-                "with; leave `kernels` out"
-            )
+        _check_kernels(name, pool, weighed, device_type)
         _check_served(name, model_dir, pool, weighed, source, device_type)
         plan = solve(
             weighed,
-            gpus[: pool.stage_count] if on_gpu else _virtual_devices(pool),
+            gpus or _virtual_devices(pool),
             block_size=pool.block_size,
             max_batch_tokens=step_tokens(model_dir, pool, device_type),
             max_sequences=pool.max_sequences,
             max_context=pool.max_context,
-            max_memory=pool.max_memory if on_gpu else None,
+            max_memory=pool.max_memory if gpus else None,
             goal=pool.goal,
             kv_dtype=None if pool.kv_dtype == "auto" else pool.kv_dtype,
-            attention=_attention(weighed, pool) if on_gpu else None,
+            attention=_attention(weighed, pool) if gpus else None,
         )
     except PlacementError as error:
         raise ConfigError(f"pool {pool.name}: {error}") from error
     return plan, device_type
+
+
+def _gpus(pool: PoolSettings) -> tuple[Gpu, ...]:
+    """The GPUs of a replica; none where it is served on the CPU.
+
+    Raises:
+        ConfigError: there are fewer, or the settings can't be had on GPUs.
+    """
+    gpus = () if pool.device == "cpu" else probe.cuda_gpus()
+    if len(gpus) < pool.stage_count and (gpus or pool.device == "cuda"):
+        raise ConfigError(
+            f"pool {pool.name} needs {pool.stage_count} GPUs, and {len(gpus)} are visible; "
+            "lower `stages`, set `device: cpu`, or make more visible"
+        )
+    if pool.quantize_head and gpus and not pool.own_kernels:
+        raise ConfigError(
+            f"pool {pool.name}: quantize_head on GPUs needs `kernels: headroom` and no int8_threshold; "
+            "bitsandbytes' kernels would dequantise the whole head at once; change one of the two"
+        )
+    return gpus[: pool.stage_count]
+
+
+def _check_kernels(name: str, pool: PoolSettings, weighed: Footprint, device_type: DeviceType) -> None:
+    """Refuse kernels that don't compute with the model's quantisation."""
+    if pool.int8_threshold and weighed.quantization != "int8":
+        raise ConfigError(
+            f"pool {pool.name}: int8_threshold is for int8, and {name} is served in {weighed.quantization}; "
+            "drop it, or set `quantization: int8`"
+        )
+    if weighed.grouped is not None and device_type == "cuda" and pool.kernels != "headroom":
+        raise ConfigError(
+            f"pool {pool.name}: {name} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute "
+            "with; leave `kernels` out"
+        )
 
 
 def _check_served(

@@ -264,6 +264,13 @@ def footprint(
         source = replace(source, name=name)
     recipe = _recipe(source, quantization, double_quant, quant_block_size, skip_modules)
     dtype = compute_dtype(recipe, dtype)
+    return _read(source, recipe, dtype, vision=vision, experts=experts, head=head, embeddings=embeddings)
+
+
+def _read(
+    source: Source, recipe: Recipe, dtype: str, *, vision: bool, experts: bool, head: bool, embeddings: bool
+) -> Footprint:
+    """The footprint of a checkpoint by the recipe that it will have; see `footprint`."""
     from placement.reconcile import check_gguf, reconcile
     from placement.skeleton import read_skeleton
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HEADROOM_HOME", str(Path(__file__).resolve().parent.parent / ".headroom"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the real hub
@@ -16,3 +19,14 @@ from deployments.home import state_folder
 from deployments.local_ray import set_environment
 
 set_environment(state_folder())
+
+
+@pytest.fixture(scope="session")
+def one_torch_thread() -> Iterator[None]:
+    """From here to the end of the session: where tensors are tiny, more would only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

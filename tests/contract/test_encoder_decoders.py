@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,21 +20,15 @@ from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
 from tests.arrivals import two_at_each_step
-from tests.contract.families import ENCODER_DECODERS, MT5, VOCAB, Family
+from tests.contract.families import ENCODER_DECODERS, MT5, VOCAB
+from tests.t5 import save
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 START = 0
 """The decoder's first token."""
 OUTPUT = 8
 LIMITS = EngineLimits(max_batch_tokens=144, max_sequences=16, prefix_cache=True, threads=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """More would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -62,20 +56,6 @@ class Case:
             GenerationRequest(f"{i}", (*prompt, START), Sampling(max_tokens=OUTPUT, seed=i, temperature=0.0))
             for i, prompt in enumerate(self.prompts)
         ]
-
-
-def save(family: Family, folder: Path) -> Path:
-    """A random model that says something else to each prompt and at each position."""
-    torch.manual_seed(3)
-    model = AutoModelForSeq2SeqLM.from_config(family.config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "relative_attention_bias" in name:
-                weight.mul_(16)
-            elif name.endswith((".q.weight", ".v.weight", ".o.weight", ".wo.weight")):
-                weight.mul_(4)
-    model.save_pretrained(folder)
-    return folder
 
 
 def make_prompts() -> tuple[tuple[int, ...], ...]:
@@ -106,7 +86,7 @@ def generated(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> tup
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     family, name = request.param
-    folder, prompts = save(family, tmp_path_factory.mktemp("t5")), make_prompts()
+    folder, prompts = save(family.config, tmp_path_factory.mktemp("t5")), make_prompts()
     quantization = quantization_config(Case(folder, name, prompts, ()).plan(1))
     options = {} if quantization is None else {"quantization_config": quantization}
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
@@ -143,7 +123,7 @@ def test_greedy_tokens_equal_generate(case: Case, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def flan(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(save(ENCODER_DECODERS[1], tmp_path_factory.mktemp("flan")), "fp32", make_prompts(), ())
+    return Case(save(ENCODER_DECODERS[1].config, tmp_path_factory.mktemp("flan")), "fp32", make_prompts(), ())
 
 
 def test_steps_in_flight_and_resumed_requests_change_nothing(flan: Case) -> None:
@@ -217,7 +197,7 @@ def test_int8_with_a_threshold_is_proven_by_the_bound_of_its_rounding(
 ) -> None:
     """The features beyond the threshold are those of all rows of a step, and the plain forward's steps are larger."""
     (family,) = (family for family in ENCODER_DECODERS if family.name == "FLAN-T5")
-    folder = save(family, tmp_path)
+    folder = save(family.config, tmp_path)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -26,16 +26,9 @@ from tests.contract.families import FAMILIES, PAGED, TABLE, Family, table
 from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
 from tests.page_table import MODELS, shown
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 OLD = Version(transformers.__version__) < Version("5.23")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """More would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from deployments.engine.attention import RowSpan
 from deployments.engine.cuda_pipeline import CudaPipeline
@@ -40,6 +40,7 @@ from placement.footprint import footprint
 from placement.plan import Plan
 from tests.gpu.teacher import BLOCK, LIMITS, below_best, plain_model, plan_on_gpus, shortfalls
 from tests.gpu.waits import no_waits
+from tests.unit.engine.tiny import save
 
 MISSING = "no CUDA device" if not torch.cuda.is_available() else why_not_here()
 pytestmark = [
@@ -137,9 +138,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(family: str) -> Path:
         if family not in made:
-            made[family] = tmp_path_factory.mktemp(family)
-            torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(made[family])
+            made[family] = save(tmp_path_factory.mktemp(family), FAMILIES[family], seed=0)
         return made[family]
 
     return folder

@@ -32,6 +32,7 @@ from placement.plan import Plan, solve
 from tests.arrivals import two_at_each_step
 from tests.gpu.teacher import below_best
 from tests.gpu.waits import no_waits
+from tests.t5 import save
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,19 +82,6 @@ class Case:
         made = open_pipeline(self.model, self.plan, LIMITS)
         assert isinstance(made, EagerPipeline)
         return made
-
-
-def save(config: PreTrainedConfig, folder: Path) -> None:
-    """A random model that says something else to each prompt and at each position."""
-    torch.manual_seed(3)
-    model = AutoModelForSeq2SeqLM.from_config(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "relative_attention_bias" in name:
-                weight.mul_(16)
-            elif name.endswith((".q.weight", ".v.weight", ".o.weight", ".wo.weight")):
-                weight.mul_(4)
-    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

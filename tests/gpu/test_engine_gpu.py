@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from deployments.engine.loader import load
 from placement.footprint import footprint
 from tests.gpu.teacher import LIMITS, check, plain_model, plan_on_gpus, serve
+from tests.unit.engine.tiny import save
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,10 +38,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A checkpoint."""
-    folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(FAMILIES[request.param]).save_pretrained(folder)
-    yield folder
+    yield save(tmp_path_factory.mktemp(request.param), FAMILIES[request.param], seed=0)
     torch._dynamo.reset()  # what was compiled for many models counts against the limit of one
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from deployments.engine import expert_loading
@@ -24,6 +24,7 @@ from placement.plan import Plan
 from placement.recipe import BLOCK
 from tests.gpu.teacher import LIMITS, check, plain_model, plan_on_gpus, serve
 from tests.gpu.waits import no_waits
+from tests.unit.engine.tiny import save
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,10 +55,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A checkpoint."""
-    folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(FAMILIES[request.param]).save_pretrained(folder)
-    yield folder
+    yield save(tmp_path_factory.mktemp(request.param), FAMILIES[request.param], seed=0)
     torch._dynamo.reset()  # what was compiled for many models counts against the limit of one
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from deployments.engine.embedding import QuantisedEmbedding, quantised_rows
 from deployments.engine.experts import EightBitExperts, FourBitExperts
@@ -20,6 +20,7 @@ from deployments.engine.loader import load
 from placement.footprint import footprint
 from placement.plan import Plan
 from tests.gpu.teacher import LIMITS, check, plain_model, plan_on_gpus, serve
+from tests.unit.engine.tiny import save
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,8 +55,7 @@ def oracle(folder: Path, plan: Plan) -> PreTrainedModel:
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize(("name", "quantization"), [("llama", "nf4"), ("llama", "int8"), ("bloom", "nf4")])
 def test_tokens_are_the_plain_forwards_argmax(name: str, quantization: str, stages: int, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(tmp_path)
+    save(tmp_path, CONFIGS[name], seed=0)
     plan = plan_on_gpus(footprint(tmp_path, quantization=quantization, embeddings=True), stages)
     model = load(tmp_path, plan, device_type="cuda", limits=LIMITS)
     assert model.attention.startswith("gather cache") == (name == "bloom")

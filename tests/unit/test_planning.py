@@ -157,19 +157,19 @@ NO_ATTENTION = {
 
 
 @pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_layers_are_refused_before_anything_loads(name: str, tmp_path: Path) -> None:
-    RECURRENT[name].save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"pool default: tiny caches recurrent state .* does not serve yet") as caught:
-        plan_pool("tiny", tmp_path, pool())
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("name", NO_ATTENTION)
-def test_models_without_attention_are_refused_before_anything_loads(name: str, tmp_path: Path) -> None:
-    NO_ATTENTION[name].save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"pool default: .*no attention layers.*; serve a model with") as caught:
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        *((config, "tiny caches recurrent state .* does not serve yet") for config in RECURRENT.values()),
+        *((config, ".*no attention layers.*; serve a model with") for config in NO_ATTENTION.values()),
+    ],
+    ids=[*RECURRENT, *NO_ATTENTION],
+)
+def test_models_of_other_layers_are_refused_before_anything_loads(
+    config: transformers.PreTrainedConfig, message: str, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"pool default: {message}") as caught:
         plan_pool("tiny", tmp_path, pool())
     assert "\n" not in str(caught.value)
 

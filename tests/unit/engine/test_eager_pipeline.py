@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM
 
 from deployments.engine import eager_pipeline
 from deployments.engine.eager_pipeline import EagerPipeline, _lengths
@@ -25,6 +24,7 @@ from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
 from tests.arrivals import two_at_each_step
+from tests.t5 import save
 from tests.unit.placement.tiny_models import ENCODER_DECODERS
 
 LIMITS = EngineLimits(max_batch_tokens=64, max_sequences=8, prefix_cache=False, threads=1)
@@ -76,14 +76,7 @@ def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("t5")
-    torch.manual_seed(3)
-    model = AutoModelForSeq2SeqLM.from_config(ENCODER_DECODERS["t5"])
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.mul_(4 if name.endswith((".q.weight", ".v.weight", ".o.weight", ".wo.weight")) else 1)
-    model.save_pretrained(folder)
-    return folder
+    return save(ENCODER_DECODERS["t5"], tmp_path_factory.mktemp("t5"))
 
 
 def loaded(folder: Path, stages: int, pins: dict[str, int] | None = None) -> tuple[LoadedModel, Plan]:

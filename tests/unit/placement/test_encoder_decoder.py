@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from deployments.engine import cross_batches
@@ -23,17 +21,10 @@ from placement.reserve import reserve, why_not_flashinfer
 from placement.workload import Workload
 from tests.unit.engine.memory import PeakBytes
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORKLOAD = Workload(16, max_batch_tokens=512, max_sequences=32, max_context=256, kv_dtype="bfloat16")
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """More would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def t5(quantization: str = "int8", dtype: str | None = "bfloat16") -> Footprint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,11 @@ from tests.contract.greedy import save
 from tests.unit.engine.memory import PeakBytes
 from tests.unit.placement.toy import toy_footprint
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORKLOAD = Workload(16, max_batch_tokens=512, max_sequences=64, max_context=256, kv_dtype="bfloat16")
 OWN = [family for family in FAMILIES if family.attention != PAGED]
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """More would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def mha(heads: int, kv: LayerKv, dtype: str = "float16") -> Footprint:
