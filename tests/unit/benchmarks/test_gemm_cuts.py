@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.gemm import SHAPES
 from benchmarks.gemm_cuts import Wanted, _best, add_to, first_cuts, first_slabs, with_cuts
+from benchmarks.gemm_report import SHAPES
 from deployments.engine.kernels.config import CUT_ROWS, HEURISTIC, Entry, Kind, dump_table, parse_table
 from deployments.engine.kernels.cut import Cut, choose_cut, groups_of
 from deployments.engine.kernels.slab import Slab, choose_slab
