@@ -210,6 +210,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
         out[(size_t)m * n + to] = narrow(total);
     }
 #if CLUSTER > 1
-    cluster_barrier();  // nobody leaves while its sums are read
+    stay_until_read();
 #endif
 }

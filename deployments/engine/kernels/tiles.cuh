@@ -82,6 +82,12 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
+// Until the cluster's other blocks have read from this one. Nothing written must be seen afterwards, so that no thread
+// waits for its stores; what it read, it has used.
+__device__ __forceinline__ void stay_until_read() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ float of_rank(u32 at, u32 rank) {
     float value;
 #if CLUSTER > 1

@@ -240,11 +240,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
     }
     __syncthreads();
     if (ALONG > 1) {
-        for (int i = thread; i < live_rows * BLOCK_ROWS; i += THREADS) {
-            float* at = sums + i / BLOCK_ROWS * SUM_STRIDE + i % BLOCK_ROWS;
-            float total = at[0];
+        for (int i = thread; i < live_rows * (BLOCK_ROWS / 4); i += THREADS) {
+            float4* at = (float4*)(sums + i / (BLOCK_ROWS / 4) * SUM_STRIDE + i % (BLOCK_ROWS / 4) * 4);
+            float4 total = at[0];
 #pragma unroll
-            for (int part = 1; part < ALONG; ++part) total += at[part * ROWS * SUM_STRIDE];
+            for (int part = 1; part < ALONG; ++part) {
+                const float4 other = at[part * ROWS * SUM_STRIDE / 4];
+                total.x += other.x, total.y += other.y, total.z += other.z, total.w += other.w;
+            }
             at[0] = total;
         }
     }
@@ -270,6 +273,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
         *(uint2*)(out + (size_t)(first_m + m) * n + to) = make_uint2(pack(total.x, total.y), pack(total.z, total.w));
     }
 #if CLUSTER > 1
-    cluster_barrier();  // nobody leaves while its sums are read
+    stay_until_read();
 #endif
 }
