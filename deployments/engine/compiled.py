@@ -23,12 +23,13 @@ RECOMPILE_LIMIT = 64
 """Kinds of layers times devices times {one row, several rows}; beyond it torch would fall back without a word."""
 
 
-def compile_layers(layers: list[nn.Module], attempt: Callable[[], None]) -> str | None:
+def compile_layers(layers: list[nn.Module], attempt: Callable[[], None], *, called: str = "the layers") -> str | None:
     """Let `layers` run compiled from here on.
 
     Args:
         layers: of one device.
         attempt: runs them, with one row and with several, so that code exists before the first request.
+        called: what they are, for the log.
 
     Returns:
         None, or in a line why they run as they were.
@@ -43,7 +44,7 @@ def compile_layers(layers: list[nn.Module], attempt: Callable[[], None]) -> str 
         for layer in layers:
             del layer.__dict__["forward"]
         reason = f"{type(error).__name__}: {_first_line(error)}"
-        log.warning("the layers run without torch.compile: %s", reason)
+        log.warning("%s run without torch.compile: %s", called, reason)
         return reason
     return None
 

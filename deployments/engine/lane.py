@@ -120,6 +120,10 @@ class Lane:
         """Compile the layers and capture the graphs; `progress` hears (done, all)."""
         if self.stage.attention.compilable:
             self.compile_error = compile_layers(self.stage.layer_modules, self._attempt)
+            if self.compile_error is None:
+                compile_layers(
+                    self.stage.surroundings, self._attempt, called="norms and rotary tables around the layers"
+                )
         else:
             self.compile_error = (
                 f"attention by {self.stage.attention.name} is no operator that compiled code could call"

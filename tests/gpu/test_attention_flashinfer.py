@@ -289,7 +289,8 @@ def test_stages_on_two_gpus_share_a_plan() -> None:
                 with world.backend.step():
                     world.compare(0, spans, world.attend(0, world.inputs(0, spans)))
         (step,) = layout.shared.values()
-        assert len(step.plans) == 1 or spans is case.steps[0]
+        few = all(count == 1 for _, _, count in spans)
+        assert len(step.plans) == (not few) or spans is case.steps[0]
 
 
 def test_the_workspaces_suffice_for_the_largest_steps() -> None:
