@@ -165,21 +165,6 @@ class Scheduler:
             if item.samples:
                 sequence.append(tokens[item.request_id])
 
-    def fail(self, step: StepPlan) -> tuple[str, ...]:
-        """Take back a step that did not run to its end: its KV can't be trusted, so its sequences end.
-
-        Returns:
-            Ids of the requests that ended by this; those that had ended before are not among them.
-
-        Raises:
-            ValueError: the step is not the oldest in flight.
-        """
-        self._check_oldest(step)
-        lost = [sequence for sequence, _ in self._land(step, frozenset(item.request_id for item in step.items))]
-        for sequence in lost:
-            self._end(sequence)
-        return tuple(sequence.request_id for sequence in lost)
-
     def check_integrity(self) -> None:
         """Compare queues, slots, steps in flight and block accounts.
 
@@ -360,12 +345,9 @@ class Scheduler:
                 self._release(sequence)
         return live
 
-    def _check_oldest(self, step: StepPlan) -> None:
+    def _check_tokens(self, step: StepPlan, tokens: Mapping[str, int]) -> None:
         if not self._launched or self._launched[0] is not step:
             raise ValueError(f"step {step.step} of slot {step.slot} is not the oldest in flight")
-
-    def _check_tokens(self, step: StepPlan, tokens: Mapping[str, int]) -> None:
-        self._check_oldest(step)
         sampling = {item.request_id for item in step.items if item.samples}
         needed = {request_id for request_id in sampling if self._sequences[request_id].state == "running"}
         if not needed <= tokens.keys() <= sampling:

@@ -44,7 +44,7 @@ class TokenSequence:
     in_flight: int = 0
     """Launched steps that name it and are not complete; may outlast `state == "running"`."""
     cacheable: bool = True
-    """False once a step that wrote its KV failed or was spoiled: nothing more goes to the prefix cache."""
+    """False once a step that wrote its KV was spoiled: nothing more goes to the prefix cache."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when first admitted."""
     preemptions: int = 0

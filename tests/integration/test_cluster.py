@@ -22,11 +22,8 @@ from ray.serve.handle import DeploymentHandle
 from deployments.local_ray import make_temp_folder
 from deployments.processes import MARK, end_processes, marked
 from deployments.protocol import GenerationRequest
-from deployments.routing.ledger_deployment import ledger_application
 from deployments.routing.refusals import LedgerConfig
-from deployments.routing.router import router_config
-from tests.fakes.replica import FakeReplica
-from tests.integration.test_routing import FakeIngress, finished, free, make_request, until
+from tests.integration.test_routing import application, finished, free, make_request, until
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("HEADROOM_CLUSTER") != "1", reason="two Ray nodes take over a minute: set HEADROOM_CLUSTER=1"
@@ -71,17 +68,13 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
 def deploy() -> DeploymentHandle[Any]:
     """One replica for each node's place; what asks for CPUs is on the head."""
     serve.start(proxy_location="Disabled")
-    ledger = ledger_application(LedgerConfig("m", expected_replicas=2, queue_limit=64))
-    pool = serve.deployment(
-        name="pool",
+    handle = application(
+        "cluster",
+        LedgerConfig("m", expected_replicas=2, queue_limit=64),
+        capacity=CAPACITY,
         num_replicas=2,
-        max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0, "resources": {"place": 1}},
-        request_router_config=router_config(),
-        graceful_shutdown_timeout_s=1,
-    )(FakeReplica).bind(ledger, CAPACITY)
-    front = serve.deployment(name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.01})
-    handle = serve.run(front(FakeIngress).bind(ledger, pool), name="cluster", route_prefix=None)
+    )
     until(lambda: sellable(handle) == 2, LIMIT_S)
     return handle
 

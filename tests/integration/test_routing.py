@@ -79,21 +79,22 @@ class FakeIngress:
         return seen
 
 
+def application(name: str, config: LedgerConfig, *, capacity: int = CAPACITY, **options: Any) -> DeploymentHandle:
+    """The ingress of an application with a ledger and a pool of fake replicas; `options` are the pool's."""
+    ledger = ledger_application(config)
+    usual = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0.01}}
+    pool = serve.deployment(
+        name="pool", request_router_config=router_config(), graceful_shutdown_timeout_s=1, **(usual | options)
+    )(FakeReplica).bind(ledger, capacity)
+    front = serve.deployment(name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.01})
+    return serve.run(front(FakeIngress).bind(ledger, pool), name=name, route_prefix=None)
+
+
 @pytest.fixture(scope="module")
 def ingress() -> Iterator[DeploymentHandle]:
     folder = tempfile.mkdtemp(prefix="hr")
     ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
-    ledger = ledger_application(LedgerConfig("m", expected_replicas=2, queue_limit=64))
-    pool = serve.deployment(
-        name="pool",
-        num_replicas=2,
-        max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": 0.01},
-        request_router_config=router_config(),
-        graceful_shutdown_timeout_s=1,
-    )(FakeReplica).bind(ledger, CAPACITY)
-    front = serve.deployment(name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.01})
-    handle = serve.run(front(FakeIngress).bind(ledger, pool), name=APP, route_prefix=None)
+    handle = application(APP, LedgerConfig("m", expected_replicas=2, queue_limit=64), num_replicas=2)
     try:
         until(lambda: sum(r.sellable for r in handle.view.remote().result().replicas) == 2, 20)
         yield handle
@@ -215,16 +216,7 @@ def test_killed_ledger_is_rebuilt_from_reports(ingress: DeploymentHandle) -> Non
 def narrow(ingress: DeploymentHandle) -> Iterator[DeploymentHandle]:  # noqa: ARG001  it has started Serve
     """The ingress of another application: Serve lets one call at once into its only replica, and its ledger knows no
     limit but blocks."""
-    ledger = ledger_application(LedgerConfig("n"))
-    pool = serve.deployment(
-        name="pool",
-        max_ongoing_requests=1,
-        ray_actor_options={"num_cpus": 0.01},
-        request_router_config=router_config(),
-        graceful_shutdown_timeout_s=1,
-    )(FakeReplica).bind(ledger, CAPACITY)
-    front = serve.deployment(name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.01})
-    handle = serve.run(front(FakeIngress).bind(ledger, pool), name="narrow", route_prefix=None)
+    handle = application("narrow", LedgerConfig("n"), max_ongoing_requests=1)
     until(lambda: handle.ready.remote().result(), 30)
     yield handle
     serve.delete("narrow")
@@ -269,13 +261,9 @@ def test_a_client_that_leaves_before_the_replicas_word_costs_no_block_for_long(n
 def scaled(ingress: DeploymentHandle) -> Iterator[DeploymentHandle]:  # noqa: ARG001  it has started Serve
     """The ingress of another application on the same Serve: its pool has no replica, and gets two at most."""
     default = ScaledPool("default", min_replicas=0, max_replicas=2, upscale_delay_s=0.0)
-    ledger = ledger_application(LedgerConfig("s", expected_replicas=0, scaled=(default,)))
-    pool = serve.deployment(
-        name="pool",
-        max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": 0.01},
-        request_router_config=router_config(),
-        graceful_shutdown_timeout_s=1,
+    yield application(
+        "scaled",
+        LedgerConfig("s", expected_replicas=0, scaled=(default,)),
         autoscaling_config=autoscaling_config(
             min_replicas=0,
             max_replicas=2,
@@ -285,9 +273,7 @@ def scaled(ingress: DeploymentHandle) -> Iterator[DeploymentHandle]:  # noqa: AR
             downscale_delay_s=1.0,
             downscale_to_zero_delay_s=1.0,
         ),
-    )(FakeReplica).bind(ledger, CAPACITY)
-    front = serve.deployment(name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.01})
-    yield serve.run(front(FakeIngress).bind(ledger, pool), name="scaled", route_prefix=None)
+    )
     serve.delete("scaled")
 
 

@@ -21,7 +21,7 @@ from deployments.engine.step import StepItem, StepPlan
 
 END = 0
 Kv = tuple[str, tuple[int, ...]]
-LOST: Kv = ("lost with a step that failed", ())
+LOST: Kv = ("not finite", ())
 
 
 def next_token(ids: tuple[int, ...]) -> int:
@@ -58,29 +58,25 @@ class ToyEngine:
         for place in self.places(item, item.start, item.end):
             self.kv[place] = marker
 
-    def land(self, plan: StepPlan, salts: dict[str, str]) -> list[int]:
-        """Tokens of the items that sample."""
-        tokens = {item.request_id: self.run(item, salts[item.request_id], plan.slot) for item in plan.items}
+    def land(self, plan: StepPlan, salts: dict[str, str], spoiled: frozenset[str]) -> list[int]:
+        """Tokens of the items that sample. What `spoiled` requests write is lost."""
+        tokens = {
+            item.request_id: self.run(item, salts[item.request_id], plan.slot, lost=item.request_id in spoiled)
+            for item in plan.items
+        }
         self.drawn[plan.slot] = [tokens[item.request_id] for item in plan.items if item.samples]
         return self.drawn[plan.slot]
 
-    def run(self, item: StepItem, salt: str, slot: int) -> int:
+    def run(self, item: StepItem, salt: str, slot: int, *, lost: bool) -> int:
         ids: tuple[int, ...] = ()
         if item.start:
             _, ids = self.kv[self.places(item, item.start - 1, item.start)[0]]
-        lost = item.start != len(ids)
+        lost |= item.start != len(ids)
         for place, token in zip(self.places(item, item.start, item.end), item.ids, strict=True):
             assert self.kv[place] == being_written(item.request_id), "others wrote here while this was in flight"
             ids = (*ids, token if token >= 0 or lost else self.drawn[slot][-1 - token])
             self.kv[place] = LOST if lost else (salt, ids)
         return END if lost else next_token(ids)
-
-    def lose(self, plan: StepPlan) -> None:
-        self.drawn[plan.slot] = []
-        for item in plan.items:
-            for place in self.places(item, item.start, item.end):
-                assert self.kv[place] == being_written(item.request_id)
-                self.kv[place] = LOST
 
 
 def being_written(request_id: str) -> Kv:
@@ -153,16 +149,22 @@ class Requests:
         _, max_tokens, _ = self.asked[item.request_id]
         assert len(self.outputs[item.request_id]) + self.pending(item.request_id) < max_tokens, "runs over max_tokens"
 
-    def land(self) -> None:
+    def land(self, spoil_each: int = 0) -> None:
+        """The oldest step; of the requests that it draws a token for, the logits of each n-th are not finite."""
         plan = self.in_flight.popleft()
-        drawn = self.engine.land(plan, {request_id: salt for request_id, (_, _, salt) in self.asked.items()})
         sampled = [item.request_id for item in plan.items if item.samples]
+        spoiled = frozenset(sampled[::spoil_each] if spoil_each else ())
+        drawn = self.engine.land(plan, {request_id: salt for request_id, (_, _, salt) in self.asked.items()}, spoiled)
         tokens = {
             request_id: token for request_id, token in zip(sampled, drawn, strict=True) if request_id not in self.ended
         }
-        self.scheduler.complete(plan, tokens)
+        self.scheduler.complete(plan, tokens, spoiled)
         for request_id, token in tokens.items():
-            self.take_token(request_id, token)
+            if request_id in spoiled:
+                self.scheduler.finish(request_id)
+                self.end(request_id, "spoiled")
+            else:
+                self.take_token(request_id, token)
 
     def take_token(self, request_id: str, token: int) -> None:
         self.outputs[request_id].append(token)
@@ -172,15 +174,6 @@ class Requests:
             self.scheduler.finish(request_id)
             self.end(request_id, "finished")
             assert self.outputs[request_id] == sequential(prompt, max_tokens)
-
-    def lose(self) -> None:
-        plan = self.in_flight.popleft()
-        self.engine.lose(plan)
-        expected = [item.request_id for item in plan.items if item.request_id not in self.ended]
-        failed = self.scheduler.fail(plan)
-        assert list(failed) == expected
-        for request_id in failed:
-            self.end(request_id, "failed")
 
     def abort(self, request_id: str) -> None:
         assert self.scheduler.abort(request_id)
@@ -258,9 +251,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests.abort(live[pick % len(live)])
 
     @precondition(lambda self: self.requests.in_flight)
-    @rule()
-    def lose(self) -> None:
-        self.requests.lose()
+    @rule(each=st.integers(1, 3))
+    def spoil(self, each: int) -> None:
+        self.requests.land(spoil_each=each)
 
     @invariant()
     def accounts_agree(self) -> None:

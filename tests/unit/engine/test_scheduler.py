@@ -344,20 +344,15 @@ def test_abort_in_flight_frees_when_the_step_completes() -> None:
     assert shape(plan(scheduler)) == [("b", 5, 1), ("a", 4, 1)]  # its KV was written and is found
 
 
-def test_a_failed_step_ends_its_sequences_and_leaves_nothing_to_match() -> None:
-    scheduler = make(slots=2)
-    for index, name in enumerate("abc"):
+def test_what_a_spoiled_request_wrote_is_not_cached() -> None:
+    scheduler = make()
+    for index, name in enumerate("ab"):
         scheduler.add(name, prompt(5, 1000 * index), max_tokens=9)
-    lost, other = plan(scheduler, 0), plan(scheduler, 1)
-    assert shape(lost) == [("a", 0, 5), ("b", 0, 5)]
-    scheduler.abort("a")
-    assert scheduler.fail(lost) == ("b",)
+    scheduler.complete(plan(scheduler), {"a": 7, "b": 7}, frozenset({"a"}))
+    scheduler.finish("a")
     scheduler.check_integrity()
-    assert scheduler._blocks.cached_blocks == 0
-    assert list(scheduler.held()) == [("c", 2)]
-    done(scheduler, other)
-    with pytest.raises(ValueError, match="is not the oldest in flight"):
-        scheduler.fail(lost)
+    assert [scheduler._blocks.match_prefix(prompt(5, 1000 * index), "") for index in range(2)] == [0, 4]
+    assert list(scheduler.held()) == [("b", 2)]
 
 
 def test_complete_refuses_what_does_not_match_and_changes_nothing() -> None:
