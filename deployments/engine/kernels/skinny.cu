@@ -92,10 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     const u32 row = first_strip * 16 + lane / 4, base = (u32)__cvta_generic_to_shared(shared);
     const u32 table = BITS == 4 ? (TABLE_BYTES - base % 32768) % 32768 : 0;  // where it begins
 
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-    // Weights do not depend on the kernel before this one.
+    // Weights do not depend on the kernel before this one; nothing else is read or written until it is done.
     Tile tile[DEPTH][STRIPS];
     const u32 strip_bytes = columns * TILE_BYTES, first = first_strip * strip_bytes + lane * 16;
 #pragma unroll
@@ -108,9 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
 #if BITS == 4
     fill_table(shared + table, code, thread);
 #endif
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    await_the_kernel_before();
     const u32 activations = base + table + TABLE_BYTES, mine = base + table + lane * 4;
     const int part_steps = (steps + PARTS - 1) / PARTS, part_chunks = part_steps * (STEP * 8);  // of 16 bytes
 #pragma unroll

@@ -12,6 +12,14 @@ typedef unsigned int u32;
 #define TYPE "bf16"
 #endif
 
+// Programmatic dependent launch: until the kernel before is done and its writes are seen. Only then may the next one start:
+// it then finds all kernels before this one done, even if it does not wait for this one before it reads what they wrote.
+__device__ __forceinline__ void await_the_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #define TABLE_BYTES (BITS == 4 ? 32768 : 0)
 
 __device__ __forceinline__ u32 pack(float low, float high) {

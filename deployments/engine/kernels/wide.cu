@@ -156,8 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
     const u32 row = block_row + across * PANEL + warp * 16 + lane / 4, base = (u32)__cvta_generic_to_shared(shared);
     const u32 table = BITS == 4 ? (TABLE_BYTES - base % 32768) % 32768 : (1024 - base % 1024) % 1024;
 
-    asm volatile("griddepcontrol.launch_dependents;");
-    // Weights do not depend on the kernel before this one.
+    // Weights do not depend on the kernel before this one; nothing else is read or written until it is done.
     Tile tile[DEPTH];
     const u32 first = (u32)(block_row / 16 + across * 4 + warp) * (u32)columns * TILE_BYTES + lane * 16;
 #pragma unroll
@@ -179,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    await_the_kernel_before();
     if (thread == 0)
         for (int s = 0; s < AHEAD && s < steps; ++s)
             copy_slot(x, first_m, begin + s * ALONG, end, columns * 64, ring + s * SLOT_BYTES, full + s * 8);
