@@ -103,8 +103,8 @@ def compile_ahead(wanted: Iterable[Wanted], processes: int) -> None:
 
 
 def every(wanted: Wanted) -> list[Cut | Slab]:
-    """What is timed on this GPU."""
-    from deployments.engine.kernels.launch import clusters, multiprocessors, shared_bytes, warpgroups
+    """What is timed on this GPU; what its table has is among it."""
+    from deployments.engine.kernels.launch import clusters, multiprocessors, shared_bytes, table_of, warpgroups
 
     device = torch.device("cuda", torch.cuda.current_device())
     found = list[Cut | Slab]()
@@ -112,7 +112,8 @@ def every(wanted: Wanted) -> list[Cut | Slab]:
         found += first_cuts(wanted, multiprocessors(device), shared_bytes(device))
     if wanted.rows >= MOST_ROWS and warpgroups(device):
         found += first_slabs(wanted, multiprocessors(device), shared_bytes(device))
-    return found
+    known = table_of(device).entry(wanted.kind, wanted.n, wanted.k).cuts.get(cut_rows_of(wanted.rows) or 0)
+    return [*found, known] if known is not None and known not in found else found
 
 
 def first_cuts(wanted: Wanted, multiprocessors: int, shared: int) -> list[Cut]:

@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
             load(tile[d][i], weight, first + i * strip_bytes + column * TILE_BYTES, row, i * 16, column, column < end);
     }
 #if BITS == 4
-    fill_table(shared + table, code, thread);
+    const float entry = __ldg(code + thread % 16);
 #endif
     await_the_kernel_before();
     const u32 activations = base + table + TABLE_BYTES, mine = base + table + lane * 4;
@@ -118,6 +118,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
+#if BITS == 4
+    fill_table(shared + table, entry, thread);  // while x is on its way
+#endif
 
     const u32 matrices = activations + lane % 8 * x_stride + lane / 8 * 16;
     float sum[STRIPS][GROUPS][4] = {};

@@ -144,8 +144,8 @@ __device__ __forceinline__ void load(
 
 #if BITS == 4
 // Entry b of the table, 32 words for 32 lanes: the weights of byte b, that of the even column in the low half.
-__device__ __forceinline__ void fill_table(u8* table, const float* code, int thread) {
-    const float mine = __ldg(code + thread % 16);
+// `mine`: entry `thread % 16` of the code.
+__device__ __forceinline__ void fill_table(u8* table, float mine, int thread) {
 #pragma unroll 4
     for (int at = thread; at < 2048; at += THREADS) {
         const u32 pair = pack(__shfl_sync(~0u, mine, at >> 7), __shfl_sync(~0u, mine, at >> 3 & 15));

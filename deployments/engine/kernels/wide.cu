@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
         load(tile[d], weight, first + column * TILE_BYTES, row, 0, column, column < end);
     }
 #if BITS == 4
-    fill_table(shared + table, code, thread);
+    const float entry = __ldg(code + thread % 16);
 #endif
     // A slot is full when its copies are there, and empty when all warps have computed with it.
     const u32 ring = base + table + TABLE_BYTES, full = ring + SLOTS * SLOT_BYTES, empty = full + SLOTS * 8;
@@ -177,12 +177,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
         }
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
-    __syncthreads();
     await_the_kernel_before();
     if (thread == 0)
         for (int s = 0; s < AHEAD && s < steps; ++s)
             copy_slot(x, first_m, begin + s * ALONG, end, columns * 64, ring + s * SLOT_BYTES, full + s * 8);
     __syncwarp();
+#if BITS == 4
+    fill_table(shared + table, entry, thread);  // while x is on its way
+#endif
+    __syncthreads();
 
     float sum[SUMS] = {};
     u32 a[BUFFERS][4][4];
