@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 
 RECOMPILE_LIMIT = 64
 """Kinds of layers times devices times {one row, several rows}; beyond it torch would fall back without a word."""
+
+MOST_IN_REGISTERS = 16384
+"""Numbers of a row that a norm holds at once."""
 
 
 def compile_layers(layers: list[nn.Module], attempt: Callable[[], None], *, called: str = "the layers") -> str | None:
@@ -39,7 +43,8 @@ def compile_layers(layers: list[nn.Module], attempt: Callable[[], None], *, call
     for layer in layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True)  # of this instance alone
     try:
-        attempt()
+        with _whole_rows():
+            attempt()
     except Exception as error:  # noqa: BLE001  whatever a compiler raises, the layers run without it
         for layer in layers:
             del layer.__dict__["forward"]
@@ -57,8 +62,27 @@ def _overlap_kernels() -> None:
         log.info("kernels do not overlap: torch %s writes its code in another way", torch.__version__)
         return
     torch._inductor.config.triton.enable_pdl = True
-    torch.compiler.config.cache_key_tag = "headroom waits first"  # of code on disk: not Inductor's own placement
+    torch.compiler.config.cache_key_tag = "headroom: waits first, rows whole"  # of code on disk: not as Inductor has it
     TritonKernel._filter_pdl = _wait_first  # type: ignore[method-assign, assignment]
+
+
+def _whole_rows() -> AbstractContextManager[Any]:
+    """While code is made in it, a norm holds a row in registers. Inductor itself reads rows of more than 1,024 numbers
+    twice, in a loop: of one row, which is one block of threads, nothing hides the wait for memory."""
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    class WholeRows(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            numbers, along_rows = features.reduction_numel, features.get_reduction_hint() == ReductionHint.INNER
+            if along_rows and not cooperative_reduction and numbers.is_number and numbers <= MOST_IN_REGISTERS:
+                return True
+            return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+    handler: AbstractContextManager[Any] = V.set_choices_handler(WholeRows())
+    return handler
 
 
 def _wait_first(kernel: Any, body: Any) -> None:

@@ -21,6 +21,7 @@ from deployments.engine.sampling import (
     SampledToken,
     keep_top_k,
     keep_top_p,
+    largest,
     log_probabilities,
     penalise,
     pick,
@@ -154,8 +155,8 @@ class Sampler:
         if logits.shape != (len(draw.rows), self._vocab_size):
             raise ValueError(f"{len(draw.rows)} rows of {self._vocab_size} ids, but logits are {tuple(logits.shape)}")
         batch = self._batch(draw.rows)
-        largest, ids = logits.max(-1)  # the first of equals; NaN wins over everything
-        good = largest.abs() < math.inf
+        top, ids = largest(logits)
+        good = top.abs() < math.inf
         for group in batch.groups:
             self._draw_group(logits, draw, group, ids, good)
         likely = [self._likely(logits, ids, wanted) for wanted in batch.wanted]
@@ -181,10 +182,10 @@ class Sampler:
             self._penalise(scores, group.penalties, step, max(draw.positions[row] for row in group.penalties.members))
         if group.bias is not None:
             scores.view(-1).index_add_(0, group.bias.at, group.bias.values)
-        largest, picked = scores.max(-1)
-        good.index_copy_(0, group.rows, good.index_select(0, group.rows) & (largest.abs() < math.inf))
+        top, picked = largest(scores)
+        good.index_copy_(0, group.rows, good.index_select(0, group.rows) & (top.abs() < math.inf))
         if group.chance is not None and step.fractions is not None:
-            picked = self._pick(scores, largest, group.chance, step.fractions)
+            picked = self._pick(scores, top, group.chance, step.fractions)
         ids.index_copy_(0, group.rows, picked)
 
     def _penalise(self, scores: Tensor, penalties: Penalties, step: _Step, longest: int) -> None:
@@ -203,9 +204,9 @@ class Sampler:
             produced = known & (position >= penalties.prompt_tokens[part])
             penalise(scores, penalties.rows[part], penalties.factors[part], ids, known.int(), produced.int())
 
-    def _pick(self, scores: Tensor, largest: Tensor, chance: Chance, fractions: Tensor) -> Tensor:
+    def _pick(self, scores: Tensor, top: Tensor, chance: Chance, fractions: Tensor) -> Tensor:
         """Steps 5 to 7; overwrites `scores`."""
-        keys, weights = weigh(scores, largest, chance.scales, self._table)
+        keys, weights = weigh(scores, top, chance.scales, self._table)
         if chance.trim is not None:
             keep = chance.trim
             if keep.top_k is not None:

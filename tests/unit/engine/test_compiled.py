@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
 from torch._inductor.codegen.triton import TritonKernel
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.utils import IndentedBuffer
+from torch._inductor.virtualized import V
 
 from deployments.engine.compiled import RECOMPILE_LIMIT, compile_layers
 
@@ -164,3 +170,35 @@ def test_a_kernel_of_a_device_that_overlaps_none_stays_as_it_is() -> None:
 def test_inductor_asks_for_the_last_form_of_a_whole_kernel() -> None:
     """`_filter_pdl` is no public name: a torch that has another place for it must not go unnoticed."""
     assert "self._filter_pdl(self.body)" in inspect.getsource(TritonKernel.codegen_kernel)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What Inductor tells of a kernel that sums."""
+
+    reduction_numel: sympy.Expr
+    hint: ReductionHint
+
+    def get_reduction_hint(self) -> ReductionHint:
+        return self.hint
+
+
+@pytest.mark.parametrize(
+    ("numbers", "hint", "whole"),
+    [
+        (sympy.Integer(4096), ReductionHint.INNER, True),
+        (sympy.Integer(16384), ReductionHint.INNER, True),
+        (sympy.Integer(16385), ReductionHint.INNER, False),
+        (sympy.Integer(4096), ReductionHint.OUTER_TINY, False),
+    ],
+)
+def test_norms_hold_a_row_in_registers(numbers: sympy.Expr, hint: ReductionHint, whole: bool) -> None:
+    chosen: list[bool] = []
+
+    def asks() -> None:
+        chosen.append(V.choices.should_use_persistent_reduction(Reduction(numbers, hint), False))
+
+    with V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())):
+        assert compile_layers([], asks) is None
+        asks()
+    assert chosen == [whole, False], "while layers are compiled, and not behind it"

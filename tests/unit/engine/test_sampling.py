@@ -15,6 +15,7 @@ from deployments.engine.randomness import signed, splitmix64, uniform32, uniform
 from deployments.engine.sampling import (
     keep_top_k,
     keep_top_p,
+    largest,
     log_probabilities,
     penalise,
     pick,
@@ -32,6 +33,20 @@ def weights_of(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor
     scores = pick_rows(logits, torch.arange(len(logits)), tuple(range(len(logits))))
     scales = torch.full((len(logits), 1), OCTAVE / (math.log(2) * temperature))
     return weigh(scores, scores.amax(-1), scales, weight_table())
+
+
+@pytest.mark.parametrize("width", [1, 7, 251, 256, 257, 1000, 49152])
+def test_the_largest_by_parts_is_the_first_of_the_whole_row(width: int) -> None:
+    torch.manual_seed(width)
+    scores = torch.randint(0, 9, (40, width)).to(torch.bfloat16)  # full of equals
+    scores[1] = -math.inf
+    scores[2, width // 2 :] = math.nan
+    scores[3, -1] = math.inf
+    top, places = largest(scores)
+    torch.testing.assert_close(top, scores.max(-1).values, rtol=0, atol=0, equal_nan=True)
+    for row, place in zip(scores, places.tolist(), strict=True):
+        best = row.isnan() if row.isnan().any() else row == row.max()
+        assert place == best.nonzero()[0]
 
 
 def kept(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> list[int]:
