@@ -7,7 +7,6 @@ when the ids that it continues from have. So with as many slots in flight as sta
 
 from __future__ import annotations
 
-import itertools
 import logging
 from functools import partial
 
@@ -59,7 +58,6 @@ class CudaPipeline:
     ) -> None:
         self.depth = len(stages)
         self._block_size = block_size
-        self._sampler = sampler
         self._lanes = [
             Lane(
                 stage,
@@ -67,23 +65,22 @@ class CudaPipeline:
                 max_batch_tokens=max_batch_tokens,
                 max_sequences=max_sequences,
                 lanes=self.depth,
+                note=sampler.note_inputs if stage is stages[-1] else None,
             )
             for stage in stages
         ]
         self._links = [
             Link(
-                stage.device,
                 after.device,
                 slots=self.depth,
                 shape=(1, max_batch_tokens, after.hidden_size),
                 dtype=after.dtype,
             )
-            for stage, after in itertools.pairwise(stages)
+            for after in stages[1:]
         ]
         self._returns = None
         if self.depth > 1:
-            last, first = stages[-1].device, stages[0].device
-            self._returns = Link(last, first, slots=self.depth, shape=(max_sequences,), dtype=torch.int64)
+            self._returns = Link(stages[0].device, slots=self.depth, shape=(max_sequences,), dtype=torch.int64)
         self._draws = Draws(sampler, self._returns, slots=self.depth)
         self._warm()
         self.chunk_tokens = self._measure_chunk(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
@@ -92,7 +89,7 @@ class CudaPipeline:
     def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
         """Queue a step on all GPUs; returns at once."""
         layout = StepLayout(step.spans, self._block_size)
-        pending = any(token < 0 for token in step.ids)
+        pending = min(step.ids) < 0
         last_ids = self._draws.last_ids(slot) if pending else None
         first = self._lanes[0]
         returned = last_ids
@@ -106,9 +103,8 @@ class CudaPipeline:
             incoming = link.receive(slot)
             hidden = lane.run(step, layout, last_ids if lane is self._lanes[-1] else None, incoming)
             link.release(slot)
-        last, rows = self._lanes[-1], len(step.ids)
+        last = self._lanes[-1]
         with torch.cuda.device(last.device):
-            self._sampler.note_inputs(last.ids[:rows], last.cache_slots[:rows])
             return self._draws.launch(slot, last.logits(step, hidden) if step.sampled else None, draw)
 
     def close(self) -> None:

@@ -56,7 +56,6 @@ class EagerPipeline:
         self._plan = plan
         self._links = [
             Link(
-                stage.device,
                 after.device,
                 slots=self.depth,
                 shape=(1, limits.max_batch_tokens, stage.hidden_size),
@@ -68,9 +67,8 @@ class EagerPipeline:
         """Needs what was drawn before, as the sampler does."""
         self._returns = None
         if self._reader is not stages[-1]:
-            last, reader = stages[-1].device, self._reader.device
             shape = (limits.max_sequences,)
-            self._returns = Link(last, reader, slots=self.depth, shape=shape, dtype=torch.int64)
+            self._returns = Link(self._reader.device, slots=self.depth, shape=shape, dtype=torch.int64)
         self._draws = Draws(sampler, self._returns, slots=self.depth)
         self.chunk_tokens = self._warm(limits)
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""

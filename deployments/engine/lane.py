@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deployments.engine.attention import StepLayout, singles
 from deployments.engine.compiled import compile_layers
+from deployments.engine.inputs import Inputs, continue_ids, pack, packed_size
 from deployments.engine.stages import Stage, StepRows
 
 log = logging.getLogger(__name__)
@@ -88,21 +89,29 @@ class Lane:
         max_batch_tokens: most rows of a step.
         max_sequences: most rows of a step that decodes.
         lanes: of the replica.
+        note: takes ids and cache slots, each int64 [rows], of every step before its layers run, as part of its graph;
+            padding has the scratch block's slot.
     """
 
     def __init__(
-        self, stage: Stage, *, block_size: int, max_batch_tokens: int, max_sequences: int, lanes: int = 1
+        self,
+        stage: Stage,
+        *,
+        block_size: int,
+        max_batch_tokens: int,
+        max_sequences: int,
+        lanes: int = 1,
+        note: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         self.stage = stage
         self.device = stage.device
         self.compile_error: str | None = None
         """Why the layers run without torch.compile, once `warm` was called; None: they don't."""
-        self.ids = torch.zeros(max_batch_tokens, dtype=torch.int64, device=self.device)
-        """Tokens of the step; on the first and the last lane."""
-        self.cache_slots = torch.zeros_like(self.ids)
-        """Block * block_size + offset of each token; on the last lane."""
-        self._positions = torch.zeros_like(self.ids)
+        self._packed = torch.zeros(packed_size(max_batch_tokens), dtype=torch.int64, device=self.device)
+        """`Inputs` of the step."""
+        self._note = note
         self._block_size = block_size
+        self._scratch_slot = stage.kv[0].scratch * block_size
         self.forms = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, lanes=lanes)
         """Of the graphs."""
         self._incoming: Tensor | None = None
@@ -151,11 +160,11 @@ class Lane:
         """
         rows = len(step.ids)
         with torch.cuda.device(self.device):
-            self._load(step, last_ids)
-            form = next((form for form in self.forms if form in self._graphs and form.fits(step)), None)
+            form = next((form for form in self.forms if form.fits(step) and form in self._graphs), None)
+            inputs = self._load(step, layout, rows if form is None else form.rows, last_ids)
             if form is None:
                 self.stage.attention.prepare(layout)
-                return self._compute(rows, incoming)
+                return self._compute(inputs, incoming)
             self.stage.attention.prepare(
                 replace(layout, padding=form.rows - rows, sequences=form.sequences, decodes=form.decodes)
             )
@@ -186,31 +195,33 @@ class Lane:
         for _ in range(_TIMED_RUNS):
             torch.cuda.synchronize(self.device)
             began = time.perf_counter()
-            self._prepare_scratch(form)
+            inputs = self._prepare_scratch(form)
             if form in self._graphs:
                 self._graphs[form].replay()
             else:
-                self._compute(form.rows, self._incoming)
+                self._compute(inputs, self._incoming)
             torch.cuda.synchronize(self.device)
             times.append(1e3 * (time.perf_counter() - began))
         return sorted(times)[_TIMED_RUNS // 2]
 
-    def _load(self, step: StepRows, last_ids: Tensor | None) -> None:
-        rows = len(step.ids)
-        _upload(step.positions, self._positions)
-        if self.stage.is_last:
-            _upload(step.cache_slots(self._block_size), self.cache_slots)
-        if not (self.stage.is_first or self.stage.is_last):
-            return
-        _upload(step.ids, self.ids)
+    def _load(self, step: StepRows, layout: StepLayout, rows: int, last_ids: Tensor | None) -> Inputs:
+        """Upload a step's inputs, padded to `rows`."""
+        key = (Inputs, rows)
+        if key not in layout.shared:
+            layout.shared[key] = pack(step, rows, self._block_size, self._scratch_slot, pinned=True)
+        packed = layout.shared[key]
+        self._packed[: len(packed)].copy_(packed, non_blocking=True)
+        inputs = Inputs.view(self._packed, rows)
         if last_ids is not None:
-            ids = self.ids[:rows]
-            torch.where(ids < 0, last_ids[(-1 - ids).clamp_(min=0)], ids, out=ids)
+            continue_ids(inputs.ids, step.ids, last_ids)
+        return inputs
 
-    def _compute(self, rows: int, incoming: Tensor | None) -> Tensor:
-        """[1, rows, hidden] of the stage's layers on the first `rows` rows."""
-        source = self.ids[None, :rows] if incoming is None else incoming[:, :rows]
-        return self.stage.hidden(source, self._positions[None, :rows])
+    def _compute(self, inputs: Inputs, incoming: Tensor | None) -> Tensor:
+        """[1, rows, hidden] of the stage's layers on the inputs' rows."""
+        if self._note is not None:
+            self._note(inputs.ids, inputs.cache_slots)
+        source = inputs.ids[None] if incoming is None else incoming[:, : len(inputs.ids)]
+        return self.stage.hidden(source, inputs.positions[None])
 
     def _attempt(self) -> None:
         """Steps of one row and of several, over the scratch block.
@@ -222,35 +233,35 @@ class Lane:
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         for rows in (1, 2, 3):
-            self._prepare_scratch(Form(rows))
-            self._compute(rows, self._incoming)
+            self._compute(self._prepare_scratch(Form(rows)), self._incoming)
         torch.cuda.synchronize(self.device)
         taken, blocks = torch.cuda.max_memory_allocated(self.device) - before, self.stage.kv[0].bytes // 2
         if taken > max(blocks, _SMALL_STEP_BYTES):
             raise RuntimeError(f"three rows took {taken:,} bytes, and a layer's keys are {blocks:,}: they were copied")
 
     def _capture(self, form: Form, pool: Any) -> torch.cuda.CUDAGraph:
-        self._prepare_scratch(form)
+        inputs = self._prepare_scratch(form)
         compute = torch.cuda.current_stream(self.device)
         self._side.wait_stream(compute)
         with torch.cuda.stream(self._side):
             for _ in range(_WARM_UPS):
-                result = self._compute(form.rows, self._incoming)
+                result = self._compute(inputs, self._incoming)
         if (
             self._outgoing is None
         ):  # the largest graph; OPT's last hidden states may be narrower than those of its layers
             self._outgoing = torch.zeros_like(result)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=self._side):
-            self._outgoing[:, : form.rows].copy_(self._compute(form.rows, self._incoming))
+            self._outgoing[:, : form.rows].copy_(self._compute(inputs, self._incoming))
         compute.wait_stream(self._side)
         return graph
 
-    def _prepare_scratch(self, form: Form) -> None:
+    def _prepare_scratch(self, form: Form) -> Inputs:
         """Rows that are all padding."""
         self.stage.attention.prepare(StepLayout((), self._block_size, form.rows, form.sequences, form.decodes))
-        self.ids[: form.rows] = 0
-        self._positions[: form.rows] = 0
+        inputs = Inputs.view(self._packed, form.rows)
+        inputs.clear(self._scratch_slot)
+        return inputs
 
 
 def _upload(values: Sequence[int], target: Tensor) -> None:

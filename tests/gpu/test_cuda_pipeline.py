@@ -492,7 +492,7 @@ def test_what_a_stage_raises_the_engine_raises(served: Served, stage: int, monke
 def test_a_link_carries_each_message_as_it_was_sent() -> None:
     """Though its source is overwritten at once, and its reader is late."""
     source, target = torch.device("cuda", 0), torch.device("cuda", 1)
-    link = Link(source, target, slots=3, shape=(1, 64, 256), dtype=torch.bfloat16)
+    link = Link(target, slots=3, shape=(1, 64, 256), dtype=torch.bfloat16)
     message = torch.zeros(1, 64, 256, dtype=torch.bfloat16, device=source)
     found = []
     for i in range(60):

@@ -36,8 +36,8 @@ class Mailbox:
 
     made: list[Mailbox]
 
-    def __init__(self, source: Any, target: Any, *, slots: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        del source, target
+    def __init__(self, target: Any, *, slots: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        del target
         self._boxes = [torch.zeros(shape, dtype=dtype) for _ in range(slots)]
         self._reading = [False] * slots
         self.messages = 0
