@@ -14,7 +14,7 @@ from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
 from deployments.protocol import GenerationRequest, Sampling
 from placement.plan import Plan
-from tests.arrivals import two_at_each_step
+from tests.arrivals import tokens_of
 from tests.contract.families import VOCAB
 
 OUTPUT = 6
@@ -67,6 +67,6 @@ def run(
         GenerationRequest(f"{i}", prompt, Sampling(max_tokens=OUTPUT, seed=i, temperature=0.0))
         for i, prompt in enumerate((*prompts, prompts[0]))
     ]
-    outputs = two_at_each_step(engine, waiting)
+    outputs = tokens_of(engine, waiting, per_step=2)
     engine.close()
     return outputs, engine
