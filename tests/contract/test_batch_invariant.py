@@ -22,10 +22,9 @@ from deployments.protocol import GenerationRequest, Sampling, TokenChunk
 from deployments.settings import PoolSettings
 from placement.plan import Plan
 from tests.arrivals import chunks_of
-from tests.contract.families import FAMILIES
+from tests.contract.families import CONFIGS
 from tests.contract.greedy import generated, make_prompts, save
 
-CONFIGS = {family.name: family.config for family in FAMILIES}
 BLOCK = 4
 LIMITS = EngineLimits(max_batch_tokens=64, max_sequences=8, prefix_cache=True, threads=1, batch_invariant=True)
 IDS = tuple((37 * i + 5) % 256 for i in range(45))
