@@ -2,7 +2,8 @@
 
     python -m benchmarks.engine_throughput                              8B shape, NF4, one GPU
     python -m benchmarks.engine_throughput --quantization nf4,int8,bf16 --profile 1,64 --generate 1,8
-    python -m benchmarks.engine_throughput --stages 2 --pins uneven     two GPUs, a quarter of the layers on the first
+    python -m benchmarks.engine_throughput --stages 2 --layers 8,24     two GPUs, a quarter of the layers on the first
+    python -m benchmarks.engine_throughput --quantization nf4,nf4+invariant             what batch_invariant costs
 
 Requests arrive at once, with random prompts of `--input` tokens that share nothing, and each produces `--output` tokens
 greedily. The floor of a decode step is the bytes that it must read (the weights once, and the KV cache of all its
@@ -78,7 +79,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quantization",
         default="nf4",
-        help="one or several, with commas between; nf4+experts: fused experts too; gptq, awq: as the shape is packed",
+        help="one or several, with commas between; nf4+experts: fused experts too; nf4+invariant: batch_invariant; "
+        "gptq, awq: as the shape is packed",
     )
     parser.add_argument("--concurrency", default="1,8,32,64,128,256")
     parser.add_argument("--input", type=int, default=128, help="tokens of each prompt")
@@ -97,14 +99,11 @@ def _arguments() -> argparse.ArgumentParser:
 
 def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     concurrencies = _numbers(options.concurrency)
-    weighed = footprint(
-        folder,
-        **asked(options.shape, quantization.removesuffix("+experts")),
-        experts=quantization.endswith("+experts"),
-    )
+    name, ways = _parse(quantization)
+    weighed = footprint(folder, **asked(options.shape, name), experts="experts" in ways)
     plan = _plan(weighed, options, max(concurrencies))
     began = time.monotonic()
-    limits = _limits(options, max(concurrencies))
+    limits = _limits(options, max(concurrencies), invariant="invariant" in ways)
     model = load(folder, plan, device_type=plan.stages[0].gpu.device_type, limits=limits)
     loaded = time.monotonic()
     engine = Engine(model, plan, limits)
@@ -143,6 +142,14 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
     return results
 
 
+def _parse(quantization: str) -> tuple[str, set[str]]:
+    """`nf4+invariant` -> nf4, and how it is served."""
+    name, *ways = quantization.split("+")
+    if unknown := set(ways) - {"experts", "invariant"}:
+        sys.exit(f"{quantization}: +{' +'.join(sorted(unknown))} is unknown; there are +experts and +invariant")
+    return name, set(ways)
+
+
 def _plan(weighed: Footprint, options: argparse.Namespace, most: int) -> Plan:
     devices = probe.cuda_gpus()[: options.stages] or virtual_cpu_devices(("4GB",) * options.stages)
     if len(devices) < options.stages:
@@ -163,13 +170,14 @@ def _plan(weighed: Footprint, options: argparse.Namespace, most: int) -> Plan:
     )
 
 
-def _limits(options: argparse.Namespace, most: int) -> EngineLimits:
+def _limits(options: argparse.Namespace, most: int, *, invariant: bool) -> EngineLimits:
     return EngineLimits(
         max_batch_tokens=options.max_batch_tokens,
         max_sequences=most,
         prefix_cache=True,
         threads=probe.cpu_cores(),
         kernels=options.kernels == "headroom",
+        batch_invariant=invariant,
     )
 
 

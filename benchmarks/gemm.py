@@ -1,12 +1,16 @@
 """Time the kernels' products against bitsandbytes, 16-bit cuBLAS and the memory floor, on the linears of real models.
 
     python -m benchmarks.gemm                      check every configuration, compare them, then the table of 8B
-    python -m benchmarks.gemm --models 1B,8B,32B,70B --skip-variants --json gemm.json --plot gemm.png
+    python -m benchmarks.gemm --models 1B,8B,32B,70B --skip-variants --json gemm.json --plot gemm.svg
     ncu --set full --clock-control none -k regex:linear_ -c 4 python -m benchmarks.gemm --launch 4bit,16
 
 A call's time is a CUDA graph's, divided by its calls; weights rotate through more memory than the L2 cache holds. The
 floor is the bytes that must move (weight, scales, x and output, each once) over the bandwidth of a large copy.
 Nothing is timed before its result agrees with a float64 product of the dequantised weight.
+
+"headroom" is what the engine's linears call: `skinny.cu`, `wide.cu`, Triton's kernels or dequantising, as the table of
+this GPU says. "triton" and "dequantise" are these two ways alone, which `--table` needs for the crossover.
+`benchmarks.gemm_report` makes tables and the picture of several files that `--json` wrote.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,21 +31,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gemm_report import BITSANDBYTES, CUBLAS, OURS, SHAPES, Point, plot, report
 from deployments.engine.kernels.config import BUCKETS, HEURISTIC, Entry, GemmConfig, Kind, Table, bucket_of
 from deployments.engine.kernels.timing import graph_time, over
 from deployments.engine.kernels.tune import CANDIDATES, write_table
 from deployments.engine.kernels.weights import Nested, Weight4, Weight8, dequantise4, dequantise8, tile4, tile8
 
-SHAPES: dict[str, dict[str, tuple[int, int]]] = {
-    "1B": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)},
-    "8B": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
-    "32B": {"qkv": (7168, 5120), "o": (5120, 5120), "gate_up": (55296, 5120), "down": (5120, 27648)},
-    "70B": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)},
-}
-"""[n, k] of the linears of one decoder layer, qkv and gate_up fused: Llama 3.2 1B and 3.1 8B and 70B, Qwen2.5 32B."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 ROTATED_BYTES = 256 * 2**20
 """Several times the L2 cache."""
+CONTENDERS = (CUBLAS, OURS, "triton", "dequantise", BITSANDBYTES)
 BOUND = 3e-3
 """On |out - ref| / |ref|, in bfloat16."""
 NF4 = (
@@ -48,22 +48,6 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Point:
-    """One measurement."""
-
-    model: str
-    linear: str
-    kind: str
-    """4bit, 8bit, bf16."""
-    contender: str
-    rows: int
-    microseconds: float
-    floor: float
-    """Microseconds."""
-    config: GemmConfig | None = None
 
 
 def random_weight(kind: Kind, n: int, k: int, *, tiled: bool = True, nested: bool = False, blocksize: int = 64) -> Any:
@@ -232,7 +216,7 @@ def with_crossovers(table: Table, points: list[Point]) -> Table:
         found = []
         for model, linear in dict.fromkeys((p.model, p.linear) for p in points if p.kind == kind):
             mine = [p for p in points if (p.model, p.linear, p.kind) == (model, linear, kind)]
-            small = {p.rows: p.microseconds for p in mine if p.contender == "kernel"}
+            small = {p.rows: p.microseconds for p in mine if p.contender == "triton"}
             whole = {p.rows: p.microseconds for p in mine if p.contender == "dequantise"}
             both = sorted(small.keys() & whole.keys())
             found.append(max((rows for rows in both if small[rows] <= whole[rows]), default=BUCKETS[0]))
@@ -273,65 +257,69 @@ def print_variants(points: list[Point]) -> None:
             print(f"  {','.join(str(v) for v in numbers if v is not None) + ' ' + flags:16s} {cells}")
 
 
-def time_contenders(model: str, table: Table, rows_list: tuple[int, ...], bandwidth: float) -> list[Point]:
-    """Kernels, dequantise-and-cuBLAS, bitsandbytes and bf16 cuBLAS on the linears of one model."""
+def time_contenders(
+    model: str, table: Table, rows_list: tuple[int, ...], bandwidth: float, contenders: Sequence[str]
+) -> list[Point]:
+    """Contenders on the linears of one model."""
     points = []
+    kinds: tuple[Kind, Kind] = ("4bit", "8bit")
     for linear, (n, k) in SHAPES[model].items():
-        dense = rotate(lambda n=n, k=k: torch.randn(n, k, device="cuda", dtype=torch.bfloat16), 2 * n * k)
-        for rows in rows_list:
-            x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-            floor = floor_us(2 * n * k, rows, n, k, bandwidth)
-            took = graph_time(over(dense, lambda w, x=x: torch.nn.functional.linear(x, w)))
-            points.append(Point(model, linear, "bf16", "cublas", rows, took, floor))
-        del dense
-        kinds: tuple[Kind, Kind] = ("4bit", "8bit")
+        if CUBLAS in contenders:
+            dense = rotate(lambda n=n, k=k: torch.randn(n, k, device="cuda", dtype=torch.bfloat16), 2 * n * k)
+            for rows in rows_list:
+                x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+                floor = floor_us(2 * n * k, rows, n, k, bandwidth)
+                took = graph_time(over(dense, lambda w, x=x: torch.nn.functional.linear(x, w)))
+                points.append(Point(model, linear, "bf16", CUBLAS, rows, took, floor))
+            del dense
         for kind in kinds:
-            points += _time_quantised(model, linear, kind, n, k, table, rows_list, bandwidth)
+            points += _time_quantised(model, linear, kind, table, rows_list, bandwidth, contenders)
     return points
 
 
 def _time_quantised(
-    model: str, linear: str, kind: Kind, n: int, k: int, table: Table, rows_list: tuple[int, ...], bandwidth: float
+    model: str,
+    linear: str,
+    kind: Kind,
+    table: Table,
+    rows_list: tuple[int, ...],
+    bandwidth: float,
+    contenders: Sequence[str],
 ) -> list[Point]:
-    from deployments.engine.kernels.launch import dequantised_product, small_product
-
+    n, k = SHAPES[model][linear]
     first = random_weight(kind, n, k)
     wide = exact(first)
     weights = rotate(lambda: random_weight(kind, n, k), first.bytes)
+    weights[0] = first
+    theirs = _bitsandbytes_weights(n, k, len(weights)) if kind == "4bit" and BITSANDBYTES in contenders else []
     points = []
     for rows in rows_list:
         x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
         floor = floor_us(first.bytes, rows, n, k, bandwidth)
         expected = x.double() @ wide.t()
-
-        def add(
-            name: str,
-            call: Callable[[Any], Any],
-            items: list[Any],
-            config: GemmConfig | None = None,
-            *,
-            rows: int = rows,
-            floor: float = floor,
-            expected: Tensor = expected,
-        ) -> None:
-            error = relative_error(call(items[0]), expected) if items is weights else 0.0
-            if error > BOUND:
+        config = table.entry(kind, n, k).configs[bucket_of(rows)]
+        for name, call in _ways(x, config, contenders).items():
+            if (error := relative_error(call(first), expected)) > BOUND:
                 print(f"  WRONG {name} {kind} {linear} rows {rows}: error {error:.1e}")
-            took = graph_time(over(items, call))
-            points.append(Point(model, linear, kind, name, rows, took, floor, config))
-
-        weights[0] = first
-        if rows <= 4 * BUCKETS[-1]:
-            bucket = bucket_of(rows)
-            config = table.entry(kind, n, k).configs[bucket]
-            add("kernel", lambda w, x=x, c=config, b=bucket: small_product(x, w, None, c, bucket=b), weights, config)
-        if rows >= 32:
-            add("dequantise", lambda w, x=x: dequantised_product(x, w, None), weights)
-        if kind == "4bit" and (theirs := _bitsandbytes_weights(n, k, len(weights))):
-            import bitsandbytes as bnb
-
-            add("bitsandbytes", lambda w, x=x, f=bnb.matmul_4bit: f(x, w[0].t(), quant_state=w[1]), theirs)
+            used = config if name == "triton" else None
+            points.append(Point(model, linear, kind, name, rows, graph_time(over(weights, call)), floor, used))
+        if theirs:
+            took = graph_time(over(theirs, partial(_bitsandbytes_product, x)))
+            points.append(Point(model, linear, kind, BITSANDBYTES, rows, took, floor))
     return points
+
+
+def _ways(x: Tensor, config: GemmConfig, contenders: Sequence[str]) -> dict[str, Callable[[Any], Tensor]]:
+    """This project's products of x with a weight, those that are asked for and make sense at its number of rows."""
+    from deployments.engine.kernels.launch import dequantised_product, product, small_product
+
+    rows = x.shape[0]
+    ways: dict[str, Callable[[Any], Tensor]] = {OURS: lambda weight: product(x, weight, None)}
+    if rows <= 4 * BUCKETS[-1]:
+        ways["triton"] = lambda weight: small_product(x, weight, None, config, bucket=bucket_of(rows))
+    if rows >= 32:
+        ways["dequantise"] = lambda weight: dequantised_product(x, weight, None)
+    return {name: way for name, way in ways.items() if name in contenders}
 
 
 def _bitsandbytes_weights(n: int, k: int, count: int) -> list[Any]:
@@ -347,6 +335,14 @@ def _bitsandbytes_weights(n: int, k: int, count: int) -> list[Any]:
     return made
 
 
+def _bitsandbytes_product(x: Tensor, weight: Any) -> Tensor:
+    import bitsandbytes as bnb
+
+    packed, state = weight
+    out: Tensor = bnb.matmul_4bit(x, packed.t(), quant_state=state)
+    return out
+
+
 def print_contenders(points: list[Point]) -> None:
     """A line per linear and contender: microseconds by rows, with the floor."""
     rows_list = sorted({p.rows for p in points})
@@ -359,32 +355,8 @@ def print_contenders(points: list[Point]) -> None:
             f"{100 * by_rows[r].floor / by_rows[r].microseconds:8.0f}%" if r in by_rows else " " * 9 for r in rows_list
         )
         print(f"{key[0]:4s}{key[1]:9s}{key[2]:6s}{key[3]:14s} us     {cells}")
-        if key[3] in ("kernel", "cublas"):
+        if key[3] in (OURS, CUBLAS):
             print(" " * 33 + f" floor  {shares}")
-
-
-def plot(points: list[Point], path: Path) -> None:
-    """The roofline: achieved share of memory bandwidth against rows, per linear."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys((p.model, p.linear) for p in points))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 4), sharey=True, squeeze=False)
-    for axis, (model, linear) in zip(axes[0], names, strict=True):
-        mine = [p for p in points if (p.model, p.linear) == (model, linear)]
-        for kind, contender in dict.fromkeys((p.kind, p.contender) for p in mine):
-            line = sorted((p.rows, p.microseconds) for p in mine if (p.kind, p.contender) == (kind, contender))
-            axis.plot(*zip(*line, strict=True), marker="o", label=f"{kind} {contender}")
-        for kind in dict.fromkeys(p.kind for p in mine):
-            line = sorted({(p.rows, p.floor) for p in mine if p.kind == kind})
-            axis.plot(*zip(*line, strict=True), linestyle=":", color="grey")
-        axis.set(title=f"{model} {linear}", xscale="log", yscale="log", xlabel="rows")
-    axes[0][0].set_ylabel("us per call; dotted: memory floor")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -395,6 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--buckets", default=",".join(map(str, BUCKETS)), help="of the variants compared")
     parser.add_argument("--skip-variants", action="store_true")
     parser.add_argument("--skip-contenders", action="store_true")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="default: %(default)s")
     parser.add_argument("--processes", type=int, default=12, help="compilers at once")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
@@ -427,9 +400,14 @@ def main(argv: list[str] | None = None) -> int:
         print_variants(points)
     if not args.skip_contenders:
         rows_list = tuple(int(r) for r in args.rows.split(","))
-        timed = [p for m in args.models.split(",") for p in time_contenders(m, table, rows_list, bandwidth)]
+        asked = args.contenders.split(",")
+        if unknown := set(asked) - set(CONTENDERS):
+            parser.error(f"--contenders: {', '.join(sorted(unknown))}: there are {', '.join(CONTENDERS)}")
+        timed = [p for m in args.models.split(",") for p in time_contenders(m, table, rows_list, bandwidth, asked)]
         print_contenders(timed)
-        table = with_crossovers(table, timed)
+        print("\n".join(report(timed)))
+        if {"triton", "dequantise"} <= set(asked):
+            table = with_crossovers(table, timed)
         points += timed
         if args.plot:
             plot(timed, args.plot)

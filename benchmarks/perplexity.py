@@ -11,6 +11,10 @@ Every contender of a quantisation has the same quantised weights:
 All run on transformers' own forward, over the same windows. What must hold: in 4 bits headroom within 0.1 % of
 bitsandbytes; in int8 within 0.1 % of the dequantised model, and not above LLM.int8(). The exit code is 1 where it
 doesn't. Two ways of rounding to bfloat16 differ by a few parts in ten thousand on a text this short.
+
+A window of many rows is computed by other kernels than the few of a decode step. `--rows 8,32` feeds windows in steps
+of so many tokens, over a KV cache; 0 stands for whole windows. On a GPU the kernels that computed the products of one
+step are printed below each contender.
 """
 
 from __future__ import annotations
@@ -19,17 +23,20 @@ import argparse
 import copy
 import gc
 import logging
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.kernel_classes import kernel_class
 from deployments import store
 from deployments.compare.command import TEXT
 from deployments.engine.head import quantise_head
@@ -120,16 +127,44 @@ def load(folder: Path, device: str, dtype: torch.dtype, config: BitsAndBytesConf
 
 
 @torch.inference_mode()
-def score(model: Any, ids: Sequence[int], window: int, stride: int) -> Score:
-    """Of a text, by transformers' forward over whole windows."""
+def score(model: Any, ids: Sequence[int], window: int, stride: int, rows: int = 0) -> Score:
+    """Of a text, by transformers' forward over whole windows, or `rows` tokens at a time."""
     nats, tokens = 0.0, 0
     for each in windows(len(ids), window, stride):
         inside = torch.tensor(ids[each.begin : each.end], device=model.device)
         first = each.first - each.begin
-        logits = model(input_ids=inside[None, :-1], use_cache=False).logits[0, first - 1 :]
+        logits = logits_of(model, inside[None, :-1], rows)[0, first - 1 :]
         losses = torch.nn.functional.cross_entropy(logits.float(), inside[first:], reduction="none")
         nats, tokens = nats + float(losses.double().sum()), tokens + len(losses)
     return Score(nats, tokens)
+
+
+def logits_of(model: Any, ids: Tensor, rows: int) -> Tensor:
+    """[1, tokens, vocab] of int64 ids [1, tokens], in steps of `rows` tokens; 0: in one."""
+    if not rows:
+        return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]  # transformers' output
+    cache = DynamicCache(config=model.config)
+    steps = [model(input_ids=step, past_key_values=cache, use_cache=True).logits for step in ids.split(rows, dim=1)]
+    return torch.cat(steps, dim=1)
+
+
+@torch.inference_mode()
+def kernels_of(model: Any, rows: int) -> str:
+    """Which kernels compute the products of a step of so many rows on a GPU."""
+    ids = torch.arange(rows, device=model.device)[None]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        model(input_ids=ids, use_cache=False)
+        torch.cuda.synchronize()
+    return products({event.key: event.count for event in profiler.key_averages()})
+
+
+def products(ran: dict[str, int]) -> str:
+    """Of kernels, by name and how often they ran, those of products and of what is dequantised for them."""
+    found: Counter[str] = Counter()
+    for name, times in ran.items():
+        if kernel_class(name) in ("GEMM", "dequantise"):
+            found[re.sub(r"^void |<.*|\(.*", "", name)[:48]] += times
+    return ", ".join(f"{times} {name}" for name, times in found.most_common())
 
 
 def failures(quantization: str, found: dict[str, float]) -> list[str]:
@@ -150,11 +185,27 @@ def main(arguments: Sequence[str]) -> int:
     disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # LLM.int8() logs each product
     folder = store.fetch(options.model, home=state_folder(), progress=lambda line: print(line, file=sys.stderr)).path
+    ids = text_ids(folder, options.text)[: options.tokens]
+    wrong = [line for rows in options.rows.split(",") for line in compare(folder, ids, int(rows), options)]
+    print("\n".join(wrong) or "all within bounds")
+    return 1 if wrong else 0
+
+
+def text_ids(folder: Path, files: Iterable[Path]) -> list[int]:
+    """The tokens of the files' text, one after the other."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    ids: list[int] = tokenizer(options.text.read_text(encoding="utf-8"))["input_ids"][: options.tokens]
+    text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids
+
+
+def compare(folder: Path, ids: Sequence[int], rows: int, options: argparse.Namespace) -> list[str]:
+    """Score all contenders in steps of so many rows, a line for each; what does not hold."""
     dtype: torch.dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
-    plain = score(load(folder, options.device, dtype, None), ids, options.window, options.stride)
-    print(f"{options.model}, {options.device}, {dtype}, {options.text.name}: {plain.tokens:,} tokens scored")
+    how = options.window, options.stride, rows
+    plain = score(load(folder, options.device, dtype, None), ids, *how)
+    print(f"{options.model}, {options.device}, {dtype}, {' '.join(file.name for file in options.text)}, "
+          f"{f'{rows} rows a step' if rows else 'whole windows'}: {plain.tokens:,} tokens scored")  # fmt: skip
     print(f"{'':6}{'unquantised':20}{plain.perplexity:10.4f}", flush=True)
     wrong: list[str] = []
     for quantization in options.quantization.split(","):
@@ -164,15 +215,16 @@ def main(arguments: Sequence[str]) -> int:
         for name, finish in CONTENDERS.items():
             model = copy.deepcopy(loaded)  # quantising takes longer on a CPU
             finish(model, config)
-            found[name] = score(model, ids, options.window, options.stride).perplexity
-            del model
-            gc.collect()
+            found[name] = score(model, ids, *how).perplexity
             against = "  ".join(f"{found[name] / found[other]:.5f} of {other}" for other in list(found)[:-1])
             print(f"{quantization:6}{name:20}{found[name]:10.4f}  {found[name] / plain.perplexity:.5f} of unquantised"
                   f"{'  ' if against else ''}{against}", flush=True)  # fmt: skip
-        wrong += failures(quantization, found)
-    print("\n".join(wrong) or "all within bounds")
-    return 1 if wrong else 0
+            if model.device.type == "cuda":
+                print(f"{'':26}{kernels_of(model, rows or min(options.window, len(ids)) - 1)}", flush=True)
+            del model
+            gc.collect()
+        wrong += [f"{line}, {rows} rows a step" if rows else line for line in failures(quantization, found)]
+    return wrong
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,8 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on GPUs, float32 on the CPU"
     )
-    parser.add_argument("--text", type=Path, default=TEXT, metavar="FILE")
+    parser.add_argument("--text", type=Path, nargs="+", default=[TEXT], metavar="FILE", help="default: a page of docs")
     parser.add_argument("--tokens", type=int, metavar="N", help="of the text; default: all")
+    parser.add_argument("--rows", default="0", metavar="NUMBERS", help="tokens of a step; 0: whole windows (default)")
     parser.add_argument("--window", type=int, default=1024, metavar="TOKENS")
     parser.add_argument("--stride", type=int, default=512, metavar="TOKENS")
     return parser

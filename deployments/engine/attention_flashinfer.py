@@ -20,7 +20,7 @@ from deployments.engine.attention import AttentionBackend, Scoring, StepLayout
 from deployments.engine.attention_staging import HostStep, StagingPool
 from deployments.engine.attention_tables import PARTS, Shape, Tables, pack
 from deployments.engine.flashinfer_fit import Kind, Room
-from deployments.engine.flashinfer_kernels import Call, Planned, Progress, Workspace
+from deployments.engine.flashinfer_kernels import FEW, Call, Planned, Progress, Workspace
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,14 @@ class Kernels(Protocol):
 
     def run(self, call: Call, query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
         """Attend over the blocks, with the call's rows of the step."""
+
+    def takes_few(self, kind: Kind, shape: Shape) -> bool:
+        """Whether `attend_few` is what a whole step should run."""
+
+    def attend_few(
+        self, call: Call, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    ) -> None:
+        """`append` and `run` in one, of a step that `takes_few` is true of."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +163,12 @@ class FlashInferAttention(AttentionBackend):
             raise ValueError(f"attention got {rows} rows in a step that was prepared for {tables.shape.rows}")
         kind = Kind(heads, keys.shape[2], head_dim, query.dtype, keys.dtype, how.window, how.softcap)
         planned = self._planned.get(kind) or self._learn(kind, step)
-        self._kernels.append(_rows(key), _rows(value), keys, values, tables)
         out = torch.empty(rows, heads, head_dim, dtype=query.dtype, device=query.device)
+        if planned == [FEW]:
+            call = Call(kind, FEW, tables, self._spaces[kind][0], how.scale)
+            self._kernels.attend_few(call, _rows(query), _rows(key), _rows(value), keys, values, out)
+            return out[None]
+        self._kernels.append(_rows(key), _rows(value), keys, values, tables)
         for plan, part, space in zip(planned, self._parts, self._spaces[kind], strict=False):
             self._kernels.run(Call(kind, plan, part, space, how.scale), _rows(query), keys, values, out)
         return out[None]
@@ -176,7 +188,9 @@ class FlashInferAttention(AttentionBackend):
         return found
 
     def _plan(self, kind: Kind, step: HostStep) -> list[Planned]:
-        """A plan for each part of the step."""
+        """A plan for each part of the step, or the word that it needs none."""
+        if len(step.parts) == 1 and self._kernels.takes_few(kind, step.tables.shape):
+            return [FEW]
         return [self._plan_part(kind, step, part) for part in range(len(step.parts))]
 
     def _plan_part(self, kind: Kind, step: HostStep, part: int) -> Planned:

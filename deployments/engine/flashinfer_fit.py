@@ -27,7 +27,7 @@ _CTAS_PER_SM = 2
 _MOST_CTAS_PER_SM = 16
 """Bound on the occupancy of FlashInfer's decode kernel: 2,048 threads of an SM, 128 in a block."""
 
-Method = Literal["decode", "prefill"]
+Method = Literal["decode", "prefill", "few"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Kind:
         return -1 if self.window is None else self.window - 1
 
     def method(self, *, decodes: bool) -> Method:
-        """The kernel that a step takes."""
+        """FlashInfer's kernel that a step takes."""
         return "decode" if decodes and self.group < TENSOR_CORE_GROUP else "prefill"
 
 

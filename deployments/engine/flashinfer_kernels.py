@@ -6,7 +6,7 @@ tables, so that with wrappers neither could a step's uploads be one copy nor its
 
 A decode of few query heads per KV head runs on CUDA cores. With `TENSOR_CORE_GROUP` or more it runs as a prefill of one
 row per sequence, on tensor cores, where the group's heads fill a tile. In a step with chunks decodes are one call, and
-chunks another.
+chunks another. Decodes of few sequences are not FlashInfer's: `attention_few` has a kernel for them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deployments.engine import attention_few
 from deployments.engine.attention_tables import Shape, Tables
 from deployments.engine.flashinfer_fit import (
     TENSOR_CORE_GROUP,
@@ -61,6 +62,10 @@ class Planned:
     """FlashInfer's: sizes, and offsets into the workspace."""
 
 
+FEW = Planned("few", _EVERY_KEY, ())
+"""Of a whole step that `attend_few` runs."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What a layer's attention runs with, beside its tensors."""
@@ -85,6 +90,7 @@ class FlashInferKernels:
         properties = torch.cuda.get_device_properties(device)
         self._sms: int = properties.multi_processor_count
         self._dependent_launch = properties.major >= 9
+        self._arrivals = attention_few.counters(device)
         self.model: Hashable = (properties.name, self._sms)
         """Devices of one model can share plans."""
 
@@ -127,6 +133,23 @@ class FlashInferKernels:
             return Planned("decode", _EVERY_KEY, self._plan_decode(kind, host, block_size, buffers))
         mask = _EVERY_KEY if decodes else _CAUSAL
         return Planned("prefill", mask, self._plan_prefill(kind, host, block_size, buffers))
+
+    def takes_few(self, kind: Kind, shape: Shape) -> bool:
+        """Whether a whole step is left to `attend_few`, and needs no plan."""
+        return attention_few.takes(kind, shape)
+
+    def attend_few(
+        self, call: Call, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    ) -> None:
+        """`append` and `run` in one. Can be captured."""
+        attention_few.attend(
+            *(query, key, value, keys, values, out, call.tables),
+            scale=call.scale,
+            splits=attention_few.splits_of(call.kind, call.tables.shape.sequences, self._sms),
+            space=call.space.floats,
+            arrivals=self._arrivals,
+            overlap=self._dependent_launch,
+        )
 
     def _plan_decode(self, kind: Kind, host: Tables, block_size: int, buffers: tuple[Tensor, ...]) -> Sequence[int]:
         info: Sequence[int] = _decode_module(kind).plan(

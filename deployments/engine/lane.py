@@ -1,9 +1,9 @@
 """A lane: one stage on its GPU, with the buffers that its steps come in by and the graphs that run them.
 
 Steps enter a lane in launch order and run on the device's one compute stream, so all slots share the buffers and the
-graphs. A step of single-token rows runs as one graph, a step with prompt chunks as a graph of another kind up to
-`MOST_CAPTURED_ROWS`; beyond that one device is slower than the host, and a graph would save nothing. With several
-devices the host launches for all of them, while each has a part of the layers: there steps of all sizes have graphs.
+graphs. A step of single-token rows runs as one graph, a step with prompt chunks as a graph of another kind, up to
+`MOST_CAPTURED_ROWS` on one device: beyond that it is slower than the host. With several devices the host launches for
+all of them, while each has a part of the layers: there steps of all sizes have graphs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from deployments.engine.stages import Stage, StepRows
 
 log = logging.getLogger(__name__)
 
-MOST_CAPTURED_ROWS = 768
+MOST_CAPTURED_ROWS = 2048
+"""Of one device: to launch 32 layers takes the host some 55 ms, as long as a device computes so many rows."""
+_FINE_ROWS = 768
+"""Graphs of more rows are far apart, and run only steps that fill three fourths of them."""
 _WARM_UPS = 2
 """Runs before a capture: libraries choose algorithms and take their workspaces at the first ones."""
 _TIMED_RUNS = 5
@@ -46,7 +49,7 @@ class Form:
         rows, sequences = len(step.ids), len(step.spans)
         if self.sequences is None:
             return len(step.sampled) == sequences == rows <= self.rows
-        if self.rows > MOST_CAPTURED_ROWS and 4 * rows < 3 * self.rows:
+        if self.rows > _FINE_ROWS and 4 * rows < 3 * self.rows:
             return False
         others = sequences - min(singles(step.spans), self.decodes - 1)
         return rows <= self.rows and others + 2 <= self.sequences - self.decodes
@@ -57,18 +60,17 @@ def forms(*, max_batch_tokens: int, max_sequences: int, lanes: int = 1) -> tuple
 
     Of a decode's graph less than half is padding, beyond 16 rows less than a third. In a step with chunks half of the
     rows may be decodes, and there may be a fourth as many other sequences: FlashInfer's tiles for these are then as
-    large as for one long chunk. Of the large graphs that several lanes have at most a fourth is padding, and a step
-    that would have more runs without a graph.
+    large as for one long chunk. Of the large graphs at most a fourth is padding, and a step that would have more
+    runs without a graph.
     """
     most = min(max_sequences, max_batch_tokens)
     decodes = {1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, most + 32, 32)}
-    chunks = {64, 128, 192, 256, 320, 384, 512, 640, MOST_CAPTURED_ROWS}
-    if lanes > 1:
-        large = {rows for power in range(10, max_batch_tokens.bit_length()) for rows in (2**power, 3 * 2**power // 2)}
-        chunks |= large | {max(max_batch_tokens, MOST_CAPTURED_ROWS)}
+    captured = max_batch_tokens if lanes > 1 else min(max_batch_tokens, MOST_CAPTURED_ROWS)
+    chunks = {64, 128, 192, 256, 320, 384, 512, 640, _FINE_ROWS, max(captured, _FINE_ROWS)}
+    chunks |= {rows for power in range(10, captured.bit_length()) for rows in (2**power, 3 * 2**power // 2)}
     return (
         *(Form(rows) for rows in sorted({min(rows, most) for rows in decodes})),
-        *(_chunked(rows, max_sequences) for rows in sorted(chunks) if rows <= max_batch_tokens),
+        *(_chunked(rows, max_sequences) for rows in sorted(chunks) if rows <= captured),
     )
 
 
@@ -103,12 +105,12 @@ class Lane:
         self._block_size = block_size
         self.forms = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, lanes=lanes)
         """Of the graphs."""
-        shape = (1, max(form.rows for form in self.forms), stage.hidden_size)
         self._incoming: Tensor | None = None
         if not stage.is_first:
+            shape = (1, max(form.rows for form in self.forms), stage.hidden_size)
             self._incoming = torch.zeros(shape, dtype=stage.dtype, device=self.device)
-        self._outgoing = torch.zeros(shape, dtype=stage.dtype, device=self.device)
-        """Of all graphs: results of their own would add up."""
+        self._outgoing: Tensor | None = None
+        """Of all graphs, once there is one: results of their own would add up."""
         # One for all captures: cuBLAS keeps a workspace for each stream that it was ever called on.
         self._side = torch.cuda.Stream(self.device)
         self._graphs: dict[Form, torch.cuda.CUDAGraph] = {}
@@ -118,6 +120,10 @@ class Lane:
         """Compile the layers and capture the graphs; `progress` hears (done, all)."""
         if self.stage.attention.compilable:
             self.compile_error = compile_layers(self.stage.layer_modules, self._attempt)
+            if self.compile_error is None:
+                compile_layers(
+                    self.stage.surroundings, self._attempt, called="norms and rotary tables around the layers"
+                )
         else:
             self.compile_error = (
                 f"attention by {self.stage.attention.name} is no operator that compiled code could call"
@@ -157,6 +163,7 @@ class Lane:
                 assert incoming is not None
                 self._incoming[:, :rows].copy_(incoming[:, :rows])
             self._graphs[form].replay()
+            assert self._outgoing is not None
             return self._outgoing[:, :rows]
 
     @torch.inference_mode()
@@ -228,7 +235,11 @@ class Lane:
         self._side.wait_stream(compute)
         with torch.cuda.stream(self._side):
             for _ in range(_WARM_UPS):
-                self._compute(form.rows, self._incoming)
+                result = self._compute(form.rows, self._incoming)
+        if (
+            self._outgoing is None
+        ):  # the largest graph; OPT's last hidden states may be narrower than those of its layers
+            self._outgoing = torch.zeros_like(result)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=self._side):
             self._outgoing[:, : form.rows].copy_(self._compute(form.rows, self._incoming))

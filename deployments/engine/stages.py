@@ -179,6 +179,13 @@ class Stage:
             self._decoder._modules[name] = Absent()
         self._head = with_submodule(model, decoder_name, Rows()) if self.is_last else None
 
+    @property
+    def surroundings(self) -> list[nn.Module]:
+        """Norms and rotary tables that the decoder applies around its layers, by the names that transformers gives
+        their classes."""
+        children = self._decoder._modules.values()
+        return [each for each in children if each and type(each).__name__.endswith(("Norm", "RotaryEmbedding"))]
+
     @torch.inference_mode()
     def run(self, step: StepRows, incoming: Tensor | None, block_size: int) -> Tensor:
         """Run the stage's layers.

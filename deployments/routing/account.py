@@ -25,6 +25,8 @@ class Promise:
     size: Size
     blocks: int
     """What is set aside for it: what was granted; more once it can't count on sharing, or outgrew that."""
+    ingress_id: str
+    """Whose request it is for."""
     shares: int | None
     """The granule that must be in use for it to share as granted; None when it shares nothing."""
     listed: bool = False
@@ -107,10 +109,12 @@ class ReplicaAccount:
             requests_left=self.requests_left,
         )
 
-    def promise(self, grant: Grant, size: Size, shares: int | None = None, *, cached_tokens: int = 0) -> None:
+    def promise(
+        self, grant: Grant, size: Size, ingress_id: str, shares: int | None = None, *, cached_tokens: int = 0
+    ) -> None:
         """Charge a new grant, which shares blocks for as long as the granule `shares` is in use."""
         ahead = size.prompt_tokens - cached_tokens
-        self.promises[grant.grant_id] = Promise(grant, size, grant.blocks, shares, ahead_tokens=ahead)
+        self.promises[grant.grant_id] = Promise(grant, size, grant.blocks, ingress_id, shares, ahead_tokens=ahead)
         self.ahead_tokens += ahead
         self.charged_blocks += grant.blocks
         self.charged_requests += 1

@@ -65,7 +65,7 @@ class Books:
             expires_at=now + self._config.grant_ttl_s,
             shared_blocks=shared_blocks(account, match),
         )
-        account.promise(grant, size, match.last_used, cached_tokens=match.cached_tokens)
+        account.promise(grant, size, request.ingress_id, match.last_used, cached_tokens=match.cached_tokens)
         self._place(account)
         self._grants.add(grant, account, grant.expires_at + self._config.silence_s)
         return grant
@@ -88,6 +88,12 @@ class Books:
         account = self._grants.account_of(grant_id)
         if account is not None:
             account.promises[grant_id].revoked = True
+
+    def revoke_all_of(self, ingress_id: str) -> None:
+        """The same for all grants of an ingress. Looks at every promise: for rare events."""
+        for account in self.fleet:
+            for promise in account.promises.values():
+                promise.revoked |= promise.ingress_id == ingress_id
 
     def revoked(self, replica_id: str) -> tuple[tuple[str, float], ...]:
         """(grant id, expiry) of the grants that a replica is to refuse."""

@@ -6,7 +6,8 @@ What makes a promise safe:
 
 - A grant is charged until its replica says that it ended, or until `expires_at` has passed and every report made
   before that instant has arrived (`silence_s` later): from `expires_at` on the replica refuses it.
-- A grant whose client left on the way is revoked: its replica is asked to refuse it, and says that it does.
+- A grant whose client left on the way, or whose ingress fell silent, is revoked: its replica is asked to refuse it, and
+  says that it does.
 - A replica is sold only after it has answered with this ledger's epoch: from then on it refuses the grants of the
   ledger before, and its reports list all that it took up.
 - A replica that falls silent is not sold, and its promises are kept for as long as they could be taken up. Until it is
@@ -330,6 +331,7 @@ class Ledger:
         outcomes: list[Outcome] = []
         for ingress_id in [key for key, until in self._leases.items() if until <= now]:
             del self._leases[ingress_id]
+            self._books.revoke_all_of(ingress_id)
             for request_id in self._queue.of_ingress(ingress_id):
                 self._turns.leave(request_id)
                 outcomes.append(refusals.lapsed(self.config, request_id, ingress_id))

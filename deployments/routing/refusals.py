@@ -126,9 +126,9 @@ def late(config: LedgerConfig, request: ReserveRequest, size: Size, retry_after_
 
 
 def lapsed(config: LedgerConfig, request_id: str, ingress_id: str) -> Refusal:
-    """The ingress that asked is gone; nobody reads this answer but the ledger's own log."""
+    """The ingress that asked is gone; nobody reads this answer, unless it was merely slow."""
     text = f"ingress {ingress_id} sent nothing for {config.lease_s:g} s, so its waiting requests are dropped"
-    return Refusal(request_id, "deadline", text)
+    return _busy(Refusal(request_id, "deadline", text, retry_after_s=max(1, int(config.lease_s))))
 
 
 def _busy(refusal: Refusal) -> Refusal:

@@ -23,6 +23,10 @@ class FakeKernels:
         """What was planned for, like `plans`."""
         self.moody = False
         """Plans equal steps differently."""
+        self.few = 0
+        """Decodes of up to so many sequences are one kernel."""
+        self.few_rows: list[int] = []
+        """Of the calls of that kernel."""
 
     def room(self, kind: Kind, *, sequences: int, rows: int) -> Room:
         assert kind in self.compiled
@@ -44,6 +48,23 @@ class FakeKernels:
         self.plans.append((kind, method))
         self.shapes.append(host.shape)
         return Planned(method, 0 if host.shape.decodes else 1, [host.shape.rows, len(self.plans) * self.moody])
+
+    def takes_few(self, kind: Kind, shape: Shape) -> bool:
+        assert kind in self.compiled
+        return shape.decodes and shape.sequences <= self.few
+
+    def attend_few(
+        self, call: Call, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    ) -> None:
+        """Reads no plan, as the real kernel does not."""
+        tables = call.tables
+        self.few_rows.append(len(query))
+        assert tables.lengths.tolist() == (tables.positions + 1).tolist()
+        self.append(key, value, keys, values, tables)
+        for row, length in enumerate(tables.lengths.tolist()):
+            pages = tables.pages[tables.page_starts[row] : tables.page_starts[row + 1]]
+            kv = (_gather(blocks, pages, length, call.kind.group) for blocks in (keys, values))
+            out[row : row + 1] = _attend(call, query[row : row + 1], *kv)
 
     def append(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, tables: Tables) -> None:
         block_size = keys.shape[1]

@@ -237,7 +237,7 @@ def test_a_captured_decode_that_fills_the_device() -> None:
 
 def test_preparing_never_waits_for_the_gpu() -> None:
     lengths = (300, 90, 17, 5)
-    case = Case(lengths, (prefills(lengths, 8),), (Layer(2, 4), Layer(2, 4, window=24)))
+    case = Case(lengths, (prefills(lengths, 8), prefills(lengths, 1)), (Layer(2, 4), Layer(2, 4, window=24)))
     world, graphs = graphed(case, (4,))
     spans = [decodes(lengths, back) for back in range(7, 0, -1)]
     layouts = [world.layout(step) for step in spans]
@@ -253,7 +253,7 @@ def test_preparing_never_waits_for_the_gpu() -> None:
     assert not busy.query(), f"the host waited: {took:.3f} s for {len(layouts)} steps"
     torch.cuda.synchronize()
     print(f"prepare and replay: {1e6 * took / len(layouts):.0f} us of the host per step of two kinds")
-    world.step(prefills(lengths, 1))  # what the replays wrote was no sequence's
+    world.step(case.steps[1])  # what the replays wrote was no sequence's
     graphs[4].check(spans[-1])
 
 
@@ -289,7 +289,8 @@ def test_stages_on_two_gpus_share_a_plan() -> None:
                 with world.backend.step():
                     world.compare(0, spans, world.attend(0, world.inputs(0, spans)))
         (step,) = layout.shared.values()
-        assert len(step.plans) == 1 or spans is case.steps[0]
+        few = all(count == 1 for _, _, count in spans)
+        assert len(step.plans) == (not few) or spans is case.steps[0]
 
 
 def test_the_workspaces_suffice_for_the_largest_steps() -> None:

@@ -123,17 +123,23 @@ def plain(case: Case) -> PreTrainedModel:
     )
     for name, module in list(model.named_modules()):
         if isinstance(module, bitsandbytes.Linear8bitLt):
-            model.set_submodule(name, dequantised(module, getattr(torch, case.plan.dtype)))
+            model.set_submodule(name, Dequantised(module, getattr(torch, case.plan.dtype)))
     return model.eval()
 
 
-def dequantised(linear: Any, dtype: torch.dtype) -> nn.Linear:
-    """What an int8 linear stands for: bitsandbytes' own product rounds the activations too, the engine's doesn't."""
-    codes, scales = linear.weight.data, linear.weight.SCB.to("cuda:0")
-    plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="cuda:0", dtype=dtype)
-    with torch.no_grad():
-        plain.weight.copy_(codes.to("cuda:0").float() * scales[:, None] / 127)
-    return plain
+class Dequantised(nn.Linear):
+    """What an int8 linear stands for: bitsandbytes' own product rounds the activations too, and a weight of 16 bits
+    would round what the engine's kernels don't."""
+
+    def __init__(self, linear: Any, dtype: torch.dtype) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="cuda:0", dtype=torch.float32)
+        self.out_dtype = dtype
+        codes, scales = linear.weight.data.to("cuda:0"), linear.weight.SCB.to("cuda:0")
+        with torch.no_grad():
+            self.weight.copy_(codes.float() * scales[:, None] / 127)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(self.out_dtype)
 
 
 @torch.inference_mode()

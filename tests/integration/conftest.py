@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import yaml
@@ -30,6 +32,8 @@ from tests.waiting import wait_for
 
 MODEL = "smol"
 START_LIMIT_S = 300.0
+PROXY_COUNTS = ("status", "stot", "econ", "eresp", "wretr", "wredis", "cli_abrt", "srv_abrt", "chkfail", "chkdown")
+"""Columns of HAProxy's statistics: errors of connecting and answering, retries, clients and servers that broke off."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,26 @@ class Service:
         """No block is promised, held or waited for anywhere."""
         view = self.ledger()
         return view.waiting == 0 and not any(r.charged_blocks or r.held_blocks for r in view.replicas)
+
+    def logged(self, request_id: str) -> list[str]:
+        """What the ingress replicas logged of a request, each line with the file that it is from."""
+        folder = Path(os.environ[MARK]) / "session_latest" / "logs" / "serve"
+        files = sorted(folder.glob("replica_headroom_ingress_*.log"))
+        return [
+            f"{file.name}: {line}"
+            for file in files
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
+            if request_id in line
+        ]
+
+    def proxy_counts(self) -> list[str]:
+        """HAProxy's counts for each ingress replica: who broke off, and what was tried again. Empty without HAProxy."""
+        if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] != "1":
+            return []
+        page = httpx.get(f"http://127.0.0.1:{os.environ['RAY_SERVE_HAPROXY_STATS_PORT']}/stats;csv").raise_for_status()
+        rows = csv.DictReader(page.text.removeprefix("# ").splitlines())
+        servers = [row for row in rows if row["svname"].startswith("SERVE_")]
+        return [f"{row['svname']}: " + ", ".join(f"{name} {row[name]}" for name in PROXY_COUNTS) for row in servers]
 
     def _call(self, deployment: str, method: str) -> Any:
         from ray import serve

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from deployments.engine import attention_few
+from deployments.engine.attention import RowSpan
+from deployments.engine.attention_tables import Tables, pack
 from deployments.engine.kernels import launch
 from deployments.engine.kernels.config import GemmConfig
 from deployments.engine.kernels.weights import Nested, Weight4, Weight8, dequantise4, dequantise8, tile4, tile8
@@ -71,10 +75,46 @@ def product(draw: random.Random, seed: int) -> None:
     assert not out[1:].isnan().any(), "NaN spreads"
 
 
+def few_decodes(draw: random.Random, seed: int) -> None:
+    """Sequences in shuffled blocks whose other places are NaN, and rows that are views, as a model's are."""
+    torch.manual_seed(seed)
+    kv_heads, group, size, block_size = draw.choice((1, 2)), draw.choice((1, 3, 4, 16)), 64, draw.choice((8, 16))
+    lengths = [draw.choice((1, 31, 32, 33, draw.randint(1, 300))) for _ in range(draw.choice((1, 3)))]
+    needs = [-(-length // block_size) for length in lengths]
+    ids = draw.sample(range(sum(needs) + 3), sum(needs))
+    spans = [RowSpan(n - 1, 1, tuple(ids.pop() for _ in range(need))) for n, need in zip(lengths, needs, strict=True)]
+    past = [torch.randn(2, length, kv_heads, size) for length in lengths]
+    blocks = torch.full((2, sum(needs) + 3, block_size, kv_heads, size), torch.nan)
+    for span, tokens in zip(spans, past, strict=True):
+        for position in range(span.start):
+            at = span.block_table[position // block_size]
+            blocks[:, at, position % block_size] = tokens[:, position]
+    numbers = np.zeros(1024, np.int32)
+    tables = Tables.view(torch.from_numpy(numbers), pack(spans, block_size, numbers))
+    rows, heads, splits = len(lengths), kv_heads * group, draw.choice((1, 2, 8))
+    query = torch.randn(heads, rows, size).transpose(0, 1)
+    key, value = torch.stack([tokens[:, -1].flatten(0, 1) for tokens in past]).split(kv_heads, dim=1)
+    out, space = torch.empty(rows, heads, size), torch.empty(rows * heads * splits * (size + 2) * 4, dtype=torch.uint8)
+    arrivals = attention_few.counters(torch.device("cpu"))
+    attention_few.attend(
+        *(query, key, value, *blocks, out, tables),
+        **{"scale": 0.2, "splits": splits, "space": space, "arrivals": arrivals, "overlap": False},
+    )
+    assert not arrivals.any(), "counters are left over"
+    for row, (span, tokens) in enumerate(zip(spans, past, strict=True)):
+        written = blocks[:, span.block_table[-1], span.start % block_size]
+        assert torch.equal(written, tokens[:, -1]), "the row's key or value is not in its block"
+        keys, values = tokens.double().repeat_interleave(group, 2)
+        weights = (torch.einsum("hd,lhd->hl", query[row].double(), keys) * 0.2).softmax(-1)
+        close(out[row], torch.einsum("hl,lhd->hd", weights, values), f"{lengths}, {heads} heads, {splits} splits")
+
+
 def main() -> None:
     draw = random.Random(7)
     for seed in range(14):
         product(draw, seed)
+    for seed in range(8):
+        few_decodes(draw, seed)
     print("all agree")
 
 

@@ -119,7 +119,7 @@ def test_8bit_products_agree_with_float64(strips: int, columns: int, rows: int, 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, whose interpreter runs on a CPU")
 def test_kernels_in_tritons_interpreter() -> None:
     """In a process of its own: Triton reads the switch when its functions are defined. Products of random shapes,
-    with panels shared by programs, partial panels and steps, bias, nested scales and NaN."""
+    with panels shared by programs, partial panels and steps, bias, nested scales and NaN; decodes of few sequences."""
     script = Path(__file__).parent / "interpreted_kernels.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)

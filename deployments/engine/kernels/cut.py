@@ -87,7 +87,7 @@ def ranked_cuts(n: int, k: int, bits: int, groups: int, multiprocessors: int, sh
         shared: bytes of shared memory that a block of the GPU may have.
     """
     cuts = candidates(n, k, bits, groups, shared, (2, 4) if groups == 1 else (2,))
-    return tuple(sorted(cuts, key=lambda cut: _rank(cut, n, k, multiprocessors)))
+    return tuple(sorted(cuts, key=lambda cut: rank(cut, n, k, multiprocessors)))
 
 
 def candidates(
@@ -116,8 +116,9 @@ def candidates(
                     yield cut
 
 
-def _rank(cut: Cut, n: int, k: int, multiprocessors: int) -> tuple[int, ...]:
-    """The lowest first. Two blocks along the columns are best: more wait for each other longer, one reads more of x."""
+def rank(cut: Cut, n: int, k: int, multiprocessors: int) -> tuple[int, ...]:
+    """By which cuts are sorted, the lowest first. Two blocks along the columns are best: more wait for each other
+    longer, one reads more of x."""
     columns = k // 64
     rounds = -(-cut.blocks(n) // multiprocessors)
     of_block = -(-columns // cut.cluster)

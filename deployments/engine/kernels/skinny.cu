@@ -92,10 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     const u32 row = first_strip * 16 + lane / 4, base = (u32)__cvta_generic_to_shared(shared);
     const u32 table = BITS == 4 ? (TABLE_BYTES - base % 32768) % 32768 : 0;  // where it begins
 
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-    // Weights do not depend on the kernel before this one.
+    // Weights do not depend on the kernel before this one; nothing else is read or written until it is done.
     Tile tile[DEPTH][STRIPS];
     const u32 strip_bytes = columns * TILE_BYTES, first = first_strip * strip_bytes + lane * 16;
 #pragma unroll
@@ -106,11 +103,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
             load(tile[d][i], weight, first + i * strip_bytes + column * TILE_BYTES, row, i * 16, column, column < end);
     }
 #if BITS == 4
-    fill_table(shared + table, code, thread);
+    const float entry = __ldg(code + thread % 16);
 #endif
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    await_the_kernel_before();
     const u32 activations = base + table + TABLE_BYTES, mine = base + table + lane * 4;
     const int part_steps = (steps + PARTS - 1) / PARTS, part_chunks = part_steps * (STEP * 8);  // of 16 bytes
 #pragma unroll
@@ -123,6 +118,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
+#if BITS == 4
+    fill_table(shared + table, entry, thread);  // while x is on its way
+#endif
 
     const u32 matrices = activations + lane % 8 * x_stride + lane / 8 * 16;
     float sum[STRIPS][GROUPS][4] = {};
@@ -215,6 +213,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
         out[(size_t)m * n + to] = narrow(total);
     }
 #if CLUSTER > 1
-    cluster_barrier();  // nobody leaves while its sums are read
+    stay_until_read();
 #endif
 }

@@ -80,16 +80,14 @@ def ranked_slabs(n: int, k: int, bits: int, rows: int, multiprocessors: int, sha
     Args:
         shared: bytes of shared memory that a block of the GPU may have.
     """
-    return tuple(
-        sorted(candidates(n, k, bits, rows, shared), key=lambda slab: _rank(slab, n, k, rows, multiprocessors))
-    )
+    return tuple(sorted(candidates(n, k, bits, rows, shared), key=lambda slab: rank(slab, n, k, rows, multiprocessors)))
 
 
 def candidates(n: int, k: int, bits: int, rows: int, shared: int) -> Iterator[Slab]:
     """Slabs that suit a weight [n, k] and keep within a lane's registers. A block has a multiprocessor to itself, and
     `shared` bytes of shared memory at most."""
     fitting = next((size for size in BLOCK_ROWS if rows <= size), BLOCK_ROWS[-1])
-    sizes = (256, 128) if fitting == 256 else (fitting,)
+    sizes = (fitting, fitting // 2) if fitting >= 128 else (fitting,)
     for size, across, along, cluster in product(sizes, (1, 2, 3, 4), (1, 2, 4), _CLUSTERS):
         for depth, buffers, slots in product((4, 2), (2, 1), (6, 5, 4)):
             slab = Slab(size, depth, across, along, cluster, slots, buffers)
@@ -98,8 +96,8 @@ def candidates(n: int, k: int, bits: int, rows: int, shared: int) -> Iterator[Sl
                 break  # the others would have less on its way
 
 
-def _rank(slab: Slab, n: int, k: int, rows: int, multiprocessors: int) -> tuple[int, ...]:
-    """The lowest first."""
+def rank(slab: Slab, n: int, k: int, rows: int, multiprocessors: int) -> tuple[int, ...]:
+    """By which slabs are sorted, the lowest first."""
     columns = k // 64
     rounds = -(-slab.blocks(rows, n) // multiprocessors)
     of_block = -(-columns // slab.cluster)

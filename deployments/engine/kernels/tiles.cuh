@@ -12,6 +12,14 @@ typedef unsigned int u32;
 #define TYPE "bf16"
 #endif
 
+// Programmatic dependent launch: until the kernel before is done and its writes are seen. Only then may the next one start:
+// it then finds all kernels before this one done, even if it does not wait for this one before it reads what they wrote.
+__device__ __forceinline__ void await_the_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #define TABLE_BYTES (BITS == 4 ? 32768 : 0)
 
 __device__ __forceinline__ u32 pack(float low, float high) {
@@ -74,6 +82,12 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
+// Until the cluster's other blocks have read from this one. Nothing written must be seen afterwards, so that no thread
+// waits for its stores; what it read, it has used.
+__device__ __forceinline__ void stay_until_read() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ float of_rank(u32 at, u32 rank) {
     float value;
 #if CLUSTER > 1
@@ -130,8 +144,8 @@ __device__ __forceinline__ void load(
 
 #if BITS == 4
 // Entry b of the table, 32 words for 32 lanes: the weights of byte b, that of the even column in the low half.
-__device__ __forceinline__ void fill_table(u8* table, const float* code, int thread) {
-    const float mine = __ldg(code + thread % 16);
+// `mine`: entry `thread % 16` of the code.
+__device__ __forceinline__ void fill_table(u8* table, float mine, int thread) {
 #pragma unroll 4
     for (int at = thread; at < 2048; at += THREADS) {
         const u32 pair = pack(__shfl_sync(~0u, mine, at >> 7), __shfl_sync(~0u, mine, at >> 3 & 15));

@@ -156,8 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
     const u32 row = block_row + across * PANEL + warp * 16 + lane / 4, base = (u32)__cvta_generic_to_shared(shared);
     const u32 table = BITS == 4 ? (TABLE_BYTES - base % 32768) % 32768 : (1024 - base % 1024) % 1024;
 
-    asm volatile("griddepcontrol.launch_dependents;");
-    // Weights do not depend on the kernel before this one.
+    // Weights do not depend on the kernel before this one; nothing else is read or written until it is done.
     Tile tile[DEPTH];
     const u32 first = (u32)(block_row / 16 + across * 4 + warp) * (u32)columns * TILE_BYTES + lane * 16;
 #pragma unroll
@@ -166,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
         load(tile[d], weight, first + column * TILE_BYTES, row, 0, column, column < end);
     }
 #if BITS == 4
-    fill_table(shared + table, code, thread);
+    const float entry = __ldg(code + thread % 16);
 #endif
     // A slot is full when its copies are there, and empty when all warps have computed with it.
     const u32 ring = base + table + TABLE_BYTES, full = ring + SLOTS * SLOT_BYTES, empty = full + SLOTS * 8;
@@ -178,12 +177,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
         }
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
-    __syncthreads();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    await_the_kernel_before();
     if (thread == 0)
         for (int s = 0; s < AHEAD && s < steps; ++s)
             copy_slot(x, first_m, begin + s * ALONG, end, columns * 64, ring + s * SLOT_BYTES, full + s * 8);
     __syncwarp();
+#if BITS == 4
+    fill_table(shared + table, entry, thread);  // while x is on its way
+#endif
+    __syncthreads();
 
     float sum[SUMS] = {};
     u32 a[BUFFERS][4][4];
@@ -241,11 +243,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
     }
     __syncthreads();
     if (ALONG > 1) {
-        for (int i = thread; i < live_rows * BLOCK_ROWS; i += THREADS) {
-            float* at = sums + i / BLOCK_ROWS * SUM_STRIDE + i % BLOCK_ROWS;
-            float total = at[0];
+        for (int i = thread; i < live_rows * (BLOCK_ROWS / 4); i += THREADS) {
+            float4* at = (float4*)(sums + i / (BLOCK_ROWS / 4) * SUM_STRIDE + i % (BLOCK_ROWS / 4) * 4);
+            float4 total = at[0];
 #pragma unroll
-            for (int part = 1; part < ALONG; ++part) total += at[part * ROWS * SUM_STRIDE];
+            for (int part = 1; part < ALONG; ++part) {
+                const float4 other = at[part * ROWS * SUM_STRIDE / 4];
+                total.x += other.x, total.y += other.y, total.z += other.z, total.w += other.w;
+            }
             at[0] = total;
         }
     }
@@ -271,6 +276,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
         *(uint2*)(out + (size_t)(first_m + m) * n + to) = make_uint2(pack(total.x, total.y), pack(total.z, total.w));
     }
 #if CLUSTER > 1
-    cluster_barrier();  // nobody leaves while its sums are read
+    stay_until_read();
 #endif
 }

@@ -15,11 +15,12 @@ def test_its_tables_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     found, timeline = tmp_path / "found.json", tmp_path / "steps.csv"
     sizes = ["--input", "9", "--output", "9", "--concurrency", "3,1", "--max-batch-tokens", "64"]
     files = ["--folder", str(tmp_path), "--json", str(found), "--steps", str(timeline)]
-    assert main(["--shape", "tiny", "--quantization", "bf16,fp16", *sizes, *files]) == 0
+    assert main(["--shape", "tiny", "--quantization", "bf16,fp16,bf16+invariant", *sizes, *files]) == 0
 
     printed = capsys.readouterr().out
     runs = json.loads(found.read_text())["runs"]
-    assert list(runs) == ["bf16", "fp16"]
+    assert list(runs) == ["bf16", "fp16", "bf16+invariant"]
+    assert printed.count("attention by torch, batch-invariant") == 1
     for run in runs.values():
         assert [line["concurrency"] for line in run["engine"]] == [3, 1]
         for line in run["engine"]:
@@ -33,3 +34,8 @@ def test_its_tables_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert [int(step["tokens"]) for step in own] == [3] * 9, "27 tokens of prompts, then 8 decodes of 3"
         assert [int(step["running"]) for step in own] == [3] * 8 + [0]
         assert all(float(step["ms"]) > 0 for step in own)
+
+
+def test_a_way_of_serving_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"nf4\+inva: \+inva is unknown; there are \+experts and \+invariant"):
+        main(["--shape", "tiny", "--quantization", "nf4+inva", "--folder", str(tmp_path)])

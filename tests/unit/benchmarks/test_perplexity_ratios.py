@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from benchmarks.perplexity import CONTENDERS, failures, load, score
-from tests.unit.engine.tiny import IDS, llama, save
+from benchmarks.checkpoint import _tokenizer
+from benchmarks.perplexity import CONTENDERS, failures, load, main, products, score
+from tests.unit.engine.tiny import IDS, VOCAB, llama, save
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,11 @@ def test_a_text_is_scored_by_windows(folder: Path) -> None:
         nats -= float(logits.log_softmax(-1)[ids[i]])
     assert found.tokens == 24
     assert found.nats == pytest.approx(nats, rel=1e-5)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, given: sizes.append(given["input_ids"].shape[1]), with_kwargs=True)
+    in_steps = score(model, ids, 12, 6, 4)
+    assert (in_steps.tokens, in_steps.nats) == (24, pytest.approx(nats, rel=1e-5))
+    assert sizes == [4, 4, 3] * 3 + [4, 2], "windows of 12, 12, 12 and 7 tokens, whose last is not fed"
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -60,3 +66,28 @@ def test_what_does_not_hold_is_said() -> None:
         "int8: headroom, 10.0200, is above LLM.int8(), 10.0050",
     ]
     assert len(failures("int8", {**good, "headroom": math.nan})) == 2
+
+
+def test_kernels_of_products_are_counted_under_short_names() -> None:
+    ran = {
+        "skinny": 90,
+        "void cutlass::Kernel2<gemm_bf16, 3>(Params)": 2,
+        "void cutlass::Kernel2<gemm_bf16, 4>(Params)": 1,
+        "dequantise_4bit_tiles_kernel": 1,
+        "void at::native::vectorized_elementwise_kernel<4>(int)": 400,
+        "cudaLaunchKernel": 500,
+    }
+    assert products(ran) == "90 skinny, 3 cutlass::Kernel2, 1 dequantise_4bit_tiles_kernel"
+
+
+def test_several_texts_in_steps_of_rows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _tokenizer(VOCAB).save_pretrained(folder)  # bytes are its tokens
+    texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for text in texts:
+        text.write_text("alpha beta")
+    asked = ["--quantization", "nf4", "--device", "cpu", "--rows", "0,3", "--text", *map(str, texts)]
+    assert main([str(folder), *asked]) == 0
+    printed = capsys.readouterr().out
+    for how in ("whole windows", "3 rows a step"):
+        assert f"one.txt two.txt, {how}: 21 tokens scored" in printed
+    assert printed.endswith("all within bounds\n")

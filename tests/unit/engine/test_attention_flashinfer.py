@@ -271,3 +271,41 @@ def test_a_layout_kept_keeps_its_staging() -> None:
 
 def test_table_size_is_that_of_the_largest_step() -> None:
     assert Limits(3, 5, 4).table_size == Shape(5, 5, 3 * 4 + 5).size
+
+
+def make_few(bounds: Bounds) -> FlashInferAttention:
+    backend = make(bounds)
+    assert isinstance(backend._kernels, FakeKernels)
+    backend._kernels.few = 3
+    return backend
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_plain_attention_with_few_sequences_apart(case: str) -> None:
+    CASES[case].check(make_few, CPU, torch.float32)
+
+
+def test_decodes_of_few_sequences_are_one_kernel() -> None:
+    """Neither those of more nor those beside a chunk are, and they need no plan."""
+    lengths = (40, 8, 54, 2)
+    world = Case(lengths, (), (Layer(2, 4),), rows=128).world(make_few, CPU, torch.float32)
+    world.step(prefills(lengths, 3))
+    kernels = kernels_of(world)
+    world.check([(0, 37, 1), (1, 5, 1), (2, 51, 3)])
+    assert kernels.few_rows == []
+    world.step([(3, 0, 1)])
+    plans = len(kernels.plans)
+    world.check([(0, 38, 1), (1, 6, 1)], 1)
+    assert kernels.few_rows == [1, 3], "one of them is padding"
+    assert len(kernels.plans) == plans
+    world.check([(0, 39, 1), (1, 7, 1), (3, 1, 1)], 1)
+    assert kernels.few_rows == [1, 3]
+    assert len(kernels.plans) == plans + 1
+
+
+def test_few_sequences_on_two_stages() -> None:
+    worlds, kernels = two_stages()
+    for each in kernels:
+        each.few = 8
+    check_both(worlds)
+    assert kernels[0].few_rows == kernels[1].few_rows != []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.codegen.triton import TritonKernel
+from torch._inductor.utils import IndentedBuffer
 
 from deployments.engine.compiled import RECOMPILE_LIMIT, compile_layers
 
@@ -42,12 +45,16 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphMod
         graphs.append(graph)
         return graph.forward
 
-    limit = torch._dynamo.config.recompile_limit
+    limit, overlap = torch._dynamo.config.recompile_limit, torch._inductor.config.triton.enable_pdl
+    tag, place = torch.compiler.config.cache_key_tag, TritonKernel._filter_pdl
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     yield graphs
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = limit
+    torch._inductor.config.triton.enable_pdl = overlap
+    torch.compiler.config.cache_key_tag = tag
+    TritonKernel._filter_pdl = place  # type: ignore[method-assign]
 
 
 @torch.inference_mode()
@@ -112,3 +119,48 @@ def test_kinds_and_devices_are_within_the_limit() -> None:
     compile_layers([], lambda: None)
     assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
     assert RECOMPILE_LIMIT >= 2 * 2 * 8, "one row and several, two kinds of layers, eight GPUs"
+
+
+class Kernel(TritonKernel):
+    """One of Inductor's kernels, for a device that can overlap them or can't."""
+
+    def __init__(self, *, overlaps: bool) -> None:
+        self._overlaps = overlaps
+
+    def _enable_pdl_codegen(self) -> bool:  # type: ignore[override]  # static there: it asks the device
+        return self._overlaps
+
+
+def body(*lines: str) -> IndentedBuffer:
+    buffer = IndentedBuffer()
+    buffer.writelines(lines)
+    return buffer
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["a = tl.load(x)", Kernel.GDC_WAIT, Kernel.GDC_LAUNCH, "b = tl.load(y)", Kernel.GDC_WAIT, "tl.store(z, a + b)"],
+        ["for i in n:", "    a = tl.load(x)", f"    {Kernel.GDC_WAIT}", f"    {Kernel.GDC_LAUNCH}", "tl.store(z, a)"],
+        ["tl.store(z, 0)"],
+    ],
+)
+def test_a_kernel_waits_first_and_then_lets_the_next_one_start(lines: list[str]) -> None:
+    compile_layers([], lambda: None)
+    assert torch._inductor.config.triton.enable_pdl
+    code = body(*lines)
+    Kernel(overlaps=True)._filter_pdl(code)
+    work = [line for line in lines if "gdc_" not in line]
+    assert code.getvalue().splitlines() == [Kernel.GDC_WAIT, Kernel.GDC_LAUNCH, *work]
+
+
+def test_a_kernel_of_a_device_that_overlaps_none_stays_as_it_is() -> None:
+    compile_layers([], lambda: None)
+    code = body("a = tl.load(x)", "tl.store(z, a)")
+    Kernel(overlaps=False)._filter_pdl(code)
+    assert code.getvalue().splitlines() == ["a = tl.load(x)", "tl.store(z, a)"]
+
+
+def test_inductor_asks_for_the_last_form_of_a_whole_kernel() -> None:
+    """`_filter_pdl` is no public name: a torch that has another place for it must not go unnoticed."""
+    assert "self._filter_pdl(self.body)" in inspect.getsource(TritonKernel.codegen_kernel)

@@ -53,9 +53,17 @@ def test_the_usual_step_has_a_graph(tokens: int, sequences: int) -> None:
     assert Form(min(64, tokens, sequences)) in forms(max_batch_tokens=tokens, max_sequences=sequences)
 
 
+def test_one_lane_has_graphs_up_to_what_it_computes_as_fast_as_the_host_launches() -> None:
+    for tokens, expected in ((700, []), (1200, [1024, 1200]), (2048, [1024, 1536, 2048]), (8192, [1024, 1536, 2048])):
+        every = forms(max_batch_tokens=tokens, max_sequences=64)
+        assert [form.rows for form in every if form.rows > 768] == expected
+    assert chosen(every, step(1, 2047)) is not None
+    assert chosen(every, step(1, 2048)) is None
+
+
 def test_several_lanes_have_graphs_of_full_steps() -> None:
     every = forms(max_batch_tokens=3000, max_sequences=64, lanes=2)
-    assert [form.rows for form in every if form.rows > MOST_CAPTURED_ROWS] == [1024, 1536, 2048, 3000]
+    assert [form.rows for form in every if form.rows > 768] == [1024, 1536, 2048, 3000]
     for counts, rows in (
         ((1,) * 60 + (2940,), 3000),
         ((128,) * 16, 2048),
@@ -126,7 +134,8 @@ def test_the_smallest_graph_is_taken() -> None:
     assert chosen(every, step(1, 1, 100)) == Form(128, 97, 65)
     assert chosen(every, step(*[1] * 70, 2)) == Form(128, 97, 65), "six of the decodes go with the others"
     assert chosen(every, step(*[2] * 30)) == Form(128, 97, 65), "60 rows, but 30 sequences and two to pad"
-    assert chosen(every, step(1, 800)) is None
+    assert chosen(every, step(1, 800)) == Form(1024, 513, 257)
+    assert chosen(every, step(1, 1100)) is None, "more than a fourth would be padding"
 
 
 def test_cache_slots_follow_the_block_tables() -> None:

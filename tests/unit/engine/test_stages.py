@@ -133,3 +133,13 @@ def test_a_decoder_that_is_no_submodule_is_named() -> None:
     model.get_decoder = nn.Module
     with pytest.raises(LookupError, match=r"Module.get_decoder\(\) is not among its submodules"):
         find_decoder(model)
+
+
+def test_norms_and_rotary_tables_around_the_layers_are_known(cut: Cut) -> None:
+    """Each stage its own: they are compiled where the layers are."""
+    has_rotary = type(cut.stages[0]._decoder).__name__ in ("LlamaModel", "Gemma2Model")
+    for stage in cut.stages:
+        names = [type(module).__name__ for module in stage.surroundings]
+        assert sum(name.endswith("RotaryEmbedding") for name in names) == has_rotary
+        assert sum(name.endswith("Norm") for name in names) == stage.is_last
+        assert not {id(module) for module in stage.surroundings} & {id(m) for m in stage.layer_modules}

@@ -473,6 +473,29 @@ def test_a_revoked_grant_that_was_taken_up_ends_with_its_replicas_report() -> No
     assert book.revoked("gone") == ()
 
 
+def test_the_grants_of_an_ingress_that_died_are_revoked_when_its_lease_lapses() -> None:
+    book = ledger(state())
+    on_its_way = granted(book.reserve(wish("a", ingress_id="dead"), 0.0))
+    running = granted(book.reserve(wish("b", ingress_id="dead"), 0.0))
+    others = granted(book.reserve(wish("c", ingress_id="alive"), 0.0))
+    waits = wish("d", prompt=100, output=28, ingress_id="dead", wait_limit_s=60.0)
+    assert isinstance(book.reserve(waits, 0.0), Queued)
+    book.report(state(sequence=2, held=((running.grant_id, 2),)), 1.0)
+    book.renew_lease("alive", 4.0)
+    assert book.tick(4.9) == []
+    assert book.revoked("r0") == ()
+    (dropped,) = book.tick(5.0)
+    assert isinstance(dropped, Refusal)
+    assert (dropped.request_id, dropped.retry_after_s) == ("d", 5)
+    assert book.revoked("r0") == ((on_its_way.grant_id, on_its_way.expires_at),)
+    assert charged(book) == 6, "until the replica's word"
+    book.report(state(sequence=3, held=((running.grant_id, 2),), ended=((on_its_way.grant_id, 0, 0),)), 5.2)
+    assert charged(book) == 4
+    book.release(others.grant_id, 5.3)
+    assert charged(book) == 2
+    book.check_integrity()
+
+
 def test_silence_hides_a_replica_until_it_reports_again() -> None:
     book = ledger(state(), state("r1"))
     book.report(state("r1", 2), 3.0)
