@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from deployments.engine import client as client_module
 from deployments.engine.client import EngineClient
 from deployments.engine.messages import EngineSpec
 from deployments.protocol import LOST, GenerationRequest, Sampling, TokenChunk
+from tests.waiting import gone, until
 
 PROMPT = tuple(range(3, 23))
 LONG = 3000
@@ -67,7 +66,7 @@ class Faulty:
         assert self._reports[-1] == failure, "the replica is told, and its health check fails"
         (after,) = await self.ask("after", 4)
         assert (after.finish_reason, after.error) == ("error", LOST + failure)
-        await until(lambda: _gone(self.client.pid))
+        await until(lambda: gone(self.client.pid))
 
     async def survives_nan(self) -> None:
         """Requests end alone; afterwards the engine is as good as new."""
@@ -98,24 +97,8 @@ async def faulty(spec: EngineSpec, folder: Path, monkeypatch: pytest.MonkeyPatch
         yield Faulty(client, fault, reports)
     finally:
         client.stop()
-        await until(lambda: _gone(client.pid))
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait for it."""
-    deadline = time.monotonic() + _LIMIT_S
-    while not holds():
-        assert time.monotonic() < deadline, f"still not so after {_LIMIT_S} s"
-        await asyncio.sleep(0.01)
+        await until(lambda: gone(client.pid))
 
 
 def _ids(chunks: list[TokenChunk]) -> tuple[int, ...]:
     return tuple(token for chunk in chunks for token in chunk.token_ids)
-
-
-def _gone(pid: int | None) -> bool:
-    assert pid is not None
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True

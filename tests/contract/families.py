@@ -255,6 +255,8 @@ FAMILIES = (
     ),
 )
 
+CONFIGS = {family.name: family.config for family in FAMILIES}
+"""Of each family, by its name."""
 _T5: dict[str, Any] = {
     "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4,
     "vocab_size": VOCAB, "n_positions": 128, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,

@@ -21,10 +21,10 @@ from deployments.planning import plan_pool
 from deployments.protocol import GenerationRequest, Sampling, TokenChunk
 from deployments.settings import PoolSettings
 from placement.plan import Plan
-from tests.contract.families import FAMILIES
+from tests.arrivals import chunks_of
+from tests.contract.families import CONFIGS
 from tests.contract.greedy import generated, make_prompts, save
 
-CONFIGS = {family.name: family.config for family in FAMILIES}
 BLOCK = 4
 LIMITS = EngineLimits(max_batch_tokens=64, max_sequences=8, prefix_cache=True, threads=1, batch_invariant=True)
 IDS = tuple((37 * i + 5) % 256 for i in range(45))
@@ -107,16 +107,9 @@ def requests() -> list[GenerationRequest]:
 
 
 def run(engine: Engine, asked: list[GenerationRequest], per_step: int) -> dict[str, list[TokenChunk]]:
-    found: dict[str, list[TokenChunk]] = {request.request_id: [] for request in asked}
-    waiting = list(asked)
-    while waiting or engine.has_work():
-        for request in waiting[:per_step]:
-            engine.submit(request)
-        del waiting[:per_step]
-        for chunk in engine.step():
-            found[chunk.request_id].append(replace(chunk, cached_tokens=0))
-        engine.check_integrity()
-    return found
+    """The chunks of each, whatever of the prompt was cached."""
+    found = chunks_of(engine, asked, per_step=per_step)
+    return {key: [replace(chunk, cached_tokens=0) for chunk in chunks] for key, chunks in found.items()}
 
 
 def test_requests_are_answered_alike_alone_and_together(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from deployments.protocol import GenerationRequest, Sampling
 from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
-from tests.arrivals import two_at_each_step
+from tests.arrivals import tokens_of
 from tests.contract.families import ENCODER_DECODERS, MT5, VOCAB
 from tests.t5 import save
 
@@ -101,7 +101,7 @@ def run(
 ) -> tuple[dict[str, tuple[int, ...]], Engine]:
     """All requests, two more at each step."""
     engine = Engine(model, plan, limits)
-    outputs = two_at_each_step(engine, requests)
+    outputs = tokens_of(engine, requests, per_step=2)
     engine.close()
     return outputs, engine
 

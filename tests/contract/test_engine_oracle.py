@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 from deployments.engine.loader import LoadedModel, load
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
-from deployments.protocol import GenerationRequest, Sampling
+from deployments.protocol import GenerationRequest, Sampling, TokenChunk
 from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
+from tests.arrivals import chunks_of
 
 VOCAB = 256
 OUTPUT = 14
@@ -103,24 +104,11 @@ def loaded(oracle: Oracle, planned: Plan) -> LoadedModel:
     return load(oracle.folder, planned, device_type="cpu")
 
 
-def run(engine: Engine, requests: list[GenerationRequest], per_step: int = 1000) -> dict[str, tuple[int, ...]]:
-    """Submit `per_step` requests before each step, and run until all have ended."""
-    outputs: dict[str, tuple[int, ...]] = defaultdict(tuple)
-    ended: list[str] = []
-    waiting = list(requests)
-    while waiting or engine.has_work():
-        for request in waiting[:per_step]:
-            engine.submit(request)
-        del waiting[:per_step]
-        for chunk in engine.step():
-            outputs[chunk.request_id] += chunk.token_ids
-            if chunk.finish_reason is not None:
-                assert chunk.finish_reason == "length", chunk
-                ended.append(chunk.request_id)
-        engine.check_integrity()
-    assert sorted(ended) == sorted(request.request_id for request in requests)
-    assert engine.blocks.held_blocks == 0
-    return outputs
+def run(engine: Engine, requests: list[GenerationRequest], per_step: int = 1000) -> dict[str, list[TokenChunk]]:
+    """Submit `per_step` requests before each step, and run until all have ended, at their limit of tokens."""
+    chunks = chunks_of(engine, requests, per_step=per_step)
+    assert {mine[-1].finish_reason for mine in chunks.values()} == {"length"}
+    return chunks
 
 
 def requests_of(oracle: Oracle, count: int, name: str = "r") -> list[GenerationRequest]:
@@ -130,9 +118,10 @@ def requests_of(oracle: Oracle, count: int, name: str = "r") -> list[GenerationR
     ]
 
 
-def check(oracle: Oracle, outputs: dict[str, tuple[int, ...]], name: str = "r") -> None:
-    assert outputs
-    for request_id, ids in outputs.items():
+def check(oracle: Oracle, chunks: dict[str, list[TokenChunk]], name: str = "r") -> None:
+    assert chunks
+    for request_id, mine in chunks.items():
+        ids = tuple(token for chunk in mine for token in chunk.token_ids)
         assert ids == oracle.outputs[int(request_id.removeprefix(name))], request_id
 
 
@@ -155,18 +144,10 @@ def test_greedy_equals_generate(oracle: Oracle, planned: Plan, loaded: LoadedMod
 def test_prefix_hits_change_nothing(oracle: Oracle, planned: Plan, loaded: LoadedModel, limits: EngineLimits) -> None:
     engine = Engine(loaded, planned, limits)
     run(engine, requests_of(oracle, 32))
-    again = requests_of(oracle, 32, "again")
-    cached: dict[str, int] = {}
-    outputs: dict[str, tuple[int, ...]] = defaultdict(tuple)
-    for request in again:
-        engine.submit(request)
-    while engine.has_work():
-        for chunk in engine.step():
-            outputs[chunk.request_id] += chunk.token_ids
-            cached[chunk.request_id] = cached.get(chunk.request_id, 0) + chunk.cached_tokens
-    check(oracle, outputs, "again")
-    expected = {f"again{i}": (len(p) - 1) // 4 * 4 for i, p in enumerate(oracle.prompts)}
-    assert cached == expected
+    again = run(engine, requests_of(oracle, 32, "again"))
+    check(oracle, again, "again")
+    cached = {name: sum(chunk.cached_tokens for chunk in chunks) for name, chunks in again.items()}
+    assert cached == {f"again{i}": (len(p) - 1) // 4 * 4 for i, p in enumerate(oracle.prompts)}
     engine.close()
 
 

@@ -9,11 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import reduce
 from pathlib import Path
 
-import psutil
 import pytest
 import pytest_asyncio
 
@@ -25,6 +24,7 @@ from deployments.errors import ConfigError
 from deployments.protocol import LOST, GenerationRequest, TokenChunk
 from deployments.settings import PoolSettings
 from tests.unit.engine.tiny import VOCAB, drain, llama, request, save
+from tests.waiting import gone, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LONG = 3000
@@ -56,22 +56,6 @@ async def running(spec: EngineSpec) -> AsyncIterator[tuple[EngineClient, Started
     yield client, started
     client.stop()
     await until(lambda: gone(client.pid))
-
-
-async def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"still not so after {seconds} s"
-        await asyncio.sleep(0.02)
-
-
-def gone(pid: int | None) -> bool:
-    """Whether a process has ended, reaped or not."""
-    assert pid is not None
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 async def all_of(client: EngineClient, each: GenerationRequest) -> list[TokenChunk]:
@@ -124,7 +108,7 @@ async def test_leaving_a_stream_early_aborts_its_request(running: tuple[EngineCl
     assert [(await anext(stream)).finish_reason for _ in range(3)] == [None] * 3
     assert client.held["leaves"] >= 2
     await stream.aclose()
-    await until(lambda: not client.held, 2.0)
+    await until(lambda: not client.held)
 
 
 async def test_a_cancelled_reader_aborts_its_request(running: tuple[EngineClient, Started]) -> None:
@@ -134,7 +118,7 @@ async def test_a_cancelled_reader_aborts_its_request(running: tuple[EngineClient
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
-    await until(lambda: not client.held, 2.0)
+    await until(lambda: not client.held)
 
 
 async def test_ctrl_c_is_the_replicas_to_handle(running: tuple[EngineClient, Started]) -> None:
@@ -188,7 +172,7 @@ async def test_the_engine_ends_with_its_parent(spec: EngineSpec) -> None:
         engine = int(await asyncio.to_thread(parent.stdout.readline))
         assert not gone(engine)
         parent.kill()
-    await until(lambda: gone(engine), 5.0)
+    await until(lambda: gone(engine))
 
 
 @pytest.mark.parametrize(

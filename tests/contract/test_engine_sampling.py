@@ -6,7 +6,6 @@ The oracle of greedy penalties is `generate()`. Random draws have none; they mus
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from deployments.protocol import GenerationRequest, Sampling
 from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
+from tests.arrivals import tokens_of
 
 VOCAB, OUTPUT, PENALTY = 96, 24, 1.6
 LIMITS = EngineLimits(max_batch_tokens=512, max_sequences=32, prefix_cache=True, threads=1)
@@ -77,18 +77,19 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Tiny(plan, load(folder, plan, device_type="cpu"), expected)
 
 
-def run(tiny: Tiny, limits: EngineLimits, sampling: Iterable[Sampling], blocks: int | None = None) -> list[list[int]]:
+def run(
+    tiny: Tiny, limits: EngineLimits, sampling: Iterable[Sampling], blocks: int | None = None
+) -> list[tuple[int, ...]]:
     """All prompts at once, twice over, so that the second round finds its prefixes cached; both must agree."""
     plan = tiny.plan if blocks is None else replace(tiny.plan, num_blocks=blocks)
     engine = Engine(tiny.model, plan, limits)
-    outputs: dict[str, list[int]] = defaultdict(list)
+    outputs: dict[str, tuple[int, ...]] = {}
     for turn in "ab":
-        for i, (prompt, how) in enumerate(zip(PROMPTS, sampling, strict=True)):
-            engine.submit(GenerationRequest(f"{turn}{i}", prompt, how))
-        while engine.has_work():
-            for chunk in engine.step():
-                assert chunk.error is None
-                outputs[chunk.request_id] += chunk.token_ids
+        requests = [
+            GenerationRequest(f"{turn}{i}", prompt, how)
+            for i, (prompt, how) in enumerate(zip(PROMPTS, sampling, strict=True))
+        ]
+        outputs |= tokens_of(engine, requests, per_step=len(requests))
     assert blocks is None or engine.scheduler.preemptions > 0
     engine.close()
     first, second = ([outputs[f"{turn}{i}"] for i in range(len(PROMPTS))] for turn in "ab")
@@ -101,7 +102,7 @@ def run(tiny: Tiny, limits: EngineLimits, sampling: Iterable[Sampling], blocks: 
 def test_a_repetition_penalty_is_generates_own(tiny: Tiny, lookahead: Literal[0, 1], blocks: int | None) -> None:
     greedy = Sampling(max_tokens=OUTPUT, seed=0, temperature=0.0, repetition_penalty=PENALTY)
     got = run(tiny, replace(LIMITS, lookahead=lookahead), [greedy] * len(PROMPTS), blocks)
-    assert got == [list(ids) for ids in tiny.expected]
+    assert got == tiny.expected
     plain = run(tiny, LIMITS, [replace(greedy, repetition_penalty=1.0)] * len(PROMPTS))
     assert plain != got, "a penalty that changes nothing would show nothing"
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -30,7 +29,6 @@ from deployments.engine.experts import (
 from deployments.engine.loader import load, quantization_config
 from deployments.errors import ConfigError
 from deployments.planning import plan_pool
-from deployments.settings import PoolSettings
 from placement import probe
 from placement.anatomy import fused_experts
 from placement.footprint import footprint
@@ -38,24 +36,10 @@ from placement.hardware import Gpu
 from placement.plan import Plan
 from placement.reserve import reserve
 from placement.workload import Workload
-from tests.contract.families import FAMILIES
-from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
+from tests.contract.families import CONFIGS
+from tests.contract.greedy import LIMITS, answers, generated, make_prompts, pool, rounded, run, save
 
 PROMPTS = make_prompts()
-CONFIGS = {family.name: family.config for family in FAMILIES}
-
-
-def pool(**options: Any) -> PoolSettings:
-    small = {"device": "cpu", "block_size": 4, "max_sequences": 16, "max_batch_tokens": 256, "max_context": 64}
-    return PoolSettings.model_validate(small | {"cpu_device_memory": "60MB", "dtype": "float32"} | options)
-
-
-def rounded(weight: Tensor, quantization: str, *, double_quant: bool) -> Tensor:
-    """What is left of weights that were quantised."""
-    if quantization == "int8":
-        scales = weight.abs().amax(-1, keepdim=True) / 127
-        return (weight / scales).round() * scales
-    return dequantize_4bit(*quantize_4bit(weight, quant_type=quantization, compress_statistics=double_quant))
 
 
 def oracle(folder: Path, plan: Plan) -> PreTrainedModel:
@@ -65,7 +49,7 @@ def oracle(folder: Path, plan: Plan) -> PreTrainedModel:
     fused = [weight for name, weight in model.named_parameters() if ".experts." in name and weight.dim() == 3]
     assert len(fused) in (2, 4)  # of one layer or of both
     for weight in fused:
-        weight.data = rounded(weight.data, plan.quantization, double_quant=plan.double_quant)
+        weight.data = rounded(weight.data, plan.quantization, plan.double_quant)
     return model
 
 
@@ -85,7 +69,7 @@ def test_greedy_tokens_equal_generate(name: str, quantization: str, double_quant
     settings = {"quantization": quantization, "double_quant": double_quant, "quantize_experts": True}
     plan, _ = plan_pool("tiny", folder, pool(**settings))
     outputs = generated(oracle(folder, plan), PROMPTS)
-    expected = {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
+    expected = answers(outputs)
     two, _ = plan_pool("tiny", folder, pool(**settings, stages=2))
     assert len(two.stages) == 2
     for each in (plan, two):
@@ -99,7 +83,7 @@ def test_each_expert_is_what_bitsandbytes_makes_of_all_of_them(double_quant: boo
     """300 blocks to an expert, so that the second level's blocks of 256 do not begin with an expert."""
     weight = torch.randn(3, 60, 320, generator=torch.Generator().manual_seed(1))
     experts = FourBitExperts(four_bits(weight, "nf4", double_quant=double_quant))
-    whole = rounded(weight, "nf4", double_quant=double_quant)
+    whole = rounded(weight, "nf4", double_quant)
     for expert in range(3):
         assert torch.equal(experts[torch.tensor(expert)], whole[expert])
 
@@ -157,7 +141,7 @@ def test_the_forward_for_gpus_chooses_the_same_tokens(
     folder = save(CONFIGS[name], tmp_path)
     plan, _ = plan_pool("tiny", folder, pool(quantization=quantization, quantize_experts=True, stages=2))
     outputs = generated(oracle(folder, plan), PROMPTS)
-    expected = {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
+    expected = answers(outputs)
     assert run(load(folder, plan, device_type="cpu"), plan, LIMITS, PROMPTS)[0] == expected
     assert min(visits) <= 4 < max(visits)
 

@@ -24,13 +24,12 @@ from deployments.planning import plan_pool
 from deployments.settings import PoolSettings
 from placement.footprint import footprint
 from placement.plan import Plan
-from tests.contract.families import FAMILIES, VOCAB
-from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
+from tests.contract.families import CONFIGS, VOCAB
+from tests.contract.greedy import LIMITS, answers, generated, make_prompts, run, save
 from tests.contract.grouped import CASES, TABLE, Grouping, checkpoint, pack, quantised, table
 from tests.page_table import MODELS, shown
 
 PROMPTS = make_prompts()
-CONFIGS = {family.name: family.config for family in FAMILIES}
 NAMES = [f"{name}, {case.label}" for name, case in CASES]
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",  # of what GPTQModel imports
@@ -63,7 +62,7 @@ def read(folder: Path) -> PreTrainedModel:
 def check_served(folder: Path, quantization: str) -> tuple[tuple[int, ...], ...]:
     """The engine's tokens on one stage and on two are transformers'; these."""
     outputs = generated(read(folder), PROMPTS)
-    expected = {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
+    expected = answers(outputs)
     for stages in (1, 2):
         plan = planned(folder, stages=stages)
         assert (plan.quantization, len(plan.stages)) == (quantization, stages)

@@ -31,7 +31,7 @@ from deployments.errors import ConfigError
 from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import solve
-from tests.contract.greedy import LIMITS, generated, make_prompts, run
+from tests.contract.greedy import LIMITS, answers, generated, make_prompts, run
 from tests.contract.grouped import CASES, Grouping, checkpoint
 from tests.contract.test_grouped_checkpoints import CONFIGS
 
@@ -93,7 +93,7 @@ def test_the_engine_serves_them(name: str, grouping: Grouping, tmp_path: Path, m
     oracle, prompts = read(folder), make_prompts()
     repack(oracle, torch.float32)
     outputs = generated(oracle, prompts)
-    expected = {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
+    expected = answers(outputs)
     for stages in (1, 2):
         monkeypatch.setattr(loader, "check_kernels", check_kernels)
         plan = solve(

@@ -21,11 +21,10 @@ from deployments.errors import ConfigError
 from deployments.planning import plan_pool
 from deployments.settings import PoolSettings
 from placement import probe
-from tests.contract.families import FAMILIES
-from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
+from tests.contract.families import CONFIGS
+from tests.contract.greedy import LIMITS, answers, generated, make_prompts, run, save
 
 PROMPTS = make_prompts()
-CONFIGS = {family.name: family.config for family in FAMILIES}
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": FOUR_BIT | {"bnb_4bit_quant_type": "nf4"},
@@ -71,7 +70,7 @@ def ask_for_more(folder: Path) -> None:
 def test_greedy_tokens_equal_generate(name: str, kind: str, tmp_path: Path) -> None:
     folder = quantised(name, kind, tmp_path)
     outputs = generated(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS)
-    expected = {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
+    expected = answers(outputs)
     ask_for_more(folder)
     for stages in (1, 2):
         plan, _ = plan_pool("tiny", folder, pool(stages=stages))

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deployments.engine import embedding
@@ -22,20 +21,11 @@ from deployments.errors import ConfigError
 from deployments.planning import plan_pool
 from placement.footprint import footprint
 from placement.plan import Plan
-from tests.contract.families import FAMILIES
-from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
-from tests.contract.test_quantised_head import pool
+from tests.contract.families import CONFIGS
+from tests.contract.greedy import LIMITS, answers, generated, make_prompts, pool, rounded, run, save
 
 PROMPTS = make_prompts()
-CONFIGS = {family.name: family.config for family in FAMILIES}
 TIED = {"Llama": False, "GPT-2": True, "BLOOM": True, "OPT": True}
-
-
-def rounded(weight: Tensor, plan: Plan) -> Tensor:
-    if plan.quantization == "int8":
-        scales = weight.abs().amax(-1, keepdim=True) / 127
-        return (weight / scales).round() * scales
-    return dequantize_4bit(*quantize_4bit(weight, quant_type=plan.quantization, compress_statistics=plan.double_quant))
 
 
 def oracle(folder: Path, plan: Plan, *, tied: bool) -> PreTrainedModel:
@@ -44,7 +34,9 @@ def oracle(folder: Path, plan: Plan, *, tied: bool) -> PreTrainedModel:
     )
     embedding: Any = model.get_input_embeddings()
     assert (model.get_output_embeddings().weight is embedding.weight) == tied
-    embedding.weight = nn.Parameter(rounded(embedding.weight.detach(), plan), requires_grad=False)
+    embedding.weight = nn.Parameter(
+        rounded(embedding.weight.detach(), plan.quantization, plan.double_quant), requires_grad=False
+    )
     return model
 
 
@@ -60,7 +52,7 @@ def test_greedy_tokens_equal_generate(name: str, quantization: str, double_quant
     assert (plan.embeddings, plan.head) == (True, False)
     model = oracle(folder, plan, tied=TIED[name])
     outputs = generated(model, PROMPTS)
-    expected = {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
+    expected = answers(outputs)
     two, _ = plan_pool("tiny", folder, pool(**settings, stages=2))
     for each, cache in ((plan, None), (two, None), (two, tmp_path / "kept")):
         served = load(folder, each, device_type="cpu", cache_dir=cache)
@@ -75,9 +67,9 @@ def test_embedding_and_head_are_quantised_together(tmp_path: Path) -> None:
     plan, _ = plan_pool("tiny", folder, pool(**settings))
     model = oracle(folder, plan, tied=True)
     head: Any = model.get_output_embeddings()
-    head.weight = nn.Parameter(rounded(head.weight.detach(), plan), requires_grad=False)
+    head.weight = nn.Parameter(rounded(head.weight.detach(), plan.quantization, plan.double_quant), requires_grad=False)
     outputs = generated(model, PROMPTS)
-    expected = {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
+    expected = answers(outputs)
     assert run(load(folder, plan, device_type="cpu"), plan, LIMITS, PROMPTS)[0] == expected
 
 
@@ -106,7 +98,9 @@ def test_rows_are_what_bitsandbytes_makes_of_the_whole(
     made = quantised_rows(weight, plan, torch.device("cpu"))
     rows = EightBitExperts(made, torch.float32) if quantization == "int8" else FourBitExperts(made)
     ids = torch.tensor([[3, 99], [0, 3]])
-    torch.testing.assert_close(QuantisedEmbedding(rows)(ids), rounded(weight, plan)[ids], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        QuantisedEmbedding(rows)(ids), rounded(weight, plan.quantization, plan.double_quant)[ids], rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(

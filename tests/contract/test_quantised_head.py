@@ -12,33 +12,20 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
 from deployments.engine.loader import load, quantization_config, quantized_copy
 from deployments.errors import ConfigError
 from deployments.planning import plan_pool
-from deployments.settings import PoolSettings
 from placement import probe
 from placement.hardware import Gpu
 from placement.plan import Plan
-from tests.contract.families import FAMILIES
-from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
+from tests.contract.families import CONFIGS
+from tests.contract.greedy import LIMITS, answers, generated, make_prompts, pool, rounded, run, save
 
 PROMPTS = make_prompts()
-CONFIGS = {family.name: family.config for family in FAMILIES}
 TIED = {"Llama": False, "GPT-2": True, "Gemma 2": True, "Qwen2": False}
-
-
-def pool(**options: Any) -> PoolSettings:
-    small = {"device": "cpu", "block_size": 4, "max_sequences": 16, "max_batch_tokens": 256, "max_context": 64}
-    return PoolSettings.model_validate(small | {"cpu_device_memory": "60MB", "dtype": "float32"} | options)
-
-
-def rounded(weight: Tensor, plan: Plan) -> Tensor:
-    """What is left of weights that were quantised to 4 bits."""
-    return dequantize_4bit(*quantize_4bit(weight, quant_type=plan.quantization, compress_statistics=plan.double_quant))
 
 
 def eight_bit(head: nn.Linear) -> nn.Module:
@@ -62,7 +49,9 @@ def oracle(folder: Path, plan: Plan, *, tied: bool) -> PreTrainedModel:
     if tied and plan.quantization == "int8":
         model.set_output_embeddings(eight_bit(head))
     elif tied:
-        head.weight = nn.Parameter(rounded(head.weight.detach(), plan), requires_grad=False)
+        head.weight = nn.Parameter(
+            rounded(head.weight.detach(), plan.quantization, plan.double_quant), requires_grad=False
+        )
     return model
 
 
@@ -81,7 +70,7 @@ def test_greedy_tokens_equal_generate(name: str, quantization: str, double_quant
     settings = {"quantization": quantization, "double_quant": double_quant, "quantize_head": True}
     plan, _ = plan_pool("tiny", folder, pool(**settings))
     outputs = generated(oracle(folder, plan, tied=TIED[name]), PROMPTS)
-    expected = {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
+    expected = answers(outputs)
     two, _ = plan_pool("tiny", folder, pool(**settings, stages=2))
     assert len(two.stages) == 2
     for each, cache in ((plan, None), (two, None), (plan, tmp_path / "kept"), (two, tmp_path / "kept")):

@@ -14,10 +14,8 @@ from deployments.cli import main
 from deployments.engine.loader import load
 from deployments.planning import plan_pool
 from deployments.settings import PoolSettings
-from tests.contract.families import FAMILIES
-from tests.contract.greedy import LIMITS, generated, make_prompts, run, save
-
-CONFIGS = {family.name: family.config for family in FAMILIES}
+from tests.contract.families import CONFIGS
+from tests.contract.greedy import LIMITS, answers, generated, make_prompts, run, save
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +54,7 @@ def test_it_is_served_as_it_is_the_head_too(model: Path, tmp_path: Path) -> None
     outputs = generated(oracle, prompts)
     plan, _ = plan_pool("tiny", folder, pool())
     found, _ = run(load(folder, plan, device_type="cpu"), plan, LIMITS, prompts)
-    assert found == {f"{i}": ids for i, ids in enumerate((*outputs, outputs[0]))}
+    assert found == answers(outputs)
 
 
 def test_experts_that_stay_as_they_are_are_told_of(

@@ -20,10 +20,9 @@ from deployments.engine.kernels.fuse import fuse_linears
 from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8
 from deployments.engine.residents import move_to_arena
 from deployments.engine.stages import find_decoder, find_layers
-from tests.contract.families import FAMILIES
+from tests.contract.families import CONFIGS
 from tests.contract.greedy import save
 
-CONFIGS = {family.name: family.config for family in FAMILIES}
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": FOUR_BIT | {"bnb_4bit_quant_type": "nf4"},

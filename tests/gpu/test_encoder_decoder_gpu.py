@@ -29,7 +29,7 @@ from deployments.protocol import GenerationRequest, Sampling
 from placement import probe
 from placement.footprint import footprint
 from placement.plan import Plan, solve
-from tests.arrivals import two_at_each_step
+from tests.arrivals import tokens_of
 from tests.gpu.teacher import below_best
 from tests.gpu.waits import no_waits
 from tests.t5 import save
@@ -165,7 +165,7 @@ def outputs(engine: Engine, **sampling: object) -> list[tuple[int, ...]]:
         )
         for i, prompt in enumerate(prompts())
     ]
-    found = list(two_at_each_step(engine, requests).values())
+    found = list(tokens_of(engine, requests, per_step=2).values())
     assert all(len(chosen) == OUTPUT for chosen in found)
     return found
 

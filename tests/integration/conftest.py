@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from deployments.processes import MARK, marked
 from deployments.replica import ReplicaStatus
 from deployments.routing.ledger_deployment import deployment_name
 from deployments.routing.view import LedgerView
+from tests.waiting import wait_for
 
 MODEL = "smol"
 START_LIMIT_S = 300.0
@@ -102,15 +103,6 @@ class Service:
 
         with ThreadPoolExecutor(1) as thread:  # Serve refuses to block in a thread that runs an event loop
             return thread.submit(ask).result()
-
-
-def wait_for(condition: Callable[[], bool], limit_s: float) -> float:
-    """Seconds until `condition` held; fails the test at the limit."""
-    begun = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun < limit_s, f"{condition} did not hold within {limit_s} s"
-        time.sleep(0.05)
-    return time.monotonic() - begun
 
 
 def free_port() -> int:

@@ -23,7 +23,8 @@ from deployments.local_ray import make_temp_folder
 from deployments.processes import MARK, end_processes, marked
 from deployments.protocol import GenerationRequest
 from deployments.routing.refusals import LedgerConfig
-from tests.integration.test_routing import application, finished, free, make_request, until
+from tests.integration.test_routing import application, finished, free, make_request
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("HEADROOM_CLUSTER") != "1", reason="two Ray nodes take over a minute: set HEADROOM_CLUSTER=1"
@@ -75,7 +76,7 @@ def deploy() -> DeploymentHandle[Any]:
         num_replicas=2,
         ray_actor_options={"num_cpus": 0, "resources": {"place": 1}},
     )
-    until(lambda: sellable(handle) == 2, LIMIT_S)
+    wait_for(lambda: sellable(handle) == 2, LIMIT_S)
     return handle
 
 
@@ -103,7 +104,7 @@ def test_a_node_that_dies_under_load_costs_no_request_a_token(nodes: Nodes) -> N
     ingress = nodes.ingress
     with ThreadPoolExecutor(1) as thread:
         load = thread.submit(ingress.many.remote(requests("first"), LIMIT_S).result, timeout_s=LIMIT_S)
-        until(lambda: all(seen[2] > 0 for seen in ingress.observe.remote().result().values()), 30)
+        wait_for(lambda: all(seen[2] > 0 for seen in ingress.observe.remote().result().values()), 30)
         before = {seen[1] for seen in ingress.observe.remote().result().values()}
         assert len(before) == 2
         dead = kill(nodes)
@@ -113,13 +114,13 @@ def test_a_node_that_dies_under_load_costs_no_request_a_token(nodes: Nodes) -> N
 
     _, results = ingress.many.remote(requests("alone"), LIMIT_S).result(timeout_s=LIMIT_S)
     assert all(finished(chunks, OUTPUT) for chunks in results), "the replica that is left serves"
-    until(lambda: free(ingress), 10)
+    wait_for(lambda: free(ingress), 10)
 
     nodes.add_worker()
-    until(lambda: sellable(ingress) == 2, LIMIT_S)
+    wait_for(lambda: sellable(ingress) == 2, LIMIT_S)
     _, results = ingress.many.remote(requests("again"), LIMIT_S).result(timeout_s=LIMIT_S)
     assert all(finished(chunks, OUTPUT) for chunks in results)
     seen = ingress.observe.remote().result()
     assert len(seen) == 2
     assert all(served > 0 and most <= CAPACITY for _, _, _, most, served in seen.values())
-    until(lambda: free(ingress), 10)
+    wait_for(lambda: free(ingress), 10)

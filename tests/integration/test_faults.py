@@ -25,8 +25,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from deployments.app import pool_deployment_name
 from deployments.local_ray import INGRESS_DRAINING
 from deployments.routing.ledger_deployment import deployment_name
-from tests.integration.conftest import MODEL, Service, redeploy, start_service, wait_for
+from tests.integration.conftest import MODEL, Service, redeploy, start_service
 from tests.integration.stream_client import AT_ONCE, LIMITS, ONE_REQUEST_EACH, TIMEOUT, Answer, stream
+from tests.waiting import wait_for
 
 OVERLOAD = int(os.environ.get("HEADROOM_OVERLOAD", "400"))
 QUEUE_LIMIT = 60

@@ -26,7 +26,8 @@ import yaml
 
 from deployments.metrics.catalog import METRICS, Metric
 from k8s.dashboard import dashboard
-from tests.integration.conftest import MODEL, Service, free_port, start_service, wait_for
+from tests.integration.conftest import MODEL, Service, free_port, start_service
+from tests.waiting import wait_for
 
 LOAD_S = float(os.environ.get("HEADROOM_LOAD_S", "8"))
 IDLE_S = float(os.environ.get("HEADROOM_IDLE_S", "3"))

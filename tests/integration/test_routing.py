@@ -26,6 +26,7 @@ from deployments.routing.ledger_deployment import ledger_application
 from deployments.routing.refusals import LedgerConfig
 from deployments.routing.router import router_config
 from tests.fakes.replica import BLOCK_SIZE, FakeReplica
+from tests.waiting import wait_for
 
 CAPACITY = 16
 APP = "routing"
@@ -96,19 +97,12 @@ def ingress() -> Iterator[DeploymentHandle]:
     ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
     handle = application(APP, LedgerConfig("m", expected_replicas=2, queue_limit=64), num_replicas=2)
     try:
-        until(lambda: sum(r.sellable for r in handle.view.remote().result().replicas) == 2, 20)
+        wait_for(lambda: sum(r.sellable for r in handle.view.remote().result().replicas) == 2, 20)
         yield handle
     finally:
         serve.shutdown()
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def until(condition: Any, limit_s: float) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, f"not so within {limit_s} s"
-        time.sleep(0.05)
 
 
 def free(ingress: DeploymentHandle) -> bool:
@@ -136,7 +130,7 @@ def test_choices_of_one_request_run_side_by_side_and_never_over_capacity(ingress
     assert len(observed) == 2
     assert all(most <= CAPACITY for _, _, _, most, _ in observed.values())
     assert all(served >= 10 for _, _, _, _, served in observed.values()), "one replica got nearly everything"
-    until(lambda: free(ingress), 30)
+    wait_for(lambda: free(ingress), 30)
 
 
 def test_refusals_arrive_as_the_errors_of_the_api(ingress: DeploymentHandle) -> None:
@@ -153,26 +147,26 @@ def test_refusals_arrive_as_the_errors_of_the_api(ingress: DeploymentHandle) -> 
     assert late.retry_after_s >= 1
     for request in full:
         assert ingress.rest.remote(request.request_id).result()[-1].finish_reason == "length"
-    until(lambda: free(ingress), 30)
+    wait_for(lambda: free(ingress), 30)
 
 
 def test_closing_a_stream_frees_its_blocks_at_once(ingress: DeploymentHandle) -> None:
     ingress.start.remote(make_request("leaves", prompt=100, output=100, step_ms=600), 5.0).result()  # a minute long
     assert not free(ingress)
     ingress.close.remote("leaves").result()
-    until(lambda: free(ingress), 20)
+    wait_for(lambda: free(ingress), 20)
 
 
 def test_a_client_that_leaves_while_it_waits_leaves_no_trace(ingress: DeploymentHandle) -> None:
     for key in ("hold-a", "hold-b"):
         ingress.start.remote(make_request(key, prompt=200, output=56, step_ms=1000), 5.0).result()
     call = ingress.many.remote([make_request(f"gone-{k}", prompt=100) for k in range(3)], 30.0)
-    until(lambda: ingress.view.remote().result().waiting == 3, 20)
+    wait_for(lambda: ingress.view.remote().result().waiting == 3, 20)
     call.cancel()
-    until(lambda: ingress.view.remote().result().waiting == 0, 20)
+    wait_for(lambda: ingress.view.remote().result().waiting == 0, 20)
     for key in ("hold-a", "hold-b"):
         ingress.close.remote(key).result()
-    until(lambda: free(ingress), 30)
+    wait_for(lambda: free(ingress), 30)
 
 
 def test_killed_replica(ingress: DeploymentHandle) -> None:
@@ -187,10 +181,10 @@ def test_killed_replica(ingress: DeploymentHandle) -> None:
     ids = [token for chunk in rest for token in chunk.token_ids]
     assert ids == list(range(ids[0], 201))
     assert [chunk.finish_reason for chunk in rest if chunk.finish_reason] == ["length"]
-    until(lambda: sum(r.sellable for r in ingress.view.remote().result().replicas) == 2, 30)
+    wait_for(lambda: sum(r.sellable for r in ingress.view.remote().result().replicas) == 2, 30)
     _, results = ingress.many.remote([make_request(f"healed-{k}") for k in range(12)], 20.0).result(timeout_s=40)
     assert all(finished(chunks, 16) for chunks in results)
-    until(lambda: free(ingress), 30)
+    wait_for(lambda: free(ingress), 30)
 
 
 def test_killed_ledger_is_rebuilt_from_reports(ingress: DeploymentHandle) -> None:
@@ -206,9 +200,9 @@ def test_killed_ledger_is_rebuilt_from_reports(ingress: DeploymentHandle) -> Non
     def survivor_is_charged() -> bool:  # 50 prompt tokens and more; its replica may not have reported yet
         return sum(r.charged_blocks for r in ingress.view.remote().result().replicas) >= 5
 
-    until(survivor_is_charged, 20)
+    wait_for(survivor_is_charged, 20)
     ingress.close.remote("survivor").result()
-    until(lambda: free(ingress), 30)
+    wait_for(lambda: free(ingress), 30)
     assert all(most <= CAPACITY for _, _, _, most, _ in ingress.observe.remote().result().values())
 
 
@@ -217,7 +211,7 @@ def narrow(ingress: DeploymentHandle) -> Iterator[DeploymentHandle]:  # noqa: AR
     """The ingress of another application: Serve lets one call at once into its only replica, and its ledger knows no
     limit but blocks."""
     handle = application("narrow", LedgerConfig("n"), max_ongoing_requests=1)
-    until(lambda: handle.ready.remote().result(), 30)
+    wait_for(lambda: handle.ready.remote().result(), 30)
     yield handle
     serve.delete("narrow")
 
@@ -235,12 +229,12 @@ def test_a_call_that_serve_rejects_costs_no_block_and_is_tried_again(narrow: Dep
     assert isinstance(rejected, Overloaded), rejected
     assert "too many calls" in rejected.message
     assert rejected.retry_after_s
-    until(lambda: charged(narrow) == alone, 8)  # by the ingress's word: the grants would expire after 13 s
+    wait_for(lambda: charged(narrow) == alone, 8)  # by the ingress's word: the grants would expire after 13 s
     waits = narrow.many.remote([make_request("second")], 60.0)
     narrow.close.remote("first").result()
     _, (second,) = waits.result(timeout_s=60)
     assert finished(second, 16)
-    until(lambda: charged(narrow) == 0, 30)
+    wait_for(lambda: charged(narrow) == 0, 30)
 
 
 def test_a_client_that_leaves_before_the_replicas_word_costs_no_block_for_long(narrow: DeploymentHandle) -> None:
@@ -248,13 +242,13 @@ def test_a_client_that_leaves_before_the_replicas_word_costs_no_block_for_long(n
     os.kill(pid, signal.SIGSTOP)
     try:
         call = narrow.many.remote([make_request("on its way")], 30.0)
-        until(lambda: charged(narrow) > 0, 20)
+        wait_for(lambda: charged(narrow) > 0, 20)
         time.sleep(0.5)  # until it was sent
         call.cancel()
         time.sleep(0.5)
     finally:
         os.kill(pid, signal.SIGCONT)
-    until(lambda: charged(narrow) == 0, 8)  # by the replica's word: the grant would expire after 13 s
+    wait_for(lambda: charged(narrow) == 0, 8)  # by the replica's word: the grant would expire after 13 s
 
 
 @pytest.fixture
@@ -291,7 +285,7 @@ def test_a_pool_grows_from_none_and_goes_back(scaled: DeploymentHandle) -> None:
     assert running() == 2
     for request in whole:
         scaled.close.remote(request.request_id).result()
-    until(lambda: running() == 0, 60)
+    wait_for(lambda: running() == 0, 60)
     assert scaled.ready.remote().result(), "a request would be served"
     _, (again,) = scaled.many.remote([make_request("again")], 60.0).result(timeout_s=60)
     assert finished(again, 16)

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from deployments.home import state_folder
-from tests.integration.conftest import free_port, wait_for
+from tests.integration.conftest import free_port
+from tests.waiting import wait_for
 
 CONFIG = """\
 applications:

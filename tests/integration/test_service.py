@@ -16,7 +16,8 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from deployments.metrics.catalog import METRICS
-from tests.integration.conftest import MODEL, Service, wait_for
+from tests.integration.conftest import MODEL, Service
+from tests.waiting import wait_for
 
 TIMEOUT = httpx.Timeout(240.0)
 UNFINISHED_S = 20.0

@@ -23,7 +23,7 @@ from deployments.protocol import GenerationRequest, Sampling
 from placement.footprint import footprint
 from placement.hardware import virtual_cpu_devices
 from placement.plan import Plan, solve
-from tests.arrivals import two_at_each_step
+from tests.arrivals import tokens_of
 from tests.t5 import save
 from tests.unit.placement.tiny_models import ENCODER_DECODERS
 
@@ -103,7 +103,7 @@ def requests() -> list[GenerationRequest]:
 
 
 def run(engine: Engine, waiting: Sequence[GenerationRequest]) -> dict[str, tuple[int, ...]]:
-    found = two_at_each_step(engine, waiting)
+    found = tokens_of(engine, waiting, per_step=2)
     engine.close()
     return found
 
