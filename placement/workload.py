@@ -8,7 +8,7 @@ from typing import Literal
 Attention = Literal["flashinfer", "torch"]
 """What computes attention on GPUs: FlashInfer, or PyTorch's own operators over gathered blocks, as on the CPU."""
 
-CAPTURED_ROWS = 2048
+CAPTURED_ROWS = 768
 """Rows of the largest CUDA graph of a step with prompt chunks on one GPU; the largest of decodes has a row per
 sequence, and on several GPUs the largest steps have graphs too."""
 

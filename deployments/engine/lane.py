@@ -1,9 +1,9 @@
 """A lane: one stage on its GPU, with the buffers that its steps come in by and the graphs that run them.
 
 Steps enter a lane in launch order and run on the device's one compute stream, so all slots share the buffers and the
-graphs. A step of single-token rows runs as one graph, a step with prompt chunks as a graph of another kind, up to
-`MOST_CAPTURED_ROWS` on one device: beyond that it is slower than the host. With several devices the host launches for
-all of them, while each has a part of the layers: there steps of all sizes have graphs.
+graphs. A step of single-token rows runs as one graph, a step with prompt chunks as a graph of another kind up to
+`MOST_CAPTURED_ROWS`; beyond that one device is slower than the host, and a graph would save nothing. With several
+devices the host launches for all of them, while each has a part of the layers: there steps of all sizes have graphs.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention import StepLayout, singles
-from deployments.engine.compiled import compile_layers
+from deployments.engine.compiled import FEW_ROWS, compile_layers
 from deployments.engine.inputs import Inputs, continue_ids, pack, packed_size
 from deployments.engine.stages import Stage, StepRows
 
 log = logging.getLogger(__name__)
 
-MOST_CAPTURED_ROWS = 2048
-"""Of one device: to launch 32 layers takes the host some 55 ms, as long as a device computes so many rows."""
-_FINE_ROWS = 768
-"""Graphs of more rows are far apart, and run only steps that fill three fourths of them."""
+MOST_CAPTURED_ROWS = 768
+"""Of one device; on several, graphs of more rows are far apart, and run only steps that fill three fourths of them."""
 _WARM_UPS = 2
 """Runs before a capture: libraries choose algorithms and take their workspaces at the first ones."""
 _TIMED_RUNS = 5
@@ -50,7 +48,7 @@ class Form:
         rows, sequences = len(step.ids), len(step.spans)
         if self.sequences is None:
             return len(step.sampled) == sequences == rows <= self.rows
-        if self.rows > _FINE_ROWS and 4 * rows < 3 * self.rows:
+        if self.rows > MOST_CAPTURED_ROWS and 4 * rows < 3 * self.rows:
             return False
         others = sequences - min(singles(step.spans), self.decodes - 1)
         return rows <= self.rows and others + 2 <= self.sequences - self.decodes
@@ -61,18 +59,30 @@ def forms(*, max_batch_tokens: int, max_sequences: int, lanes: int = 1) -> tuple
 
     Of a decode's graph less than half is padding, beyond 16 rows less than a third. In a step with chunks half of the
     rows may be decodes, and there may be a fourth as many other sequences: FlashInfer's tiles for these are then as
-    large as for one long chunk. Of the large graphs at most a fourth is padding, and a step that would have more
-    runs without a graph.
+    large as for one long chunk. Of the large graphs that several lanes have at most a fourth is padding, and a step
+    that would have more runs without a graph.
     """
     most = min(max_sequences, max_batch_tokens)
     decodes = {1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, most + 32, 32)}
-    captured = max_batch_tokens if lanes > 1 else min(max_batch_tokens, MOST_CAPTURED_ROWS)
-    chunks = {64, 128, 192, 256, 320, 384, 512, 640, _FINE_ROWS, max(captured, _FINE_ROWS)}
-    chunks |= {rows for power in range(10, captured.bit_length()) for rows in (2**power, 3 * 2**power // 2)}
+    chunks = {64, 128, 192, 256, 320, 384, 512, 640, MOST_CAPTURED_ROWS}
+    if lanes > 1:
+        large = {rows for power in range(10, max_batch_tokens.bit_length()) for rows in (2**power, 3 * 2**power // 2)}
+        chunks |= large | {max(max_batch_tokens, MOST_CAPTURED_ROWS)}
     return (
         *(Form(rows) for rows in sorted({min(rows, most) for rows in decodes})),
-        *(_chunked(rows, max_sequences) for rows in sorted(chunks) if rows <= captured),
+        *(_chunked(rows, max_sequences) for rows in sorted(chunks) if rows <= max_batch_tokens),
     )
+
+
+def usual(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
+    """Steps of one row, of few and of many, where there may be so many: what layers are compiled at."""
+    few, many = min(16, max_batch_tokens), min(256, max_batch_tokens)
+    found = [Form(1)]
+    if few > 1:
+        found.append(Form(few) if few <= max_sequences else _chunked(few, max_sequences))
+    if many > FEW_ROWS:
+        found.append(_chunked(many, max_sequences))
+    return tuple(found)
 
 
 def _chunked(rows: int, max_sequences: int) -> Form:
@@ -114,6 +124,7 @@ class Lane:
         self._scratch_slot = stage.kv[0].scratch * block_size
         self.forms = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, lanes=lanes)
         """Of the graphs."""
+        self._usual = usual(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         self._incoming: Tensor | None = None
         if not stage.is_first:
             shape = (1, max(form.rows for form in self.forms), stage.hidden_size)
@@ -224,7 +235,7 @@ class Lane:
         return self.stage.hidden(source, inputs.positions[None])
 
     def _attempt(self) -> None:
-        """Steps of one row and of several, over the scratch block.
+        """Steps of one row, of few and of many, over the scratch block.
 
         Raises:
             RuntimeError: they took memory as if they had copied KV blocks, as compiled code may that can't tell that
@@ -232,12 +243,14 @@ class Lane:
         """
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        for rows in (1, 2, 3):
-            self._compute(self._prepare_scratch(Form(rows)), self._incoming)
+        for form in self._usual:
+            self._compute(self._prepare_scratch(form), self._incoming)
         torch.cuda.synchronize(self.device)
         taken, blocks = torch.cuda.max_memory_allocated(self.device) - before, self.stage.kv[0].bytes // 2
         if taken > max(blocks, _SMALL_STEP_BYTES):
-            raise RuntimeError(f"three rows took {taken:,} bytes, and a layer's keys are {blocks:,}: they were copied")
+            raise RuntimeError(
+                f"{self._usual[-1].rows} rows took {taken:,} bytes, and a layer's keys are {blocks:,}: they were copied"
+            )
 
     def _capture(self, form: Form, pool: Any) -> torch.cuda.CUDAGraph:
         inputs = self._prepare_scratch(form)
@@ -246,9 +259,7 @@ class Lane:
         with torch.cuda.stream(self._side):
             for _ in range(_WARM_UPS):
                 result = self._compute(inputs, self._incoming)
-        if (
-            self._outgoing is None
-        ):  # the largest graph; OPT's last hidden states may be narrower than those of its layers
+        if self._outgoing is None:  # of the largest graph; OPT's last hidden states may be narrower than its layers'
             self._outgoing = torch.zeros_like(result)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=self._side):

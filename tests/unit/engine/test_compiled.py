@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
-from deployments.engine.compiled import RECOMPILE_LIMIT, compile_layers
+from deployments.engine.compiled import FEW_ROWS, RECOMPILE_LIMIT, compile_layers
 
 
 class Layer(nn.Module):
@@ -47,7 +47,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphMod
     """The graphs that a backend was given, which runs them as they are."""
     graphs: list[torch.fx.GraphModule] = []
 
-    def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+    def backend(graph: torch.fx.GraphModule, _: list[Any], *, options: dict[str, Any] | None = None) -> Any:
+        graph.meta["options"] = options
         graphs.append(graph)
         return graph.forward
 
@@ -72,19 +73,20 @@ def run(layers: list[nn.Module], rows: int) -> Tensor:
 
 
 def attempt(layers: list[nn.Module]) -> None:
-    for rows in (1, 2, 3):
+    for rows in (1, 2, FEW_ROWS + 1):
         run(layers, rows)
 
 
 def test_layers_of_one_kind_share_their_code(compiled: list[torch.fx.GraphModule]) -> None:
     torch.manual_seed(0)
     layers: list[nn.Module] = [Layer() for _ in range(5)]
-    plain = {rows: run(layers, rows) for rows in (1, 2, 3, 17)}
+    plain = {rows: run(layers, rows) for rows in (1, 2, 3, 17, FEW_ROWS, FEW_ROWS + 1, 200)}
     assert compile_layers(layers, partial(attempt, layers)) is None
-    assert len(compiled) == 2, "one row, and any number above"
+    overlapping = [graph.meta["options"] for graph in compiled]
+    assert overlapping == [{"triton.enable_pdl": True}] * 2 + [None], "one row, few, and many"
     for rows, expected in plain.items():
         torch.testing.assert_close(run(layers, rows), expected)
-    assert len(compiled) == 2, "nothing is compiled once requests come"
+    assert len(compiled) == 3, "nothing is compiled once requests come"
 
 
 def test_a_layer_that_can_not_be_compiled_runs_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
@@ -124,7 +126,7 @@ def test_kinds_and_devices_are_within_the_limit() -> None:
     """Beyond it a layer would be compiled anew no more, and under `fullgraph` its step would fail."""
     compile_layers([], lambda: None)
     assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
-    assert RECOMPILE_LIMIT >= 2 * 2 * 8, "one row and several, two kinds of layers, eight GPUs"
+    assert RECOMPILE_LIMIT >= 3 * 2 * 8, "one row, few and many, two kinds of layers, eight GPUs"
 
 
 class Kernel(TritonKernel):
@@ -153,7 +155,6 @@ def body(*lines: str) -> IndentedBuffer:
 )
 def test_a_kernel_waits_first_and_then_lets_the_next_one_start(lines: list[str]) -> None:
     compile_layers([], lambda: None)
-    assert torch._inductor.config.triton.enable_pdl
     code = body(*lines)
     Kernel(overlaps=True)._filter_pdl(code)
     work = [line for line in lines if "gdc_" not in line]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from deployments.engine.attention import RowSpan, StepLayout
-from deployments.engine.lane import MOST_CAPTURED_ROWS, Form, forms
+from deployments.engine.compiled import FEW_ROWS
+from deployments.engine.lane import MOST_CAPTURED_ROWS, Form, forms, usual
 from deployments.engine.stages import StepRows
 from placement.workload import CAPTURED_ROWS
 
@@ -53,17 +54,20 @@ def test_the_usual_step_has_a_graph(tokens: int, sequences: int) -> None:
     assert Form(min(64, tokens, sequences)) in forms(max_batch_tokens=tokens, max_sequences=sequences)
 
 
-def test_one_lane_has_graphs_up_to_what_it_computes_as_fast_as_the_host_launches() -> None:
-    for tokens, expected in ((700, []), (1200, [1024, 1200]), (2048, [1024, 1536, 2048]), (8192, [1024, 1536, 2048])):
-        every = forms(max_batch_tokens=tokens, max_sequences=64)
-        assert [form.rows for form in every if form.rows > 768] == expected
-    assert chosen(every, step(1, 2047)) is not None
-    assert chosen(every, step(1, 2048)) is None
+@pytest.mark.parametrize(("tokens", "sequences"), [*SIZES, (8, 1), (2, 1), (5, 3), (2048, 1), (65, 2)])
+def test_layers_are_compiled_for_every_number_of_rows_before_requests_come(tokens: int, sequences: int) -> None:
+    found = usual(max_batch_tokens=tokens, max_sequences=sequences)
+    assert found[0] == Form(1)
+    assert any(1 < form.rows <= FEW_ROWS for form in found) is (tokens > 1)
+    assert any(form.rows > FEW_ROWS for form in found) is (tokens > FEW_ROWS)
+    for form in found:
+        padded = StepLayout((), 16, form.rows, form.sequences, form.decodes).padded(scratch=99)
+        assert sum(span.count for span in padded) == form.rows <= tokens
 
 
 def test_several_lanes_have_graphs_of_full_steps() -> None:
     every = forms(max_batch_tokens=3000, max_sequences=64, lanes=2)
-    assert [form.rows for form in every if form.rows > 768] == [1024, 1536, 2048, 3000]
+    assert [form.rows for form in every if form.rows > MOST_CAPTURED_ROWS] == [1024, 1536, 2048, 3000]
     for counts, rows in (
         ((1,) * 60 + (2940,), 3000),
         ((128,) * 16, 2048),
@@ -134,8 +138,7 @@ def test_the_smallest_graph_is_taken() -> None:
     assert chosen(every, step(1, 1, 100)) == Form(128, 97, 65)
     assert chosen(every, step(*[1] * 70, 2)) == Form(128, 97, 65), "six of the decodes go with the others"
     assert chosen(every, step(*[2] * 30)) == Form(128, 97, 65), "60 rows, but 30 sequences and two to pad"
-    assert chosen(every, step(1, 800)) == Form(1024, 513, 257)
-    assert chosen(every, step(1, 1100)) is None, "more than a fourth would be padding"
+    assert chosen(every, step(1, 800)) is None
 
 
 def test_cache_slots_follow_the_block_tables() -> None:
