@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
 
 from benchmarks.routing.fleet import ReplicaSpec
 from benchmarks.routing.histogram import Histogram
@@ -193,13 +193,10 @@ class SimReplica:
     def _plan_prefill(self) -> list[tuple[Sequence, int]]:
         if not self.prefilling and not self.waiting:
             return []
-        fitting = list(islice(self.waiting, self._fitting()))
         budget = prefill_budget(
             decodes=len(self.decoding),
             decoding=len(self.decoding),
-            prefilling=len(self.prefilling) + len(fitting),
-            prompt_tokens=sum(sequence.remaining for sequence in self.prefilling)
-            + sum(sequence.job.prompt + sequence.produced for sequence in fitting),
+            prefilling=len(self.prefilling) + self._fitting(),
             max_batch_tokens=self.spec.max_batch_tokens,
             prefill_chunk_tokens=self.spec.prefill_chunk_tokens,
         )

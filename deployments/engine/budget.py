@@ -6,18 +6,10 @@ from collections.abc import Iterable
 
 BURST = 32
 """Prompts are a burst from one more in so many sequences that decode. One alone never is."""
-SHORT_BURST = 128
-"""The same where one step could finish them: those that decode then wait for one long step, not for many."""
 
 
 def prefill_budget(
-    *,
-    decodes: int,
-    decoding: int,
-    prefilling: int,
-    prompt_tokens: int,
-    max_batch_tokens: int,
-    prefill_chunk_tokens: int,
+    *, decodes: int, decoding: int, prefilling: int, max_batch_tokens: int, prefill_chunk_tokens: int
 ) -> int:
     """Most prompt tokens of one step, after its decodes.
 
@@ -29,16 +21,13 @@ def prefill_budget(
         decodes: tokens that the step decodes.
         decoding: sequences, of all slots, that had their first token; all of them wait for this step.
         prefilling: sequences, of all slots, that didn't have it yet, with those that could be admitted now.
-        prompt_tokens: what these have left to compute.
         max_batch_tokens: most tokens of a step.
         prefill_chunk_tokens: prompt tokens that may go beside the decodes of a step at any time.
     """
     left = max_batch_tokens - decodes
     if decoding == 0:
         return left
-    short = min(prefilling, left * prefilling // max(1, prompt_tokens))  # as many as a whole step would finish
-    burst = max(BURST * (prefilling - 1), SHORT_BURST * (short - 1)) // decoding
-    return min(left, prefill_chunk_tokens * max(1, burst))
+    return min(left, prefill_chunk_tokens * max(1, BURST * (prefilling - 1) // decoding))
 
 
 def chunk_within(times: Iterable[tuple[int, float]], *, limit: float, decodes: int, max_batch_tokens: int) -> int:

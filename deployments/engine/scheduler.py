@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from itertools import chain, count, islice
+from itertools import count, islice
 from operator import attrgetter
 
 from deployments.engine.blocks import BlockManager, IntegrityError
@@ -218,7 +218,6 @@ class Scheduler:
             decodes=decodes,
             decoding=self.running - len(prompts),
             prefilling=len(prompts) + fit,
-            prompt_tokens=sum(s.remaining for s in chain(prompts, self._queues.waiting[:fit])),
             max_batch_tokens=self._max_batch_tokens,
             prefill_chunk_tokens=self._prefill_chunk_tokens,
         )
