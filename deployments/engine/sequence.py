@@ -50,6 +50,8 @@ class TokenSequence:
     preemptions: int = 0
     turn: int = 0
     """When it was last picked for a step that had no budget for all decodes."""
+    block_table: tuple[int, ...] = ()
+    """The blocks that its latest step named: the same tuple until a step needs one more."""
     digests: list[bytes] = field(default_factory=list)
     """Block digests of `ids`, kept by the block manager across preemptions."""
 
@@ -69,7 +71,10 @@ class TokenSequence:
     @property
     def remaining(self) -> int:
         """Tokens to compute: 1 for a decode, more for a prefill, 0 when the last token of the output is on its way."""
-        return self.length - self.computed if self.produced < self.max_tokens else 0
+        pending = self.pending
+        if len(self.output_ids) + pending >= self.max_tokens:
+            return 0
+        return len(self.ids) + pending - self.computed
 
     def expect(self, row: int) -> None:
         """A launched step draws the next token, as sampled row `row`."""
@@ -85,4 +90,5 @@ class TokenSequence:
         """Its blocks were taken: it waits again, and nothing of it is computed."""
         self.state = "waiting"
         self.computed = 0
+        self.block_table = ()
         self.preemptions += 1
