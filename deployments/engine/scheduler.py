@@ -225,7 +225,7 @@ class Scheduler:
 
     def _prefill(self, slot: int, decodes: int) -> list[StepItem]:
         """Prompts for the budget that a step of so many decodes has left."""
-        prompts = [s for s in self._queues.running() if s.remaining > 1]
+        prompts = [s for s in self._queues.running() if not s.decodes and s.remaining > 1]
         if not prompts and not self._queues.waiting:
             return []
         fit = self._fitting()

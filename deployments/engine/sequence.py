@@ -43,6 +43,8 @@ class TokenSequence:
     slot: int | None = None
     in_flight: int = 0
     """Launched steps that name it and are not complete; may outlast `state == "running"`."""
+    decodes: bool = False
+    """A step drew a token of it, so that it computes one at a time, until it is set back."""
     cacheable: bool = True
     """False once a step that wrote its KV failed or was spoiled: nothing more goes to the prefix cache."""
     cached_tokens: int = 0
@@ -80,6 +82,7 @@ class TokenSequence:
         """A launched step draws the next token, as sampled row `row`."""
         self.pending += 1
         self.pending_row = row
+        self.decodes = True
 
     def append(self, token_id: int) -> None:
         """The next token is known."""
@@ -90,5 +93,6 @@ class TokenSequence:
         """Its blocks were taken: it waits again, and nothing of it is computed."""
         self.state = "waiting"
         self.computed = 0
+        self.decodes = False
         self.block_table = ()
         self.preemptions += 1
