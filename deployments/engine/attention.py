@@ -31,7 +31,7 @@ class UnsupportedAttention(Exception):
     """The model asks of attention what no backend computes; serving it would be silently wrong."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowSpan:
     """One sequence's rows in a step, as plain integers: `count` tokens from position `start`."""
 

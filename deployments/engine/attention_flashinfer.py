@@ -146,8 +146,7 @@ class FlashInferAttention(AttentionBackend):
         step = self._host_step(layout)
         shape = step.tables.shape
         self._buffer[: shape.size].copy_(step.staging.tables[: shape.size], non_blocking=True)
-        self._tables = Tables.view(self._buffer, shape)
-        self._parts = self._tables.parts()
+        self._tables = None
         self._step = step
         self._planned = {kind: self._plan(kind, step) for kind in self._spaces}
         self._note_copies(step)
@@ -155,9 +154,10 @@ class FlashInferAttention(AttentionBackend):
     @torch.inference_mode()
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, how: Scoring) -> Tensor:
         """See `AttentionBackend.attend`."""
-        tables, step = self._tables, self._step
-        if tables is None or step is None:
+        step = self._step
+        if step is None:
             raise RuntimeError("no step was prepared for")
+        tables = self._tables or self._view(step)
         _, heads, rows, head_dim = query.shape
         if rows != tables.shape.rows:
             raise ValueError(f"attention got {rows} rows in a step that was prepared for {tables.shape.rows}")
@@ -172,6 +172,12 @@ class FlashInferAttention(AttentionBackend):
         for plan, part, space in zip(planned, self._parts, self._spaces[kind], strict=False):
             self._kernels.run(Call(kind, plan, part, space, how.scale), _rows(query), keys, values, out)
         return out[None]
+
+    def _view(self, step: HostStep) -> Tables:
+        """The step's tables on the device. Replayed graphs have their own views, so a step may well need none."""
+        self._tables = Tables.view(self._buffer, step.tables.shape)
+        self._parts = self._tables.parts()
+        return self._tables
 
     def _host_step(self, layout: StepLayout) -> HostStep:
         key = (FlashInferAttention, layout.padding, layout.sequences, layout.decodes)
@@ -201,11 +207,11 @@ class FlashInferAttention(AttentionBackend):
         planned = step.plans.get(key)
         if planned is None:
             planned = step.plans[key] = self._kernels.plan(kind, tables, self._block_size, space, pinned)
+            if shape.decodes or shape.captured:
+                self._check_graphs(kind, shape, tuple(planned.info))
         else:
             used = self._kernels.room(kind, sequences=shape.sequences, rows=shape.rows).ints
             space.ints[:used].copy_(pinned[:used], non_blocking=True)
-        if shape.decodes or shape.captured:
-            self._check_graphs(kind, shape, tuple(planned.info))
         return planned
 
     def _check_graphs(self, kind: Kind, shape: Shape, info: tuple[int, ...]) -> None:

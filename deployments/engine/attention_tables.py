@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -131,7 +130,7 @@ def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32]) -> S
             f"the block tables of {shape.sequences} sequences with {shape.rows} rows and {shape.pages} blocks are "
             f"{shape.size} integers, and the attention backend was made for {len(out)}"
         )
-    pages = [_as_array(span.block_table)[:need] for span, need in zip(spans, needs.tolist(), strict=True)]
+    pages = b"".join([_page_bytes(span.block_table, need) for span, need in zip(spans, needs.tolist(), strict=True)])
     rows = np.cumsum(counts)
     at = shape._starts()
     out[at[0]] = out[at[1]] = 0
@@ -141,11 +140,21 @@ def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32]) -> S
     out[at[3] : at[3] + len(spans)] = lengths
     out[at[4] : at[4] + shape.rows] = np.repeat(np.arange(len(spans), dtype=np.int32), counts)
     out[at[5] : at[5] + shape.rows] = np.arange(shape.rows) + np.repeat(lengths - rows, counts)
-    np.concatenate(pages, out=out[at[6] : shape.size])
+    out[at[6] : shape.size] = np.frombuffer(pages, np.int32)
     return shape
 
 
-@lru_cache(maxsize=1024)
-def _as_array(table: tuple[int, ...]) -> NDArray[np.int32]:
-    """A block table stays the same for a block's worth of decodes, and hashing it takes a fraction of converting it."""
-    return np.array(table, np.int32)
+_known: dict[int, tuple[tuple[int, ...], bytes]] = {}
+"""By `id`: block tables, so that none of these ids is used again, and their blocks as int32."""
+_MOST_KNOWN = 2048
+
+
+def _page_bytes(table: tuple[int, ...], blocks: int) -> bytes:
+    """The first blocks of a table. It stays the same object for a block's worth of decodes, and is converted once."""
+    known = _known.get(id(table))
+    if known is None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        known = _known[id(table)] = (table, np.array(table, np.int32).tobytes())
+    whole = known[1]
+    return whole if len(whole) == 4 * blocks else whole[: 4 * blocks]

@@ -19,13 +19,15 @@ class Flight:
 
     drawn: Drawn | None
     """None: the step samples nothing."""
-    done: torch.cuda.Event
+    done: torch.cuda.Event | None
+    """Where it ends; None where nothing runs ahead of the host."""
 
     def result(self) -> list[SampledToken]:
         """What was drawn, one per sampled row; waits for it."""
         if self.drawn is not None:
             return self.drawn.read()
-        self.done.synchronize()
+        if self.done is not None:
+            self.done.synchronize()
         return []
 
 
@@ -53,12 +55,12 @@ class Draws:
         Args:
             logits: [sampled rows, vocab]; None: the step samples nothing.
         """
-        drawn = None
-        if logits is not None:
-            drawn = self._sampler.draw(logits, draw)
-            self._last_ids[slot] = drawn.ids
-            if self._returns is not None:
-                self._returns.send(slot, drawn.ids)
-        done = torch.cuda.Event()
-        done.record()
-        return Flight(drawn, done)
+        if logits is None:
+            done = torch.cuda.Event()
+            done.record()
+            return Flight(None, done)
+        drawn = self._sampler.draw(logits, draw)
+        self._last_ids[slot] = drawn.ids
+        if self._returns is not None:
+            self._returns.send(slot, drawn.ids)
+        return Flight(drawn, drawn.ready)

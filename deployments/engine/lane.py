@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -188,16 +188,15 @@ class Lane:
 
     @torch.inference_mode()
     def logits(self, step: StepRows, hidden: Tensor) -> Tensor:
-        """[sampled rows, vocab] of what `run` returned, on the last lane; at least one row is sampled.
+        """[sampled rows, vocab] of what `run` returned, on the last lane, its device the current one; at least one row
+        is sampled.
 
         No part of the graphs: those of all batch sizes would keep their logits, half a GB where a vocabulary is large.
         """
-        with torch.cuda.device(self.device):
-            if len(step.sampled) < len(step.ids):
-                index = torch.empty(len(step.sampled), dtype=torch.int64, device=self.device)
-                _upload(step.sampled, index)
-                hidden = hidden[:, index]
-            return self.stage.logits(hidden)
+        if len(step.sampled) < len(step.ids):
+            index = torch.tensor(step.sampled, dtype=torch.int64, pin_memory=True)
+            hidden = hidden[:, index.to(self.device, non_blocking=True)]
+        return self.stage.logits(hidden)
 
     @torch.inference_mode()
     def milliseconds(self, form: Form) -> float:
@@ -273,11 +272,3 @@ class Lane:
         inputs = Inputs.view(self._packed, form.rows)
         inputs.clear(self._scratch_slot)
         return inputs
-
-
-def _upload(values: Sequence[int], target: Tensor) -> None:
-    """Queue a copy of integers into the first elements of `target`, on the current stream.
-
-    PyTorch hands pinned memory out again only after the copies from it are done.
-    """
-    target[: len(values)].copy_(torch.tensor(values, dtype=target.dtype, pin_memory=True), non_blocking=True)

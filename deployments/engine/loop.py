@@ -41,6 +41,8 @@ class _Live:
 @dataclass(frozen=True, slots=True)
 class _Launched:
     plan: StepPlan
+    sampling: list[StepItem]
+    """Of the plan's items those that sample."""
     tokens: Landing
 
 
@@ -156,7 +158,7 @@ class Engine:
         if not self._flight:
             return []
         oldest = self._flight.popleft()
-        return self._land(oldest.plan, oldest.tokens.result())
+        return self._land(oldest, oldest.tokens.result())
 
     def check_integrity(self) -> None:
         """Compare all accounts; raises `IntegrityError` when a block is lost or held twice."""
@@ -172,34 +174,47 @@ class Engine:
         for slot in range(self._pipeline.depth):
             plan = self._scheduler.schedule(slot)
             if plan is not None:
-                encoded = [self._live[item.request_id].encoded for item in plan.items]
-                landing = self._pipeline.launch(slot, _rows(plan, encoded), self._draw(plan))
-                self._flight.append(_Launched(plan, landing))
+                sampling = [item for item in plan.items if item.samples]
+                landing = self._pipeline.launch(slot, self._rows(plan.items), self._draw(sampling))
+                self._flight.append(_Launched(plan, sampling, landing))
         return len(self._flight) > before
 
-    def _draw(self, plan: StepPlan) -> Draw:
-        items = [item for item in plan.items if item.samples]
-        rows = tuple(self._live[item.request_id].row for item in items)
+    def _rows(self, items: Sequence[StepItem]) -> StepRows:
+        ids: list[int] = []
+        positions: list[int] = []
+        sampled: list[int] = []
+        spans: list[RowSpan] = []
+        for request_id, start, fed, block_table, samples in items:
+            ids += fed
+            positions += range(start, start + len(fed))
+            if samples:
+                sampled.append(len(ids) - 1)
+            encoded = self._live[request_id].encoded if self._encodes else 0
+            spans.append(RowSpan(start, len(fed), block_table, encoded))
+        return StepRows(tuple(ids), tuple(positions), tuple(spans), tuple(sampled))
+
+    def _draw(self, sampling: Sequence[StepItem]) -> Draw:
+        rows = [self._live[item.request_id].row for item in sampling]
+        positions = [item.end for item in sampling]
         return Draw(
-            rows,
-            positions=tuple(item.end for item in items),
-            output_counts=tuple(item.end - row.prompt_tokens for item, row in zip(items, rows, strict=True)),
-            tables=tuple(item.block_table for item in items),
+            tuple(rows),
+            positions=tuple(positions),
+            output_counts=tuple([end - row.prompt_tokens for end, row in zip(positions, rows, strict=True)]),
+            tables=tuple([item.block_table for item in sampling]),
         )
 
-    def _land(self, plan: StepPlan, tokens: list[SampledToken]) -> list[TokenChunk]:
-        items = [item for item in plan.items if item.samples]
-        drawn = {item.request_id: token for item, token in zip(items, tokens, strict=True)}
-        spoiled = frozenset(request_id for request_id, token in drawn.items() if token.bad)
-        self._scheduler.complete(plan, {key: token.token_id for key, token in drawn.items()}, spoiled)
+    def _land(self, step: _Launched, tokens: list[SampledToken]) -> list[TokenChunk]:
+        pairs = list(zip(step.sampling, tokens, strict=True))
+        drawn = {item.request_id: token.token_id for item, token in pairs}
+        spoiled = frozenset([item.request_id for item, token in pairs if token.bad])
+        self._scheduler.complete(step.plan, drawn, spoiled)
         return [
-            self._emit(live, item, drawn[item.request_id])
-            for item in items
+            self._emit(live, item.request_id, token)
+            for item, token in pairs
             if (live := self._live.get(item.request_id)) is not None
         ]
 
-    def _emit(self, live: _Live, item: StepItem, token: SampledToken) -> TokenChunk:
-        request_id = item.request_id
+    def _emit(self, live: _Live, request_id: str, token: SampledToken) -> TokenChunk:
         cached = self._scheduler.sequence(request_id).cached_tokens if live.produced == 0 else 0
         live.produced += 1
         if token.bad:
@@ -215,22 +230,6 @@ class Engine:
     def _end(self, request_id: str) -> None:
         del self._live[request_id]
         self._scheduler.finish(request_id)
-
-
-def _rows(plan: StepPlan, encoded: Sequence[int]) -> StepRows:
-    ids: list[int] = []
-    positions: list[int] = []
-    sampled: list[int] = []
-    for item in plan.items:
-        ids += item.ids
-        positions += range(item.start, item.end)
-        if item.samples:
-            sampled.append(len(ids) - 1)
-    spans = tuple(
-        RowSpan(item.start, len(item.ids), item.block_table, tokens)
-        for item, tokens in zip(plan.items, encoded, strict=True)
-    )
-    return StepRows(tuple(ids), tuple(positions), spans, tuple(sampled))
 
 
 def _finish_reason(live: _Live, token_id: int) -> FinishReason | None:

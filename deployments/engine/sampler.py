@@ -98,12 +98,13 @@ class Drawn:
     _host_ids: Tensor
     """int64 [rows] on the host, -1 for a row that is bad."""
     _logprobs: tuple[_Logprobs, ...]
-    _ready: torch.cuda.Event | None
+    ready: torch.cuda.Event | None
+    """When the host has them; None where nothing runs ahead of it."""
 
     def read(self) -> list[SampledToken]:
         """The draws on the host, one per row. Waits for this step alone."""
-        if self._ready is not None:
-            self._ready.synchronize()
+        if self.ready is not None:
+            self.ready.synchronize()
         ids: list[int] = self._host_ids.tolist()
         logprobs: dict[int, TokenLogprob] = {}
         for part in self._logprobs:

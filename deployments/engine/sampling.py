@@ -32,9 +32,9 @@ Nothing is sorted: where a filter ends follows from how much weight the keys hol
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from math import isqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,8 +51,7 @@ _FINE_BITS = 10
 _BINS = (_LAST_KEY >> _FINE_BITS) + 1
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """One row's result on the host."""
 
     token_id: int

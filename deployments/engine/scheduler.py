@@ -210,7 +210,7 @@ class Scheduler:
 
     def _prefill(self, slot: int, decodes: int) -> list[StepItem]:
         """Prompts for the budget that a step of so many decodes has left."""
-        prompts = [s for s in self._queues.running() if s.remaining > 1]
+        prompts = [s for s in self._queues.running() if not s.decodes and s.remaining > 1]
         if not prompts and not self._queues.waiting:
             return []
         fit = self._fitting()
@@ -252,7 +252,10 @@ class Scheduler:
         """
         if sequence.state != "running" or (sequence is self._yielding and sequence is not self._starved):
             return False
-        if self._blocks.held(sequence.request_id) >= self._blocks.blocks_for(sequence.length):
+        length = sequence.length
+        if len(sequence.block_table) * self._blocks.block_size >= length:
+            return True
+        if self._blocks.held(sequence.request_id) >= self._blocks.blocks_for(length):
             return True
         if self._starved is not None and self._starved.arrival < sequence.arrival:
             return False
@@ -312,14 +315,15 @@ class Scheduler:
         self._queues.enter(slot)
         return sequence
 
-    def _launch(self, sequence: TokenSequence, most: int) -> StepItem:
+    def _launch(self, sequence: TokenSequence, tokens: int) -> StepItem:
         start = sequence.computed
-        end = start + min(sequence.remaining, most)
-        sequence.computed = end
+        end = sequence.computed = start + tokens
         sequence.in_flight += 1
         ids = tuple(sequence.ids[start:end]) or (-1 - sequence.pending_row,)
-        table = tuple(self._blocks.table(sequence.request_id)[: self._blocks.blocks_for(end)])
-        return StepItem(sequence.request_id, start, ids, table, samples=end == sequence.length)
+        blocks = self._blocks.blocks_for(end)
+        if len(sequence.block_table) != blocks:
+            sequence.block_table = tuple(self._blocks.table(sequence.request_id)[:blocks])
+        return StepItem(sequence.request_id, start, ids, sequence.block_table, end == sequence.length)
 
     def _land(self, step: StepPlan, spoiled: frozenset[str]) -> list[tuple[TokenSequence, StepItem]]:
         """Take the oldest step out of flight, and release those that ended and are named by no other.
@@ -330,14 +334,17 @@ class Scheduler:
             The sequences that didn't end, each with its item.
         """
         self._launched.popleft()
+        size = self._blocks.block_size
         live = []
         for item in step.items:
             sequence = self._sequences[item.request_id]
             sequence.in_flight -= 1
             sequence.pending -= item.samples
-            sequence.cacheable &= item.request_id not in spoiled
-            if sequence.cacheable:
-                self._blocks.commit(item.request_id, sequence.ids, min(item.end, len(sequence.ids)))
+            if item.request_id in spoiled:
+                sequence.cacheable = False
+            end = min(item.end, len(sequence.ids))
+            if sequence.cacheable and end // size > item.start // size:  # a block is full: few decodes' steps fill one
+                self._blocks.commit(item.request_id, sequence.ids, end)
             if sequence.state != "finished":
                 live.append((sequence, item))
             elif not sequence.in_flight:

@@ -43,6 +43,8 @@ class TokenSequence:
     slot: int | None = None
     in_flight: int = 0
     """Launched steps that name it and are not complete; may outlast `state == "running"`."""
+    decodes: bool = False
+    """A step drew a token of it, so that it computes one at a time, until it is set back."""
     cacheable: bool = True
     """False once a step that wrote its KV was spoiled: nothing more goes to the prefix cache."""
     cached_tokens: int = 0
@@ -50,6 +52,8 @@ class TokenSequence:
     preemptions: int = 0
     turn: int = 0
     """When it was last picked for a step that had no budget for all decodes."""
+    block_table: tuple[int, ...] = ()
+    """The blocks that its latest step named: the same tuple until a step needs one more."""
     digests: list[bytes] = field(default_factory=list)
     """Block digests of `ids`, kept by the block manager across preemptions."""
 
@@ -69,12 +73,16 @@ class TokenSequence:
     @property
     def remaining(self) -> int:
         """Tokens to compute: 1 for a decode, more for a prefill, 0 when the last token of the output is on its way."""
-        return self.length - self.computed if self.produced < self.max_tokens else 0
+        pending = self.pending
+        if len(self.output_ids) + pending >= self.max_tokens:
+            return 0
+        return len(self.ids) + pending - self.computed
 
     def expect(self, row: int) -> None:
         """A launched step draws the next token, as sampled row `row`."""
         self.pending += 1
         self.pending_row = row
+        self.decodes = True
 
     def append(self, token_id: int) -> None:
         """The next token is known."""
@@ -85,4 +93,6 @@ class TokenSequence:
         """Its blocks were taken: it waits again, and nothing of it is computed."""
         self.state = "waiting"
         self.computed = 0
+        self.decodes = False
+        self.block_table = ()
         self.preemptions += 1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class StepItem:
-    """One sequence's part of a step."""
+class StepItem(NamedTuple):
+    """One sequence's part of a step. A step makes one for each: a tuple takes a third of a frozen dataclass's time."""
 
     request_id: str
     start: int
