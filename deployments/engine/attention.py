@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,11 @@ class UnsupportedAttention(Exception):
     """The model asks of attention what no backend computes; serving it would be silently wrong."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowSpan:
+class RowSpan(NamedTuple):
     """One sequence's rows in a step, as plain integers: `count` tokens from position `start`."""
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # nobody counts in a span, as one could in any tuple
     block_table: tuple[int, ...]
     """Covers `start + count` tokens at least."""
     encoded: int = 0

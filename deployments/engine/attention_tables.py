@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -45,12 +46,14 @@ class Shape:
     @property
     def size(self) -> int:
         """Integers of the packed tables."""
-        return self._starts()[-1] + self.pages
+        return _starts(self.sequences, self.rows)[-1] + self.pages
 
-    def _starts(self) -> list[int]:
-        """Where query_starts, page_starts, last_page_tokens, lengths, row_sequences, positions and pages start."""
-        sizes = (*(2 * [self.sequences + 1]), *(2 * [self.sequences]), *(2 * [self.rows]))
-        return list(accumulate((-(-size // _ALIGN) * _ALIGN for size in sizes), initial=0))
+
+@lru_cache(maxsize=1024)
+def _starts(sequences: int, rows: int) -> tuple[int, ...]:
+    """Where query_starts, page_starts, last_page_tokens, lengths, row_sequences, positions and pages start."""
+    sizes = (*(2 * [sequences + 1]), *(2 * [sequences]), *(2 * [rows]))
+    return tuple(accumulate((-(-size // _ALIGN) * _ALIGN for size in sizes), initial=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Tables:
     def view(cls, buffer: Tensor, shape: Shape) -> Tables:
         """The tables in a buffer filled by `pack`, or by a copy of it. `pages` runs to the buffer's end, so that a
         captured graph holds for any number of them."""
-        starts = shape._starts()
+        starts = _starts(shape.sequences, shape.rows)
         sizes = [shape.sequences + 1, shape.sequences + 1, shape.sequences, shape.sequences, shape.rows, shape.rows]
         parts = [buffer[start : start + size] for start, size in zip(starts, sizes, strict=False)]
         parts.append(buffer[starts[-1] :])
@@ -132,7 +135,7 @@ def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32]) -> S
         )
     pages = b"".join([_page_bytes(span.block_table, need) for span, need in zip(spans, needs.tolist(), strict=True)])
     rows = np.cumsum(counts)
-    at = shape._starts()
+    at = _starts(shape.sequences, shape.rows)
     out[at[0]] = out[at[1]] = 0
     out[at[0] + 1 : at[0] + 1 + len(spans)] = rows
     out[at[1] + 1 : at[1] + 1 + len(spans)] = np.cumsum(needs)

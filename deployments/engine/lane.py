@@ -115,6 +115,8 @@ class Lane:
     ) -> None:
         self.stage = stage
         self.device = stage.device
+        self._current = torch.cuda.device(stage.device)
+        """Makes it the current one; made once, as there is a step for it every millisecond."""
         self.compile_error: str | None = None
         """Why the layers run without torch.compile, once `warm` was called; None: they don't."""
         self._packed = torch.zeros(packed_size(max_batch_tokens), dtype=torch.int64, device=self.device)
@@ -170,7 +172,7 @@ class Lane:
             [1, T, hidden]; overwritten by the next step.
         """
         rows = len(step.ids)
-        with torch.cuda.device(self.device):
+        with self._current:
             form = next((form for form in self.forms if form.fits(step) and form in self._graphs), None)
             inputs = self._load(step, layout, rows if form is None else form.rows, last_ids)
             if form is None:
