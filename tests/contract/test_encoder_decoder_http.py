@@ -74,7 +74,7 @@ class EngineDispatcher:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save(ENCODER_DECODERS[1], tmp_path_factory.mktemp("flan"))
+    folder = save(ENCODER_DECODERS[1].config, tmp_path_factory.mktemp("flan"))
     write_tokenizer(folder)
     return folder
 
