@@ -23,7 +23,7 @@ from deployments.metrics.board import Observation
 from deployments.protocol import GenerationRequest, TokenChunk
 from deployments.settings import ApiSettings, PoolSettings
 from tests.contract.families import ENCODER_DECODERS, VOCAB
-from tests.contract.test_encoder_decoders import save
+from tests.t5 import save
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 TEXTS = ("the bear", "a cab and a bag", "fed a bee in a bed, a big bad bee")
