@@ -61,9 +61,9 @@ def test_one_request_from_prompt_to_end() -> None:
 
 def test_a_block_table_is_the_same_object_until_it_grows_or_is_another() -> None:
     """What is made of it for a step is found again by that."""
-    scheduler = make(num_blocks=4)
-    scheduler.add("first", prompt(2), max_tokens=12)
-    scheduler.add("second", prompt(2, 1000), max_tokens=12)
+    scheduler = make(num_blocks=6)
+    for i, tokens in enumerate((2, 2, 1)):  # the last has as many blocks when it comes back as when it gave way
+        scheduler.add(str(i), prompt(tokens, 1000 * i), max_tokens=12)
     seen: list[tuple[int, ...]] = []
     while scheduler.has_work():
         step = plan(scheduler)
