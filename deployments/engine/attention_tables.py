@@ -149,14 +149,14 @@ def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32]) -> S
 
 _known: dict[int, tuple[tuple[int, ...], bytes]] = {}
 """By `id`: block tables, so that none of these ids is used again, and their blocks as int32."""
-_MOST_KNOWN = 2048
+MOST_KNOWN = 2048
 
 
 def _page_bytes(table: tuple[int, ...], blocks: int) -> bytes:
     """The first blocks of a table. It stays the same object for a block's worth of decodes, and is converted once."""
     known = _known.get(id(table))
     if known is None:
-        if len(_known) >= _MOST_KNOWN:
+        if len(_known) >= MOST_KNOWN:
             _known.clear()
         known = _known[id(table)] = (table, np.array(table, np.int32).tobytes())
     whole = known[1]

@@ -1,8 +1,9 @@
 """The stages on their GPUs: one thread launches, no step waits for the host, and the host reads one step late.
 
-Each GPU has one compute stream (its default one), on which all slots' steps follow each other, and copies go from GPU
-to GPU on streams beside it. Events alone order the GPUs: a stage starts when its input has arrived, the first stage
-when the ids that it continues from have. So with as many slots in flight as stages, all of them work.
+Each GPU has one compute stream (its default one), on which all slots' steps follow each other. Copies from GPU to GPU
+are on the sender's, and land on a stream beside the receiver's. Events alone order the GPUs: a stage starts when its
+input has arrived, the first stage when the ids that it continues from have. So with as many slots in flight as stages,
+all of them work.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.engine.attention import RowSpan
-from deployments.engine.attention_tables import Shape, Tables, pack
+from deployments.engine.attention_tables import MOST_KNOWN, Shape, Tables, pack
 
 
 def packed(spans: list[RowSpan], block_size: int, size: int = 4096) -> tuple[Shape, Tables]:
@@ -67,6 +67,18 @@ def test_every_row_is_where_its_table_says(parts: list[tuple[int, int]], block_s
         end = (tables.page_starts[i + 1] - tables.page_starts[i] - 1) * block_size + tables.last_page_tokens[i]
         assert end == span.start + span.count == tables.lengths[i]
     assert row == shape.rows == tables.query_starts[-1]
+
+
+def test_tables_are_their_own_however_many_were_packed_before() -> None:
+    """What is kept of them goes by the object, and an object's place in memory is used again."""
+    kept = [RowSpan(9, 1, (i, i + 1, i + 2)) for i in range(3)]
+    for i in range(3 * MOST_KNOWN // 2):
+        passing = RowSpan(5, 1, (i, -i))
+        _, tables = packed([kept[i % 3], passing], 4, size=64)
+        assert tables.pages[:5].tolist() == [i % 3, i % 3 + 1, i % 3 + 2, i, -i]
+    grown = (*kept[0].block_table, 77)
+    _, tables = packed([RowSpan(12, 1, grown), RowSpan(4, 2, grown)], 4, size=64)
+    assert tables.pages[:6].tolist() == [0, 1, 2, 77, 0, 1], "as many blocks as the rows need"
 
 
 def test_a_buffer_too_small_says_by_how_much() -> None:

@@ -59,6 +59,27 @@ def test_one_request_from_prompt_to_end() -> None:
     scheduler.check_integrity()
 
 
+def test_a_block_table_is_the_same_object_until_it_grows_or_is_another() -> None:
+    """What is made of it for a step is found again by that."""
+    scheduler = make(num_blocks=6)
+    for i, tokens in enumerate((2, 2, 1)):  # the last has as many blocks when it comes back as when it gave way
+        scheduler.add(str(i), prompt(tokens, 1000 * i), max_tokens=12)
+    seen: list[tuple[int, ...]] = []
+    while scheduler.has_work():
+        step = plan(scheduler)
+        for item in step.items:
+            held = tuple(scheduler._blocks.table(item.request_id))
+            assert item.block_table == held[: len(item.block_table)]
+            assert len(item.block_table) == -(-item.end // BLOCK)
+        seen.append(step.items[0].block_table)
+        done(scheduler, step)
+        for request_id in [item.request_id for item in step.items]:
+            if len(scheduler.sequence(request_id).output_ids) == 12:
+                scheduler.finish(request_id)
+    assert scheduler.preemptions, "a table was lost, and another taken"
+    assert seen[0] is seen[1] is seen[2]
+
+
 def test_a_long_prompt_is_computed_in_chunks_and_samples_at_its_end_only() -> None:
     scheduler = make(max_batch_tokens=4)
     scheduler.add("a", prompt(10), max_tokens=2)
