@@ -383,6 +383,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.launch:
         launch_all(*args.launch.split(","))
         return 0
+    asked = args.contenders.split(",")
+    if unknown := set(asked) - set(CONTENDERS):
+        parser.error(f"--contenders: {', '.join(sorted(unknown))}: there are {', '.join(CONTENDERS)}")
     device = torch.device("cuda", torch.cuda.current_device())
     buckets = tuple(int(b) for b in args.buckets.split(","))
     bandwidth = copy_bandwidth()
@@ -400,21 +403,18 @@ def main(argv: list[str] | None = None) -> int:
         print_variants(points)
     if not args.skip_contenders:
         rows_list = tuple(int(r) for r in args.rows.split(","))
-        asked = args.contenders.split(",")
-        if unknown := set(asked) - set(CONTENDERS):
-            parser.error(f"--contenders: {', '.join(sorted(unknown))}: there are {', '.join(CONTENDERS)}")
         timed = [p for m in args.models.split(",") for p in time_contenders(m, table, rows_list, bandwidth, asked)]
         print_contenders(timed)
         print("\n".join(report(timed)))
         if {"triton", "dequantise"} <= set(asked):
             table = with_crossovers(table, timed)
         points += timed
-        if args.plot:
-            plot(timed, args.plot)
     if args.table:
         write_table(table, args.table)
     if args.json:
         args.json.write_text(json.dumps({"bandwidth": bandwidth, "points": [asdict(p) for p in points]}, indent=1))
+    if args.plot and not args.skip_contenders:
+        plot(timed, args.plot)
     print(f"took {time.monotonic() - began:.0f} s")
     return 1 if wrong else 0
 

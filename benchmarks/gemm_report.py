@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def plot(points: Iterable[Point], path: Path) -> None:
 
     found = Points(points)
     models = found.models()
-    peak = max(_teraflops(p, p.microseconds) for p in found.of("bf16", CUBLAS))
+    peak = max((_teraflops(p, p.microseconds) for p in found.of("bf16", CUBLAS)), default=math.inf)
     figure, axes = pyplot.subplots(
         len(models), 4, figsize=(15, 3.2 * len(models)), sharex=True, sharey=True, squeeze=False
     )

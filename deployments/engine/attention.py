@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any, ClassVar, NamedTuple
 
@@ -70,12 +70,18 @@ class StepLayout:
     def padded(self, scratch: int) -> tuple[RowSpan, ...]:
         """The spans, and what pads them: a first token in the scratch block for each row, or one sequence of all."""
         if self.sequences is None:
-            return self.spans + (RowSpan(0, 1, (scratch,)),) * self.padding
+            return self.spans + (RowSpan(0, 1, _all_scratch(scratch, 1)),) * self.padding
         ahead, empty = self.ahead, (RowSpan(0, 0, ()),)
         spans = self.spans[:ahead] + empty * ((self.decodes or 0) - ahead) + self.spans[ahead:]
         blocks = -(-self.padding // self.block_size)
-        rest = (RowSpan(0, self.padding, (scratch,) * blocks),) if self.padding else ()
+        rest = (RowSpan(0, self.padding, _all_scratch(scratch, blocks)),) if self.padding else ()
         return spans + rest + empty * (self.sequences - len(spans) - len(rest))
+
+
+@lru_cache(maxsize=1024)
+def _all_scratch(scratch: int, blocks: int) -> tuple[int, ...]:
+    """A block table of padding; the same object each time, as a sequence's own stays the same."""
+    return (scratch,) * blocks
 
 
 def singles(spans: Iterable[RowSpan]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,7 +149,7 @@ def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32]) -> S
 
 _known: dict[int, tuple[tuple[int, ...], bytes]] = {}
 """By `id`: block tables, so that none of these ids is used again, and their blocks as int32."""
-MOST_KNOWN = 2048
+MOST_KNOWN = 1024
 
 
 def _page_bytes(table: tuple[int, ...], blocks: int) -> bytes:
@@ -157,7 +157,8 @@ def _page_bytes(table: tuple[int, ...], blocks: int) -> bytes:
     known = _known.get(id(table))
     if known is None:
         if len(_known) >= MOST_KNOWN:
-            _known.clear()
+            for oldest in list(islice(_known, MOST_KNOWN // 2)):
+                del _known[oldest]
         known = _known[id(table)] = (table, np.array(table, np.int32).tobytes())
     whole = known[1]
     return whole if len(whole) == 4 * blocks else whole[: 4 * blocks]

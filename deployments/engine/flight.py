@@ -20,7 +20,7 @@ class Flight:
     drawn: Drawn | None
     """None: the step samples nothing."""
     done: torch.cuda.Event | None
-    """Where it ends; None where nothing runs ahead of the host."""
+    """Where it ends; None for what is drawn on a CPU."""
 
     def result(self) -> list[SampledToken]:
         """What was drawn, one per sampled row; waits for it."""

@@ -87,7 +87,7 @@ def usual(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
 
 def _chunked(rows: int, max_sequences: int) -> Form:
     decodes = min(rows // 2, max_sequences) + 1
-    return Form(rows, decodes + rows // 4, decodes)
+    return Form(rows, decodes + max(2, rows // 4), decodes)
 
 
 class Lane:
@@ -118,7 +118,7 @@ class Lane:
         self._current = torch.cuda.device(stage.device)
         """Makes it the current one; made once, as there is a step for it every millisecond."""
         self.compile_error: str | None = None
-        """Why the layers run without torch.compile, once `warm` was called; None: they don't."""
+        """Why the layers, or what is around them, run without torch.compile, once `warm` was called; None: they don't."""
         self._packed = torch.zeros(packed_size(max_batch_tokens), dtype=torch.int64, device=self.device)
         """`Inputs` of the step."""
         self._note = note
@@ -141,11 +141,9 @@ class Lane:
     def warm(self, progress: Callable[[int, int], None]) -> None:
         """Compile the layers and capture the graphs; `progress` hears (done, all)."""
         if self.stage.attention.compilable:
-            self.compile_error = compile_layers(self.stage.layer_modules, self._attempt)
-            if self.compile_error is None:
-                compile_layers(
-                    self.stage.surroundings, self._attempt, called="norms and rotary tables around the layers"
-                )
+            self.compile_error = compile_layers(self.stage.layer_modules, self._attempt) or compile_layers(
+                self.stage.surroundings, self._attempt, called="norms and rotary tables around the layers"
+            )
         else:
             self.compile_error = (
                 f"attention by {self.stage.attention.name} is no operator that compiled code could call"
@@ -239,19 +237,20 @@ class Lane:
         """Steps of one row, of few and of many, over the scratch block.
 
         Raises:
-            RuntimeError: they took memory as if they had copied KV blocks, as compiled code may that can't tell that
-                it may write in place.
+            RuntimeError: the one row took memory as if it had copied KV blocks, as compiled code may that can't tell
+                that it may write in place. More rows may take as much for other reasons.
         """
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        for form in self._usual:
-            self._compute(self._prepare_scratch(form), self._incoming)
+        one, *more = self._usual
+        self._compute(self._prepare_scratch(one), self._incoming)
         torch.cuda.synchronize(self.device)
         taken, blocks = torch.cuda.max_memory_allocated(self.device) - before, self.stage.kv[0].bytes // 2
         if taken > max(blocks, _SMALL_STEP_BYTES):
-            raise RuntimeError(
-                f"{self._usual[-1].rows} rows took {taken:,} bytes, and a layer's keys are {blocks:,}: they were copied"
-            )
+            raise RuntimeError(f"a row took {taken:,} bytes, and a layer's keys are {blocks:,}: they were copied")
+        for form in more:
+            self._compute(self._prepare_scratch(form), self._incoming)
+        torch.cuda.synchronize(self.device)
 
     def _capture(self, form: Form, pool: Any) -> torch.cuda.CUDAGraph:
         inputs = self._prepare_scratch(form)

@@ -108,7 +108,7 @@ async def test_leaving_a_stream_early_aborts_its_request(running: tuple[EngineCl
     assert [(await anext(stream)).finish_reason for _ in range(3)] == [None] * 3
     assert client.held["leaves"] >= 2
     await stream.aclose()
-    await until(lambda: not client.held)
+    await until(lambda: not client.held, limit_s=2.0)  # long before it would end by itself
 
 
 async def test_a_cancelled_reader_aborts_its_request(running: tuple[EngineClient, Started]) -> None:
@@ -118,7 +118,7 @@ async def test_a_cancelled_reader_aborts_its_request(running: tuple[EngineClient
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
-    await until(lambda: not client.held)
+    await until(lambda: not client.held, limit_s=2.0)  # long before it would end by itself
 
 
 async def test_ctrl_c_is_the_replicas_to_handle(running: tuple[EngineClient, Started]) -> None:

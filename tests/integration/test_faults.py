@@ -247,7 +247,7 @@ async def test_beyond_capacity_each_request_is_served_or_refused_with_a_time_to_
     full = [answer for answer in refused if "queue_limit" in (answer.error or "")]
     assert full
     overdue = [answer.error for answer in refused if answer not in full]  # on a machine with other work to do
-    assert all("within" in (error or "") for error in overdue), overdue
+    assert all("within" in (error or "") or "sent nothing for" in (error or "") for error in overdue), overdue
     assert len(answers) - len(refused) >= QUEUE_LIMIT
     known = await asyncio.to_thread(all_known_of, faulty, answers[:1], begun)  # it is there when it is needed
     assert re.search(r"replica_headroom_ingress_\w+\.log: .* POST /v1/completions", known), known

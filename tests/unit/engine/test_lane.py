@@ -63,6 +63,9 @@ def test_layers_are_compiled_for_every_number_of_rows_before_requests_come(token
     for form in found:
         padded = StepLayout((), 16, form.rows, form.sequences, form.decodes).padded(scratch=99)
         assert sum(span.count for span in padded) == form.rows <= tokens
+        if form.sequences is not None:
+            assert len(padded) == form.sequences
+            assert padded[-1].count == 0
 
 
 def test_several_lanes_have_graphs_of_full_steps() -> None:
