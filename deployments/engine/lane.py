@@ -118,7 +118,7 @@ class Lane:
         self._current = torch.cuda.device(stage.device)
         """Makes it the current one; made once, as there is a step for it every millisecond."""
         self.compile_error: str | None = None
-        """Why the layers, or what is around them, run without torch.compile, once `warm` was called; None: they don't."""
+        """Why layers or what is around them run without torch.compile once `warm` was called; None: they do not."""
         self._packed = torch.zeros(packed_size(max_batch_tokens), dtype=torch.int64, device=self.device)
         """`Inputs` of the step."""
         self._note = note
