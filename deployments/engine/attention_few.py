@@ -7,6 +7,8 @@ plan: how the keys are divided follows from the tables that it reads on the devi
 from __future__ import annotations
 
 import math
+import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -22,6 +24,11 @@ _MOST_GROUP = 16
 _TILE_ELEMENTS = 4096
 """Of the keys that a program takes at once; with those ahead and the values four times as many are in registers."""
 _PROGRAMS_PER_SM = 2
+
+
+def can_compile() -> bool:
+    """Whether Triton finds a C compiler, which a launch needs; FlashInfer's own kernels may be there as files."""
+    return any([os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")])
 
 
 def takes(kind: Kind, shape: Shape) -> bool:

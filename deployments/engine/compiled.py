@@ -61,12 +61,13 @@ def compile_layers(layers: list[nn.Module], attempt: Callable[[], None], *, call
 
 
 def _by_rows(forward: Callable[..., Any], few_options: dict[str, Any]) -> Callable[..., Any]:
-    """A forward of hidden states [..., rows, hidden], compiled for few of them and for many."""
+    """A forward of hidden states [..., rows, hidden], its first argument, compiled for few of them and for many."""
     few = torch.compile(forward, fullgraph=True, dynamic=True, options=few_options)
     many = torch.compile(forward, fullgraph=True, dynamic=True)
 
-    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (few if hidden.shape[-2] <= FEW_ROWS else many)(hidden, *args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
+        return (few if hidden.shape[-2] <= FEW_ROWS else many)(*args, **kwargs)
 
     return run
 
@@ -75,10 +76,10 @@ def _overlapping() -> dict[str, Any]:
     """Inductor's options for kernels that start while the kernel before ends; it asks whether the device can."""
     from torch._inductor.codegen.triton import TritonKernel  # takes seconds, and only GPUs come here
 
+    torch.compiler.config.cache_key_tag = "headroom: waits first, rows whole"  # of code on disk: not as Inductor has it
     if not hasattr(TritonKernel, "_filter_pdl"):
         log.info("kernels do not overlap: torch %s writes its code in another way", torch.__version__)
         return {}
-    torch.compiler.config.cache_key_tag = "headroom: waits first, rows whole"  # of code on disk: not as Inductor has it
     TritonKernel._filter_pdl = _wait_first  # type: ignore[method-assign, assignment]
     return {"triton.enable_pdl": True}
 

@@ -11,6 +11,7 @@ chunks another. Decodes of few sequences are not FlashInfer's: `attention_few` h
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -35,6 +36,8 @@ from deployments.engine.flashinfer_fit import (
 )
 from deployments.errors import ConfigError
 from deployments.home import state_folder
+
+log = logging.getLogger(__name__)
 
 _NHD, _NO_ROTARY, _EVERY_KEY, _CAUSAL = 0, 0, 0, 1
 """FlashInfer's codes: of the blocks' layout, of positions encoded in the kernel, and of masks."""
@@ -90,6 +93,11 @@ class FlashInferKernels:
         properties = torch.cuda.get_device_properties(device)
         self._sms: int = properties.multi_processor_count
         self._dependent_launch = properties.major >= 9
+        self._few = attention_few.can_compile()
+        if not self._few:
+            log.warning(
+                "decodes of few sequences run on FlashInfer's kernels, which are slower: Triton needs gcc or CC"
+            )
         self._arrivals = attention_few.counters(device)
         self.model: Hashable = (properties.name, self._sms)
         """Devices of one model can share plans."""
@@ -136,7 +144,7 @@ class FlashInferKernels:
 
     def takes_few(self, kind: Kind, shape: Shape) -> bool:
         """Whether a whole step is left to `attend_few`, and needs no plan."""
-        return attention_few.takes(kind, shape)
+        return self._few and attention_few.takes(kind, shape)
 
     def attend_few(
         self, call: Call, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor

@@ -75,8 +75,12 @@ def forms(*, max_batch_tokens: int, max_sequences: int, lanes: int = 1) -> tuple
 
 
 def usual(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
-    """Steps of one row, of few and of many, where there may be so many: what layers are compiled at."""
-    few, many = min(16, max_batch_tokens), min(256, max_batch_tokens)
+    """Steps of one row, of few and of many, where there may be so many: what layers are compiled at.
+
+    The numbers are primes, which no head has the size of: the compiler takes two dimensions that are equal at its first
+    call for one, and code for as many rows as a head has elements would be for this number alone.
+    """
+    few, many = min(17, max_batch_tokens), min(251, max_batch_tokens)
     found = [Form(1)]
     if few > 1:
         found.append(Form(few) if few <= max_sequences else _chunked(few, max_sequences))

@@ -86,6 +86,12 @@ def test_tiles_are_the_same_weight(weight: Weight4) -> None:
     assert torch.equal(dequantise4(tiled, torch.float32), dequantise4(weight, torch.float32))
 
 
+def size(x: torch.Tensor, weight: torch.Tensor) -> float:
+    """Of a product; where its few terms happen to cancel, of what terms like these add up to by chance."""
+    by_chance = (x.double() ** 2 @ (weight**2).t()).sqrt()
+    return max(float((x.double() @ weight.t()).norm()), float(by_chance.norm()))
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.one_of(weights4(tiled=True).map(tile4), weights4(tiled=False)), st.integers(0, 40))
 def test_4bit_products_agree_with_float64(weight: Weight4, rows: int) -> None:
@@ -97,7 +103,7 @@ def test_4bit_products_agree_with_float64(weight: Weight4, rows: int) -> None:
     )
     expected = x.double() @ dequantise4(weight, torch.float64).t()
     assert out.shape == expected.shape
-    assert float((out.double() - expected).norm()) <= 3e-3 * float(expected.norm())
+    assert float((out.double() - expected).norm()) <= 3e-3 * size(x, dequantise4(weight, torch.float64))
 
 
 @settings(deadline=None, max_examples=40)
@@ -113,7 +119,7 @@ def test_8bit_products_agree_with_float64(strips: int, columns: int, rows: int, 
     x = torch.randn(rows, k, dtype=torch.bfloat16)
     out = linear_8bit(x, weight.packed, weight.absmax, None, n, k, False)
     expected = x.double() @ expected_weight.t()
-    assert float((out.double() - expected).norm()) <= 3e-3 * float(expected.norm())
+    assert float((out.double() - expected).norm()) <= 3e-3 * size(x, expected_weight)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, whose interpreter runs on a CPU")

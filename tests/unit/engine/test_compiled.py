@@ -20,6 +20,7 @@ from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
 from deployments.engine.compiled import FEW_ROWS, RECOMPILE_LIMIT, compile_layers
+from deployments.engine.lane import usual
 
 
 class Layer(nn.Module):
@@ -203,3 +204,25 @@ def test_norms_hold_a_row_in_registers(numbers: sympy.Expr, hint: ReductionHint,
         assert compile_layers([], asks) is None
         asks()
     assert chosen == [whole, False], "while layers are compiled, and not behind it"
+
+
+class Rotated(nn.Module):
+    """Takes a table whose rows may be as wide as there are rows, as rotary tables are."""
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return x[:, :1] * table
+
+
+def test_code_for_many_rows_is_not_for_as_many_as_a_table_is_wide(compiled: list[torch.fx.GraphModule]) -> None:
+    layers: list[nn.Module] = [Rotated()]
+    many = usual(max_batch_tokens=2048, max_sequences=256)[-1].rows
+
+    def runs(rows: int) -> None:
+        for width in (64, 128, 256):
+            layers[0](torch.ones(rows, 8), torch.ones(rows, width))
+
+    assert compile_layers(layers, partial(runs, many)) is None
+    count = len(compiled)
+    runs(many + 70)
+    runs(1000)
+    assert len(compiled) == count
