@@ -83,8 +83,11 @@ async def run_clients(
         async with asyncio.TaskGroup() as group:
             for _ in range(clients):
                 group.create_task(client())
-    except* (LoadFailed, httpx.HTTPError) as failed:
-        first = failed.exceptions[0]
+    except ExceptionGroup as failed:  # what `except*` raises, Python 3.11.2 wraps in a group
+        ours, others = failed.split((LoadFailed, httpx.HTTPError))
+        if ours is None or others is not None:
+            raise
+        first = ours.exceptions[0]
         raise LoadFailed(str(first) or type(first).__name__) from first
     return answers
 
