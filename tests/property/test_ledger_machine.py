@@ -108,8 +108,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def nobody_is_passed_for_long(self) -> None:
         """Nothing was served past a request after as much as the longest request, unless no replica could be kept."""
-        if self.ledger._warming:
-            return
+        if self.ledger._warming or not self.ledger._turns._settled:
+            return  # who had a replica kept may just have left: those who wait are looked at before others are served
         kept = self.ledger._turns._kept_for
         for waiter in self.ledger._queue.firsts():
             longest = self.ledger._fleet.longest_tokens(waiter.request.pool)
