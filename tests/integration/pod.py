@@ -37,7 +37,7 @@ exec chroot "$root" setpriv --reuid 1000 --regid 100 --clear-groups --inh-caps=-
 
 def why_not() -> str | None:
     """Why this machine can't; None if it can."""
-    if missing := [tool for tool in ("unshare", "setpriv", "ip") if shutil.which(tool) is None]:
+    if missing := [tool for tool in ("unshare", "setpriv", "ip", "chroot") if shutil.which(tool) is None]:
         return f"{missing[0]} is not installed"
     tried = subprocess.run(
         [*NAMESPACES, "sh", "-c", "mount -t tmpfs tmpfs /mnt && ip link set lo up && setpriv --no-new-privs true"],
