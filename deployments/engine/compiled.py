@@ -80,7 +80,7 @@ def _overlapping() -> dict[str, Any]:
     if not hasattr(TritonKernel, "_filter_pdl"):
         log.info("kernels do not overlap: torch %s writes its code in another way", torch.__version__)
         return {}
-    TritonKernel._filter_pdl = _wait_first  # type: ignore[method-assign, assignment]
+    TritonKernel._filter_pdl = _wait_first  # type: ignore[method-assign, assignment]  # its docstring says why
     return {"triton.enable_pdl": True}
 
 

@@ -62,7 +62,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphMod
     torch._dynamo.config.recompile_limit = limit
     torch._inductor.config.triton.enable_pdl = overlap
     torch.compiler.config.cache_key_tag = tag
-    TritonKernel._filter_pdl = place  # type: ignore[method-assign]
+    TritonKernel._filter_pdl = place  # type: ignore[method-assign]  # as it was
 
 
 @torch.inference_mode()
