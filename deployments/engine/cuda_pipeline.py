@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -72,16 +73,19 @@ class CudaPipeline:
         ]
         self._links = [
             Link(
+                before.device,
                 after.device,
                 slots=self.depth,
                 shape=(1, max_batch_tokens, after.hidden_size),
                 dtype=after.dtype,
             )
-            for after in stages[1:]
+            for before, after in pairwise(stages)
         ]
         self._returns = None
         if self.depth > 1:
-            self._returns = Link(stages[0].device, slots=self.depth, shape=(max_sequences,), dtype=torch.int64)
+            self._returns = Link(
+                stages[-1].device, stages[0].device, slots=self.depth, shape=(max_sequences,), dtype=torch.int64
+            )
         self._draws = Draws(sampler, self._returns, slots=self.depth)
         self._warm()
         self.chunk_tokens = self._measure_chunk(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)

@@ -56,6 +56,7 @@ class EagerPipeline:
         self._plan = plan
         self._links = [
             Link(
+                stage.device,
                 after.device,
                 slots=self.depth,
                 shape=(1, limits.max_batch_tokens, stage.hidden_size),
@@ -67,8 +68,8 @@ class EagerPipeline:
         """Needs what was drawn before, as the sampler does."""
         self._returns = None
         if self._reader is not stages[-1]:
-            shape = (limits.max_sequences,)
-            self._returns = Link(self._reader.device, slots=self.depth, shape=shape, dtype=torch.int64)
+            devices, shape = (stages[-1].device, self._reader.device), (limits.max_sequences,)
+            self._returns = Link(*devices, slots=self.depth, shape=shape, dtype=torch.int64)
         self._draws = Draws(sampler, self._returns, slots=self.depth)
         self.chunk_tokens = self._warm(limits)
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""

@@ -269,6 +269,7 @@ class Lane:
         with torch.cuda.graph(graph, pool=pool, stream=self._side):
             self._outgoing[:, : form.rows].copy_(self._compute(inputs, self._incoming))
         compute.wait_stream(self._side)
+        graph.replay()  # the first one uploads it; no request waits for that
         return graph
 
     def _prepare_scratch(self, form: Form) -> Inputs:

@@ -1,4 +1,4 @@
-"""A link: what goes from one GPU to another, one message per slot at a time."""
+"""A link: what goes from one GPU to another, on streams beside the compute streams, one message per slot at a time."""
 
 from __future__ import annotations
 
@@ -9,36 +9,44 @@ from torch import Tensor
 
 
 class Link:
-    """Carries tensors of up to `shape` from whichever GPU they are on, the source, to `target`.
+    """Carries tensors of up to `shape` from `source` to `target`. The compute stream of either is its default one.
 
     Without peer access between the two, CUDA stages the copy through the host; nothing changes here.
 
     Args:
-        target: the receiving GPU; holds a buffer of `shape` per slot. Its compute stream is its default one.
+        source: the sending GPU.
+        target: the receiving GPU; holds a buffer of `shape` per slot.
         slots: messages that may be on their way or unread at once.
         shape: of the largest message.
         dtype: of all messages.
     """
 
-    def __init__(self, target: torch.device, *, slots: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, source: torch.device, target: torch.device, *, slots: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
         self._inbox = [torch.zeros(shape, dtype=dtype, device=target) for _ in range(slots)]
-        self._landing = torch.cuda.Stream(target)
-        self._reader = torch.cuda.default_stream(target)
+        self._writer, self._reader = torch.cuda.default_stream(source), torch.cuda.default_stream(target)
+        # PyTorch copies on the source's current stream, which waits for the target's and is waited for by it. Neither
+        # may be the default one: on that, CUDA lets a copy between two GPUs wait for all that either has to compute.
+        self._leaving, self._landing = torch.cuda.Stream(source), torch.cuda.Stream(target)
+        self._written, self._left = torch.cuda.Event(), torch.cuda.Event()
         self._arrived = [torch.cuda.Event() for _ in range(slots)]
         self._read = [torch.cuda.Event() for _ in range(slots)]
 
     def send(self, slot: int, message: Tensor) -> None:
-        """Queue a copy of `message`, as it will be when the source's current stream gets here.
+        """Queue a copy of `message`, as it will be when the source's compute stream gets here.
 
         That stream goes on once the copy is done, so `message` may be overwritten by its next step.
         """
         box = _front(self._inbox[slot], message.shape)
+        self._written.record(self._writer)
+        self._written.wait(self._leaving)
         self._read[slot].wait(self._landing)
-        # PyTorch copies on the source's current stream, between a wait for the target's and one of it. The target's
-        # is not its compute stream here, or the source would wait for all that the target still has to compute.
-        with self._landing:
+        with self._leaving, self._landing:
             box.copy_(message, non_blocking=True)
         self._arrived[slot].record(self._landing)
+        self._left.record(self._leaving)
+        self._left.wait(self._writer)
 
     def receive(self, slot: int) -> Tensor:
         """The slot's buffer; the target's compute stream waits until the message is in it."""

@@ -492,7 +492,7 @@ def test_what_a_stage_raises_the_engine_raises(served: Served, stage: int, monke
 def test_a_link_carries_each_message_as_it_was_sent() -> None:
     """Though its source is overwritten at once, and its reader is late."""
     source, target = torch.device("cuda", 0), torch.device("cuda", 1)
-    link = Link(target, slots=3, shape=(1, 64, 256), dtype=torch.bfloat16)
+    link = Link(source, target, slots=3, shape=(1, 64, 256), dtype=torch.bfloat16)
     message = torch.zeros(1, 64, 256, dtype=torch.bfloat16, device=source)
     found = []
     for i in range(60):
@@ -506,3 +506,40 @@ def test_a_link_carries_each_message_as_it_was_sent() -> None:
         link.release(slot)
     assert all(bool((tensor == i).all()) for i, tensor in enumerate(found))
     assert [tensor.shape[1] for tensor in found] == [1 + i % 64 for i in range(60)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+@pytest.mark.parametrize("way", [(0, 1), (1, 0)])
+def test_a_link_waits_for_nothing_that_its_reader_computes(way: tuple[int, int]) -> None:
+    """Else one GPU would stand still while the other computes."""
+    source, target = (torch.device("cuda", index) for index in way)
+    link = Link(source, target, slots=2, shape=(1, 64, 256), dtype=torch.bfloat16)
+    message = torch.ones(1, 64, 256, dtype=torch.bfloat16, device=source)
+    link.send(0, message)
+    torch.cuda.synchronize(source)
+    torch.cuda.synchronize(target)
+    with torch.cuda.device(target):
+        torch.cuda._sleep(4_000_000_000)  # cycles: two seconds and more
+        busy = torch.cuda.Event()
+        busy.record()
+    link.send(1, message)
+    torch.cuda.synchronize(source)
+    assert not busy.query()
+    torch.cuda.synchronize(target)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_a_link_waits_only_for_what_its_source_had_to_compute() -> None:
+    """The reader goes on with other slots while the source still computes the message."""
+    source, target = torch.device("cuda", 0), torch.device("cuda", 1)
+    link = Link(source, target, slots=2, shape=(1, 64, 256), dtype=torch.bfloat16)
+    message = torch.ones(1, 64, 256, dtype=torch.bfloat16, device=source)
+    torch.cuda._sleep(4_000_000_000)
+    busy = torch.cuda.Event()
+    busy.record()
+    link.send(0, message)
+    other = torch.ones(8, device=target) + 1
+    torch.cuda.default_stream(target).synchronize()
+    assert not busy.query()
+    assert bool((other.cpu() == 2).all())
+    torch.cuda.synchronize(source)
