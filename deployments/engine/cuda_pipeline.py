@@ -104,7 +104,7 @@ class CudaPipeline:
         if returned is not None and self._returns is not None:
             self._returns.release(slot)
         for link, lane in zip(self._links, self._lanes[1:], strict=True):
-            link.send(slot, hidden)
+            link.send(slot, hidden[:, : len(step.ids)])
             incoming = link.receive(slot)
             hidden = lane.run(step, layout, last_ids if lane is self._lanes[-1] else None, incoming)
             link.release(slot)

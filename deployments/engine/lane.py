@@ -62,16 +62,25 @@ def forms(*, max_batch_tokens: int, max_sequences: int, lanes: int = 1) -> tuple
     large as for one long chunk. Of the large graphs that several lanes have at most a fourth is padding, and a step
     that would have more runs without a graph.
     """
-    most = min(max_sequences, max_batch_tokens)
-    decodes = {1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, most + 32, 32)}
     chunks = {64, 128, 192, 256, 320, 384, 512, 640, MOST_CAPTURED_ROWS}
     if lanes > 1:
-        large = {rows for power in range(10, max_batch_tokens.bit_length()) for rows in (2**power, 3 * 2**power // 2)}
-        chunks |= large | {max(max_batch_tokens, MOST_CAPTURED_ROWS)}
+        chunks |= set(large_sizes(max_batch_tokens))
     return (
-        *(Form(rows) for rows in sorted({min(rows, most) for rows in decodes})),
+        *(Form(rows) for rows in few_sizes(min(max_sequences, max_batch_tokens))),
         *(_chunked(rows, max_sequences) for rows in sorted(chunks) if rows <= max_batch_tokens),
     )
+
+
+def few_sizes(most: int) -> tuple[int, ...]:
+    """Rows of the steps that decode, and rows that tokens are drawn for: those there may be are padded to these."""
+    sizes = {1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, most + 32, 32)}
+    return tuple(sorted({min(size, most) for size in sizes}))
+
+
+def large_sizes(most: int) -> tuple[int, ...]:
+    """Rows of steps beyond `MOST_CAPTURED_ROWS`, far apart, and `most`."""
+    sizes = {rows for power in range(10, most.bit_length()) for rows in (2**power, 3 * 2**power // 2)}
+    return tuple(sorted(rows for rows in sizes | {most} if MOST_CAPTURED_ROWS < rows <= most))
 
 
 def usual(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
@@ -140,6 +149,9 @@ class Lane:
         # One for all captures: cuBLAS keeps a workspace for each stream that it was ever called on.
         self._side = torch.cuda.Stream(self.device)
         self._graphs: dict[Form, torch.cuda.CUDAGraph] = {}
+        self._large = tuple(_chunked(rows, max_sequences) for rows in large_sizes(max_batch_tokens))
+        self._drawn = few_sizes(min(max_sequences, max_batch_tokens))
+        """Rows that the head takes."""
 
     @torch.inference_mode()
     def warm(self, progress: Callable[[int, int], None]) -> None:
@@ -160,6 +172,7 @@ class Lane:
         for done, form in enumerate(sorted(self.forms, key=lambda form: -form.rows)):
             progress(done, len(self.forms))
             self._graphs[form] = self._capture(form, pool)
+        self._meet()
         torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
@@ -171,7 +184,7 @@ class Lane:
             incoming: [1, T or more, hidden], here, from the lane before; None on the first.
 
         Returns:
-            [1, T, hidden]; overwritten by the next step.
+            [1, T or more, hidden], the step's rows in front; overwritten by the next step.
         """
         rows = len(step.ids)
         with self._current:
@@ -188,7 +201,7 @@ class Lane:
                 self._incoming[:, :rows].copy_(incoming[:, :rows])
             self._graphs[form].replay()
             assert self._outgoing is not None
-            return self._outgoing[:, :rows]
+            return self._outgoing[:, : form.rows]
 
     @torch.inference_mode()
     def logits(self, step: StepRows, hidden: Tensor) -> Tensor:
@@ -196,11 +209,16 @@ class Lane:
         is sampled.
 
         No part of the graphs: those of all batch sizes would keep their logits, half a GB where a vocabulary is large.
+        The head takes few numbers of rows, all met by `warm`: a product of another size may be a kernel that is yet to
+        be loaded, and while one is, CUDA lets the host wait for the device.
         """
-        if len(step.sampled) < len(step.ids):
-            index = torch.tensor(step.sampled, dtype=torch.int64, pin_memory=True)
+        count = len(step.sampled)
+        rows = next((rows for rows in self._drawn if rows >= count), count)
+        if count < len(step.ids) or hidden.shape[1] < rows:
+            padded = (*step.sampled, *[0] * (rows - count))
+            index = torch.tensor(padded, dtype=torch.int64, pin_memory=True)
             hidden = hidden[:, index.to(self.device, non_blocking=True)]
-        return self.stage.logits(hidden)
+        return self.stage.logits(hidden[:, :rows])[:count]
 
     @torch.inference_mode()
     def milliseconds(self, form: Form) -> float:
@@ -217,6 +235,15 @@ class Lane:
             torch.cuda.synchronize(self.device)
             times.append(1e3 * (time.perf_counter() - began))
         return sorted(times)[_TIMED_RUNS // 2]
+
+    def _meet(self) -> None:
+        """Run what no graph holds once, so that no request waits while a kernel of it is compiled or loaded."""
+        for form in self._large:
+            if form not in self._graphs:
+                self._compute(self._prepare_scratch(form), self._incoming)
+        if self.stage.is_last and self._outgoing is not None:
+            for rows in self._drawn:
+                self.stage.logits(self._outgoing[:, :rows])
 
     def _load(self, step: StepRows, layout: StepLayout, rows: int, last_ids: Tensor | None) -> Inputs:
         """Upload a step's inputs, padded to `rows`."""

@@ -16,6 +16,8 @@ from deployments.engine.residents import move_to_arena
 
 log = logging.getLogger(__name__)
 modules: Any = bitsandbytes_modules
+_PINNED_MB = 64
+"""Main memory, in MiB, for uploads of steps and what is read of them."""
 
 
 def settle_layers(model: nn.Module, layers: Iterable[nn.Module], *, kernels: bool, arenas: bool) -> None:
@@ -46,7 +48,11 @@ def expand_segments() -> None:
     torch.cuda.empty_cache()
     private: Any = torch._C
     set_allocator = getattr(private, "_accelerator_setAllocatorSettings", None)  # its name from some torch on
-    (set_allocator or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+    settings = "expandable_segments:True"
+    if torch.cuda.is_available():
+        # What steps pin comes from one segment: CUDA takes up to 9 ms to pin a few bytes, while a request waits.
+        settings += f",pinned_reserve_segment_size_mb:{_PINNED_MB}"
+    (set_allocator or torch.cuda.memory._set_allocator_settings)(settings)
 
 
 def buffer_bytes(model: nn.Module, dtype: torch.dtype) -> dict[torch.device, int]:
