@@ -77,7 +77,8 @@ class CudaPipeline:
             self._returns = Link(stages[0].device, slots=self.depth, shape=(max_sequences,), dtype=torch.int64)
         self._draws = Draws(sampler, self._returns, slots=self.depth)
         self._warm()
-        self.chunks = measure_chunks(self._lanes[0], max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+        with torch.cuda.device(self._lanes[0].device):
+            self.chunks = measure_chunks(self._lanes[0], max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
 
     def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
