@@ -88,6 +88,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--stages", type=int, default=1, help="GPUs of the replica")
     parser.add_argument("--layers", help="layers of each stage, such as 8,24; default: as the solver splits them")
     parser.add_argument("--max-batch-tokens", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, help="prompt tokens beside decodes; default: measured at the start")
     parser.add_argument("--kernels", choices=("headroom", "bitsandbytes"), default="headroom", help="of the linears")
     parser.add_argument("--generate", default="", help="concurrencies for transformers' generate() as well")
     parser.add_argument("--profile", default="", help="concurrencies whose decode step is shown by kernel class")
@@ -176,6 +177,7 @@ def _limits(options: argparse.Namespace, most: int, *, invariant: bool) -> Engin
         max_sequences=most,
         prefix_cache=True,
         threads=probe.cpu_cores(),
+        prefill_chunk_tokens=options.chunk,
         kernels=options.kernels == "headroom",
         batch_invariant=invariant,
     )

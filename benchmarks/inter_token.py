@@ -121,6 +121,7 @@ def _engine(options: argparse.Namespace) -> Engine:
         max_sequences=options.streams + 1,
         prefix_cache=False,
         threads=probe.cpu_cores(),
+        prefill_chunk_tokens=options.chunk,
     )
     model = load(folder, plan, device_type=plan.stages[0].gpu.device_type, limits=limits)
     return Engine(model, plan, limits)
@@ -137,6 +138,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=6, help="that arrive, one after another")
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of each")
     parser.add_argument("--max-batch-tokens", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, help="prompt tokens beside decodes; default: measured at the start")
     parser.add_argument("--json", type=Path)
     return parser
 

@@ -105,8 +105,8 @@ class PoolSettings(_Strict):
     max_batch_tokens: Annotated[int, Field(ge=1)] | None = None
     """Token budget of one step of one slot: decodes plus prefill chunks; default: 2,048 on GPUs, 512 on the CPU."""
     prefill_chunk_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Prompt tokens in a step that others decode in; default: as many as keep it within 2.5 times a step that only
-    decodes, measured at the start on GPUs, 32 on the CPU."""
+    """Prompt tokens in a step that others decode in, however many; default: as many as keep it within 2.5 times a step
+    that only decodes as many, measured at the start on GPUs, 32 on the CPU."""
     kv_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
     """dtype of the KV cache; auto: the compute dtype."""
     kernels: Literal["headroom", "bitsandbytes"] = "headroom"

@@ -7,8 +7,10 @@ first.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from benchmarks.routing.speed import STANDARD, Speed
+from deployments.engine.budget import Chunks, counted_decodes, measured_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,8 @@ class ReplicaSpec:
     block_size: int = 16
     max_sequences: int = 256
     max_batch_tokens: int = 2048
-    prefill_chunk_tokens: int = 512
+    prefill_chunk_tokens: int | None = None
+    """Beside decodes; None: as many as an engine of this speed finds at its start."""
     speed: Speed = STANDARD
 
     @property
@@ -27,7 +30,25 @@ class ReplicaSpec:
         """KV blocks."""
         return self.capacity_tokens // self.block_size
 
+    @property
+    def chunks(self) -> Chunks:
+        """Prompt tokens beside decodes."""
+        if self.prefill_chunk_tokens is not None:
+            return Chunks.fixed(self.prefill_chunk_tokens)
+        return _measured(self.speed, min(self.max_batch_tokens, self.max_sequences), self.max_batch_tokens)
 
+
+@lru_cache
+def _measured(speed: Speed, sequences: int, rows: int) -> Chunks:
+    """By the engine's own rule; like the engine's, its steps have hardly any KV to read, and of one with a chunk all
+    rows are one sequence's."""
+    usual = [(count, speed.step(count, count, 0)) for count in counted_decodes(sequences)]
+    mixed = ((tokens, speed.step(tokens, 1, 0)) for tokens in range(_STEP_OF_ROWS, rows + 1, _STEP_OF_ROWS))
+    return measured_chunks(usual, mixed, max_batch_tokens=rows)
+
+
+_STEP_OF_ROWS = 64
+"""Steps with chunks are timed at each multiple; an engine's graphs lie 64 to 128 rows apart, larger steps a fourth."""
 UNIT = 16_384
 """Tokens of KV cache of the smallest replica."""
 

@@ -49,6 +49,7 @@ class SimReplica:
 
     def __init__(self, spec: ReplicaSpec, gaps: Histogram) -> None:
         self.spec = spec
+        self._beside = spec.chunks
         self.gaps = gaps
         self.cache = PrefixCache()
         self.free_blocks = spec.capacity_blocks
@@ -198,7 +199,7 @@ class SimReplica:
             decoding=len(self.decoding),
             prefilling=len(self.prefilling) + self._fitting(),
             max_batch_tokens=self.spec.max_batch_tokens,
-            prefill_chunk_tokens=self.spec.prefill_chunk_tokens,
+            chunks=self._beside,
         )
         chunks: list[tuple[Sequence, int]] = []
         candidates = deque(self.prefilling)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 from functools import partial
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 
 from deployments.engine.attention import StepLayout
-from deployments.engine.budget import chunk_within
+from deployments.engine.budget import Chunks, counted_decodes, measured_chunks
 from deployments.engine.draw import Draw
 from deployments.engine.flight import Draws, Flight
 from deployments.engine.lane import Form, Lane
@@ -24,14 +25,6 @@ from deployments.engine.sampler import Sampler
 from deployments.engine.stages import Stage, StepRows
 
 log = logging.getLogger(__name__)
-
-CHUNK_SLOWDOWN = 2.5
-"""How much longer a step may take for a prompt's chunk while others decode: their p99 then stays within three times
-their p50."""
-LEAST_CHUNK = 256
-"""Of prompts beside decodes, however long it takes: fewer tokens take hardly less time, as weights are read once."""
-_DECODES = 64
-"""Decodes of a usual step."""
 
 
 class CudaPipeline:
@@ -88,7 +81,8 @@ class CudaPipeline:
             )
         self._draws = Draws(sampler, self._returns, slots=self.depth)
         self._warm()
-        self.chunk_tokens = self._measure_chunk(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+        with torch.cuda.device(self._lanes[0].device):
+            self.chunks = measure_chunks(self._lanes[0], max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
 
     def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
@@ -122,20 +116,28 @@ class CudaPipeline:
             with torch.cuda.device(lane.device):
                 lane.warm(partial(_say, i))
 
-    def _measure_chunk(self, *, max_batch_tokens: int, max_sequences: int) -> int:
-        lane = self._lanes[0]
-        decodes = min(_DECODES, max_batch_tokens, max_sequences)  # of a form that has a graph
-        usual = lane.milliseconds(Form(decodes))
-        mixed = (form for form in lane.forms if form.sequences is not None and form.rows > decodes)
-        chunk = chunk_within(
-            ((form.rows, lane.milliseconds(form)) for form in mixed),
-            limit=CHUNK_SLOWDOWN * usual,
-            decodes=decodes,
-            max_batch_tokens=max_batch_tokens,
-        )
-        chunk = max(chunk, min(LEAST_CHUNK, max_batch_tokens))
-        log.info("a step of %d decodes takes %.1f ms; prompts are computed in chunks of %d", decodes, usual, chunk)
-        return chunk
+
+class TimesSteps(Protocol):
+    """What `measure_chunks` asks of a lane."""
+
+    @property
+    def mixed(self) -> tuple[Form, ...]:
+        """Steps with chunks, the smaller before the larger."""
+
+    def milliseconds(self, form: Form) -> float:
+        """How long a step of a form takes."""
+
+
+def measure_chunks(lane: TimesSteps, *, max_batch_tokens: int, max_sequences: int) -> Chunks:
+    """Time steps of a lane: each that decodes 64, 80, 96, 112, 128, 160... (all have graphs), then with chunks, up to
+    the first that is too slow beside any of those."""
+    counts = counted_decodes(min(max_batch_tokens, max_sequences))
+    usual = [(count, lane.milliseconds(Form(count))) for count in counts]
+    mixed = ((form.rows, lane.milliseconds(form)) for form in lane.mixed)
+    chunks = measured_chunks(usual, mixed, max_batch_tokens=max_batch_tokens)
+    said = (f"{count}: {ms:.1f} ms, {chunks.beside(count)}" for count, ms in usual)
+    log.info("decodes, what their step takes, and prompt tokens that go beside them: %s", "; ".join(said))
+    return chunks
 
 
 def _say(stage: int, done: int, of: int) -> None:

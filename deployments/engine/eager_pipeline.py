@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention import RowSpan
-from deployments.engine.budget import chunk_within
+from deployments.engine.budget import CHUNK_SLOWDOWN, LEAST_CHUNK, Chunks, chunk_within
 from deployments.engine.cross_batches import CrossStep
-from deployments.engine.cuda_pipeline import CHUNK_SLOWDOWN, LEAST_CHUNK
 from deployments.engine.draw import Draw
 from deployments.engine.encoder_decoder import EncoderDecoderStage
 from deployments.engine.flight import Draws, Flight
@@ -71,7 +70,7 @@ class EagerPipeline:
             devices, shape = (stages[-1].device, self._reader.device), (limits.max_sequences,)
             self._returns = Link(*devices, slots=self.depth, shape=shape, dtype=torch.int64)
         self._draws = Draws(sampler, self._returns, slots=self.depth)
-        self.chunk_tokens = self._warm(limits)
+        self.chunks = Chunks.fixed(self._warm(limits))
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
 
     @torch.inference_mode()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention import StepLayout, singles
+from deployments.engine.budget import quarters
 from deployments.engine.compiled import FEW_ROWS, compile_layers
 from deployments.engine.inputs import Inputs, continue_ids, pack, packed_size
 from deployments.engine.stages import Stage, StepRows
@@ -83,6 +84,17 @@ def large_sizes(most: int) -> tuple[int, ...]:
     return tuple(sorted(rows for rows in sizes | {most} if MOST_CAPTURED_ROWS < rows <= most))
 
 
+def mixed(*, max_batch_tokens: int, max_sequences: int, lanes: int = 1, beyond: bool) -> tuple[Form, ...]:
+    """Steps with chunks, the smaller before the larger, that stand for all: those of `forms`, and `beyond` them some
+    that run without a graph on one GPU, each at most a fourth larger than the one before."""
+    captured = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, lanes=lanes)
+    found = [form for form in captured if form.sequences is not None]
+    if beyond and found:
+        larger = quarters(found[-1].rows + 1, max_batch_tokens)
+        found += [_chunked(rows, max_sequences) for rows in larger]
+    return tuple(found)
+
+
 def usual(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
     """Steps of one row, of few and of many, where there may be so many: what layers are compiled at.
 
@@ -139,6 +151,10 @@ class Lane:
         self._scratch_slot = stage.kv[0].scratch * block_size
         self.forms = forms(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, lanes=lanes)
         """Of the graphs."""
+        # What attention by PyTorch takes grows with a sequence, and padding is one: no larger ones than graphs have.
+        beyond = stage.attention.capturable
+        self.mixed = mixed(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, lanes=lanes, beyond=beyond)
+        """Steps with chunks to time."""
         self._usual = usual(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         self._incoming: Tensor | None = None
         if not stage.is_first:

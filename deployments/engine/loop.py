@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from deployments.engine.attention import RowSpan
 from deployments.engine.blocks import BlockManager
+from deployments.engine.budget import Chunks
 from deployments.engine.draw import Draw
 from deployments.engine.loader import LoadedModel
 from deployments.engine.messages import EngineLimits
@@ -66,12 +67,13 @@ class Engine:
             granule_tokens=limits.granule_tokens,
         )
         self._pipeline = open_pipeline(model, plan, limits) if pipeline is None else pipeline
+        by_hand = limits.prefill_chunk_tokens
         self._scheduler = Scheduler(
             self._blocks,
             slots=self._pipeline.depth,
             max_batch_tokens=limits.max_batch_tokens,
             max_sequences=limits.max_sequences,
-            prefill_chunk_tokens=limits.prefill_chunk_tokens or self._pipeline.chunk_tokens,
+            chunks=self._pipeline.chunks if by_hand is None else Chunks.fixed(by_hand),
             lookahead=self._pipeline.lookahead,
             whole_prompts=model.encodes,
         )

@@ -32,7 +32,7 @@ class EngineLimits:
     granule_tokens: int | None = None
     """A multiple of the block size: reports say which granules of prompts are cached; None: they don't."""
     prefill_chunk_tokens: int | None = None
-    """Prompt tokens in a step while other sequences decode; None: as the pipeline finds best."""
+    """Prompt tokens in a step while other sequences decode, however many; None: as the pipeline finds best."""
     kernels: bool = True
     """Quantised linears on CUDA run on this project's kernels; False: on bitsandbytes'."""
     int8_threshold: float = 0.0

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from deployments.engine.budget import Chunks
 from deployments.engine.cuda_pipeline import CudaPipeline
 from deployments.engine.draw import Draw
 from deployments.engine.eager_pipeline import EagerPipeline
@@ -60,7 +61,7 @@ class Pipeline(Protocol):
         ...
 
     @property
-    def chunk_tokens(self) -> int:
+    def chunks(self) -> Chunks:
         """Prompt tokens in a step that others decode in, where nobody has set it."""
         ...
 
@@ -141,7 +142,7 @@ class LanePipeline:
         lookahead: see `Pipeline`.
     """
 
-    chunk_tokens = CPU_CHUNK_TOKENS
+    chunks = Chunks.fixed(CPU_CHUNK_TOKENS)
 
     def __init__(
         self, stages: Sequence[RunsSteps], block_size: int, sampler: Sampler, *, threads: int, lookahead: int

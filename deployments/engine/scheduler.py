@@ -16,7 +16,7 @@ from itertools import count, islice
 from operator import attrgetter
 
 from deployments.engine.blocks import BlockManager, IntegrityError
-from deployments.engine.budget import prefill_budget
+from deployments.engine.budget import Chunks, prefill_budget
 from deployments.engine.queues import Queues, by_arrival
 from deployments.engine.sequence import TokenSequence, TooLong
 from deployments.engine.step import StepItem, StepPlan
@@ -33,7 +33,7 @@ class Scheduler:
         slots: micro-batches that the pipeline holds at once; the number of stages.
         max_batch_tokens: most tokens of one step.
         max_sequences: most sequences running at once, over all slots.
-        prefill_chunk_tokens: prompt tokens in a step while sequences decode, see `prefill_budget`.
+        chunks: prompt tokens in a step while sequences decode, see `prefill_budget`.
         lookahead: steps of a slot, 0 or 1, that are scheduled while the one before is in flight.
         whole_prompts: a prompt is computed in one step, as an encoder needs it. A step of `max_batch_tokens` must have
             room for `max_sequences` decodes and the longest sequence; one prompt may go beside decodes at any time.
@@ -46,21 +46,19 @@ class Scheduler:
         slots: int,
         max_batch_tokens: int,
         max_sequences: int,
-        prefill_chunk_tokens: int,
+        chunks: Chunks,
         lookahead: int,
         whole_prompts: bool = False,
     ) -> None:
-        if min(slots, max_batch_tokens, max_sequences, prefill_chunk_tokens) < 1:
-            raise ValueError(
-                f"must be at least 1 each: {slots=}, {max_batch_tokens=}, {max_sequences=}, {prefill_chunk_tokens=}"
-            )
+        if min(slots, max_batch_tokens, max_sequences) < 1:
+            raise ValueError(f"must be at least 1 each: {slots=}, {max_batch_tokens=}, {max_sequences=}")
         if lookahead not in (0, 1):
             raise ValueError(f"a step can only feed ids that the step before it drew: {lookahead=} must be 0 or 1")
         self.preemptions = 0
         self._blocks = blocks
         self._max_batch_tokens = max_batch_tokens
         self._max_sequences = max_sequences
-        self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._chunks = chunks
         self._lookahead = lookahead
         self._whole_prompts = whole_prompts
         self._sequences: dict[str, TokenSequence] = {}
@@ -219,7 +217,7 @@ class Scheduler:
             decoding=self.running - len(prompts),
             prefilling=len(prompts) + fit,
             max_batch_tokens=self._max_batch_tokens,
-            prefill_chunk_tokens=self._prefill_chunk_tokens,
+            chunks=self._chunks,
         )
         items: list[StepItem] = []
         candidates = self._candidates(slot, prompts, fit)

@@ -16,12 +16,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from deployments.engine.blocks import BlockManager
+from deployments.engine.budget import Chunks
 from deployments.engine.scheduler import Scheduler
 from deployments.engine.step import StepItem, StepPlan
 
 END = 0
 Kv = tuple[str, tuple[int, ...]]
 LOST: Kv = ("not finite", ())
+CHUNKS = st.dictionaries(st.integers(1, 6), st.integers(1, 6), min_size=1, max_size=3).map(
+    lambda tokens: Chunks(tuple(sorted(tokens.items())))
+)
 
 
 def next_token(ids: tuple[int, ...]) -> int:
@@ -206,11 +210,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots=st.integers(1, 4),
         max_batch_tokens=st.integers(1, 12),
         max_sequences=st.integers(1, 8),
-        prefill_chunk_tokens=st.integers(1, 6),
+        chunks=CHUNKS,
         lookahead=st.integers(0, 1),
         prefix_cache=st.sampled_from([True, True, True, False]),
     )
-    def start(self, num_blocks: int, block_size: int, prefix_cache: bool, **limits: int) -> None:
+    def start(self, num_blocks: int, block_size: int, prefix_cache: bool, **limits: Any) -> None:
         self.requests = Requests(num_blocks, block_size, prefix_cache, **limits)
 
     @rule(
@@ -293,10 +297,10 @@ class WholePromptsMachine(SchedulerMachine):
         block_size=st.integers(1, 4),
         slots=st.integers(1, 4),
         max_sequences=st.integers(1, 8),
-        prefill_chunk_tokens=st.integers(1, 6),
+        chunks=CHUNKS,
         lookahead=st.integers(0, 1),
     )
-    def start(self, num_blocks: int, block_size: int, max_sequences: int, **limits: int) -> None:
+    def start(self, num_blocks: int, block_size: int, max_sequences: int, **limits: Any) -> None:
         room = num_blocks * block_size + max_sequences
         self.requests = Requests(
             num_blocks,

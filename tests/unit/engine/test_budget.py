@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from deployments.engine.budget import chunk_within, prefill_budget
+from deployments.engine.budget import Chunks, chunk_within, counted_decodes, measured_chunks, prefill_budget, quarters
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,39 @@ from deployments.engine.budget import chunk_within, prefill_budget
 )
 def test_prompts_get_what_the_policy_says(decodes: int, decoding: int, prefilling: int, expected: int) -> None:
     budget = prefill_budget(
-        decodes=decodes, decoding=decoding, prefilling=prefilling, max_batch_tokens=512, prefill_chunk_tokens=64
+        decodes=decodes, decoding=decoding, prefilling=prefilling, max_batch_tokens=512, chunks=Chunks.fixed(64)
     )
     assert budget == expected
+
+
+@pytest.mark.parametrize(
+    ("decodes", "decoding", "prefilling", "expected"),
+    [
+        (0, 64, 1, 100),  # of other slots alone: the first entry
+        (63, 63, 1, 100),
+        (64, 64, 1, 100),
+        (127, 127, 1, 100),
+        (128, 128, 1, 180),
+        (240, 240, 1, 250),
+        (128, 256, 1, 180),  # by how many decode in this step, not in all slots
+        (128, 128, 9, 360),  # a burst: twice the chunk of 128
+        (256, 256, 300, 768),
+    ],
+)
+def test_a_chunk_is_that_of_the_nearest_count_at_or_below(
+    decodes: int, decoding: int, prefilling: int, expected: int
+) -> None:
+    chunks = Chunks(((64, 100), (128, 180), (200, 250)))
+    budget = prefill_budget(
+        decodes=decodes, decoding=decoding, prefilling=prefilling, max_batch_tokens=1024, chunks=chunks
+    )
+    assert budget == expected
+
+
+@pytest.mark.parametrize("entries", [(), ((64, 0),), ((64, 5), (64, 6)), ((128, 5), (64, 6))])
+def test_chunks_that_make_no_table_are_refused(entries: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ValueError, match="1 prompt token at least, the fewer decodes before the more"):
+        Chunks(entries)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +89,54 @@ def test_nothing_is_timed_beyond_the_first_that_is_too_slow() -> None:
 
     assert chunk_within(times(), limit=200.0, decodes=64, max_batch_tokens=512) == 128
     assert timed == [128, 192, 256]
+
+
+def test_each_count_of_decodes_has_a_limit_of_its_own() -> None:
+    """2.5 times 4, 6 and 10 ms: 10, 15 and 25."""
+    times = [(320, 9.0), (512, 14.0), (640, 18.0), (768, 21.0), (896, 25.0), (1024, 29.0)]
+    chunks = measured_chunks([(32, 4.0), (128, 6.0), (224, 10.0)], times, max_batch_tokens=2048)
+    assert chunks.entries == ((32, 320 - 32), (128, 512 - 128), (224, 896 - 224))
+
+
+def test_no_chunk_is_smaller_than_the_least_unless_steps_are() -> None:
+    times = [(128, 20.0), (256, 40.0), (512, 80.0)]
+    assert measured_chunks([(64, 4.0)], times, max_batch_tokens=512).entries == ((64, 256),)
+    assert measured_chunks([(64, 4.0)], times[:1], max_batch_tokens=200).entries == ((64, 200),)
+
+
+def test_steps_are_timed_once_and_up_to_the_first_that_is_too_slow_for_all() -> None:
+    timed: list[int] = []
+
+    def times() -> Iterator[tuple[int, float]]:
+        for tokens in range(128, 2048, 128):
+            timed.append(tokens)
+            yield tokens, tokens / 32
+
+    measured_chunks([(64, 4.0), (128, 5.0)], times(), max_batch_tokens=2048)
+    assert timed == [128, 256, 384, 512], "16 ms are more than 2.5 times 5"
+
+
+def test_a_count_that_no_step_with_a_chunk_was_timed_beside_has_no_entry() -> None:
+    chunks = measured_chunks([(64, 4.0), (768, 30.0), (896, 35.0)], [(512, 9.0), (800, 11.0)], max_batch_tokens=2048)
+    assert chunks.entries == ((64, 448), (768, 256))
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (256, (64, 80, 96, 112, 128, 160, 192, 224)),
+        (257, (64, 80, 96, 112, 128, 160, 192, 224, 256)),
+        (96, (64, 80)),
+        (65, (64,)),
+        (64, (64,)),
+        (3, (3,)),
+    ],
+)
+def test_which_decodes_chunks_are_measured_against(most: int, expected: tuple[int, ...]) -> None:
+    assert counted_decodes(most) == expected
+
+
+def test_quarters() -> None:
+    assert list(quarters(769, 3000)) == [896, 1024, 1280, 1536, 1792, 2048, 2560]
+    assert list(quarters(64, 64)) == [64]
+    assert list(quarters(64, 63)) == []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from deployments.engine.attention import RowSpan, StepLayout
+from deployments.engine.budget import counted_decodes
 from deployments.engine.compiled import FEW_ROWS
-from deployments.engine.lane import MOST_CAPTURED_ROWS, Form, forms, usual
+from deployments.engine.lane import MOST_CAPTURED_ROWS, Form, forms, mixed, usual
 from deployments.engine.stages import StepRows
 from placement.workload import CAPTURED_ROWS
 
@@ -49,9 +52,26 @@ def test_no_graph_is_larger_than_a_step(tokens: int, sequences: int) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "sequences"), SIZES)
-def test_the_usual_step_has_a_graph(tokens: int, sequences: int) -> None:
-    """The pipeline measures chunks against steps of 64 decodes, or as many as there can be."""
-    assert Form(min(64, tokens, sequences)) in forms(max_batch_tokens=tokens, max_sequences=sequences)
+def test_steps_that_chunks_are_measured_against_have_graphs(tokens: int, sequences: int) -> None:
+    every = forms(max_batch_tokens=tokens, max_sequences=sequences)
+    assert {Form(count) for count in counted_decodes(min(tokens, sequences))} <= set(every)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize(("tokens", "sequences"), [*SIZES, (8192, 64), (700, 256)])
+def test_steps_with_chunks_are_timed_with_graphs_and_beyond_them(tokens: int, sequences: int, lanes: int) -> None:
+    captured = [f for f in forms(max_batch_tokens=tokens, max_sequences=sequences, lanes=lanes) if f.sequences]
+    assert mixed(max_batch_tokens=tokens, max_sequences=sequences, lanes=lanes, beyond=False) == tuple(captured)
+    found = mixed(max_batch_tokens=tokens, max_sequences=sequences, lanes=lanes, beyond=True)
+    assert found[: len(captured)] == tuple(captured)
+    rows = [form.rows for form in found]
+    assert rows == sorted(set(rows))
+    assert max(rows, default=0) <= tokens
+    if tokens > MOST_CAPTURED_ROWS:
+        assert all(
+            after <= 1.5 * before if lanes > 1 else after <= 1.25 * before for before, after in pairwise(rows[7:])
+        )
+        assert 5 * rows[-1] > 4 * tokens
 
 
 @pytest.mark.parametrize(("tokens", "sequences"), [*SIZES, (8, 1), (2, 1), (5, 3), (2048, 1), (65, 2)])

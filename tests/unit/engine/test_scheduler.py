@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from deployments.engine.blocks import BlockManager, IntegrityError
+from deployments.engine.budget import Chunks
 from deployments.engine.scheduler import Scheduler
 from deployments.engine.sequence import TooLong
 from deployments.engine.step import StepItem, StepPlan
@@ -12,9 +13,10 @@ from deployments.engine.step import StepItem, StepPlan
 BLOCK = 4
 
 
-def make(num_blocks: int = 64, **limits: int) -> Scheduler:
-    defaults = {"slots": 1, "max_batch_tokens": 64, "max_sequences": 64, "prefill_chunk_tokens": 64, "lookahead": 0}
-    return Scheduler(BlockManager(num_blocks, BLOCK), **(defaults | limits))
+def make(num_blocks: int = 64, *, chunks: Chunks | int = 64, **limits: int) -> Scheduler:
+    defaults = {"slots": 1, "max_batch_tokens": 64, "max_sequences": 64, "lookahead": 0}
+    chunks = Chunks.fixed(chunks) if isinstance(chunks, int) else chunks
+    return Scheduler(BlockManager(num_blocks, BLOCK), chunks=chunks, **(defaults | limits))
 
 
 def prompt(length: int, first: int = 0) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from deployments.engine.budget import Chunks
 from deployments.engine.scheduler import Scheduler
 from deployments.engine.step import StepPlan
 from tests.unit.engine.test_scheduler import done, make, plan, prompt, shape
@@ -161,7 +162,7 @@ def test_new_prompts_come_before_others_chunks() -> None:
 
 
 def test_while_others_decode_a_prompt_advances_by_chunks() -> None:
-    scheduler = make(slots=2, prefill_chunk_tokens=6)
+    scheduler = make(slots=2, chunks=6)
     scheduler.add("a", prompt(3), max_tokens=9)
     scheduler.add("b", prompt(3, 1000), max_tokens=9)
     steps = [plan(scheduler, 0), plan(scheduler, 1)]
@@ -170,6 +171,19 @@ def test_while_others_decode_a_prompt_advances_by_chunks() -> None:
     assert shape(plan(scheduler, 0)) == [("a", 3, 1), ("long", 0, 6)]
     done(scheduler, steps[1])
     assert shape(plan(scheduler, 1)) == [("b", 3, 1), ("long", 6, 6)], "a guest: its budget is the chunk as well"
+
+
+def test_a_chunk_is_as_large_as_suits_those_that_decode_in_its_step() -> None:
+    scheduler = make(slots=2, chunks=Chunks(((1, 6), (2, 9))))
+    for i, name in enumerate("abc"):
+        scheduler.add(name, prompt(3, 1000 * i), max_tokens=9)
+    steps = [plan(scheduler, 0), plan(scheduler, 1)]
+    assert [shape(step) for step in steps] == [[("a", 0, 3), ("b", 0, 3)], [("c", 0, 3)]]
+    scheduler.add("long", prompt(40, 9000), max_tokens=9)
+    done(scheduler, steps[0])
+    done(scheduler, steps[1])
+    assert shape(plan(scheduler, 1)) == [("c", 3, 1), ("long", 0, 6)]
+    assert shape(plan(scheduler, 0)) == [("a", 3, 1), ("b", 3, 1), ("long", 6, 9)], "two decode in this slot"
 
 
 def test_the_youngest_in_flight_gives_way_when_it_has_landed() -> None:
@@ -253,7 +267,7 @@ def test_nobody_takes_the_block_that_an_older_one_waits_for() -> None:
 
 
 def test_a_prompt_in_chunks_is_held_back_as_well() -> None:
-    scheduler = ahead(num_blocks=5, max_batch_tokens=8, prefill_chunk_tokens=1)
+    scheduler = ahead(num_blocks=5, max_batch_tokens=8, chunks=1)
     scheduler.add("old", prompt(4), max_tokens=8)
     scheduler.add("young", prompt(12, 1000), max_tokens=8)
     steps = [plan(scheduler), plan(scheduler)]

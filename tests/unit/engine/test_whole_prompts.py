@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deployments.engine.blocks import BlockManager
+from deployments.engine.budget import Chunks
 from deployments.engine.scheduler import Scheduler
 from tests.unit.engine.test_scheduler import BLOCK, done, make, plan, prompt, shape
 
@@ -20,7 +21,7 @@ def test_a_prompt_is_never_cut_and_the_next_waits_for_a_step_with_room() -> None
 
 
 def test_one_prompt_goes_beside_decodes_however_small_a_chunk_is() -> None:
-    scheduler = make(max_batch_tokens=24, max_sequences=4, prefill_chunk_tokens=2, whole_prompts=True)
+    scheduler = make(max_batch_tokens=24, max_sequences=4, chunks=2, whole_prompts=True)
     scheduler.add("a", prompt(3), max_tokens=9)
     done(scheduler, plan(scheduler))
     for i, (name, before) in enumerate((("b", "a"), ("c", "ab"))):  # one at a time is no burst
@@ -37,7 +38,7 @@ def test_a_preempted_sequence_is_computed_again_in_one_step() -> None:
         slots=1,
         max_batch_tokens=40,
         max_sequences=4,
-        prefill_chunk_tokens=1,
+        chunks=Chunks.fixed(1),
         lookahead=0,
         whole_prompts=True,
     )
