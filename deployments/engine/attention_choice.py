@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from deployments.engine.attention import AttentionBackend
+from deployments.engine.attention_decodes import splits_beyond
 from deployments.engine.attention_flashinfer import Limits, flashinfer_backends
 from deployments.engine.attention_torch import TorchAttention
 from deployments.engine.flashinfer_fit import Kind, why_not, why_not_here
@@ -47,7 +48,8 @@ def choose(plan: Plan, kinds: Sequence[Kind], devices: Sequence[torch.device], l
         return Choice(_torch(plan, devices), f"torch ({reason})")
     assert limits is not None
     longest = -(-(plan.max_context + 1) // plan.block_size)  # a step launched ahead may overrun the context by a token
-    largest = Limits(limits.max_sequences, limits.max_batch_tokens, longest)
+    splits = splits_beyond(min(kind.kv_heads for kind in kinds))
+    largest = Limits(limits.max_sequences, limits.max_batch_tokens, longest, splits)
     stages = [(device, FlashInferKernels(device)) for device in devices]
     backends = flashinfer_backends(plan.block_size, plan.num_blocks, largest, stages)
     for index, backend in enumerate(backends):  # the first loads for all

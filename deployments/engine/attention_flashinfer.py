@@ -20,7 +20,7 @@ from deployments.engine.attention import AttentionBackend, Scoring, StepLayout
 from deployments.engine.attention_staging import HostStep, StagingPool
 from deployments.engine.attention_tables import PARTS, Shape, Tables, pack
 from deployments.engine.flashinfer_fit import Kind, Room
-from deployments.engine.flashinfer_kernels import FEW, Call, Planned, Progress, Workspace
+from deployments.engine.flashinfer_kernels import OWN, Call, Planned, Progress, Workspace
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +47,21 @@ class Kernels(Protocol):
     def run(self, call: Call, query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
         """Attend over the blocks, with the call's rows of the step."""
 
-    def takes_few(self, kind: Kind, shape: Shape) -> bool:
-        """Whether `attend_few` is what a whole step should run."""
+    def takes_decodes(self, kind: Kind, shape: Shape, splits: int) -> bool:
+        """Whether `attend_decodes` is what sequences of one row, or none, should run."""
 
-    def attend_few(
-        self, call: Call, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    def attend_decodes(
+        self,
+        call: Call,
+        splits: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
     ) -> None:
-        """`append` and `run` in one, of a step that `takes_few` is true of."""
+        """`append` and `run` in one, of the call's sequences, for which `takes_decodes` is true."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class Limits:
     max_rows: int
     """Padding included."""
     max_blocks_per_sequence: int
+    splits: int = 64
+    """Of the keys of a step's decodes, beyond one for each."""
 
     @property
     def table_size(self) -> int:
@@ -164,13 +174,15 @@ class FlashInferAttention(AttentionBackend):
         kind = Kind(heads, keys.shape[2], head_dim, query.dtype, keys.dtype, how.window, how.softcap)
         planned = self._planned.get(kind) or self._learn(kind, step)
         out = torch.empty(rows, heads, head_dim, dtype=query.dtype, device=query.device)
-        if planned == [FEW]:
-            call = Call(kind, FEW, tables, self._spaces[kind][0], how.scale)
-            self._kernels.attend_few(call, _rows(query), _rows(key), _rows(value), keys, values, out)
-            return out[None]
-        self._kernels.append(_rows(key), _rows(value), keys, values, tables)
+        if planned != [OWN]:
+            self._kernels.append(_rows(key), _rows(value), keys, values, tables)
         for plan, part, space in zip(planned, self._parts, self._spaces[kind], strict=False):
-            self._kernels.run(Call(kind, plan, part, space, how.scale), _rows(query), keys, values, out)
+            call = Call(kind, plan, part, space, how.scale)
+            if plan is OWN:
+                rows_in = (_rows(query), _rows(key), _rows(value))
+                self._kernels.attend_decodes(call, self._limits.splits, *rows_in, keys, values, out)
+            else:
+                self._kernels.run(call, _rows(query), keys, values, out)
         return out[None]
 
     def _view(self, step: HostStep) -> Tables:
@@ -183,7 +195,8 @@ class FlashInferAttention(AttentionBackend):
         key = (FlashInferAttention, layout.padding, layout.sequences, layout.decodes)
         if key not in layout.shared:
             staging = self._pool.take()
-            shape = pack(layout.padded(self._scratch), self._block_size, staging.tables.numpy())
+            spans, numbers = layout.padded(self._scratch), staging.tables.numpy()
+            shape = pack(spans, self._block_size, numbers, splits=self._limits.splits)
             if shape.rows > self._limits.max_rows:
                 raise ValueError(f"a step has {shape.rows} rows, and attention was made for {self._limits.max_rows}")
             captured, rows = layout.sequences is not None, layout.ahead
@@ -194,10 +207,10 @@ class FlashInferAttention(AttentionBackend):
         return found
 
     def _plan(self, kind: Kind, step: HostStep) -> list[Planned]:
-        """A plan for each part of the step, or the word that it needs none."""
-        if len(step.parts) == 1 and self._kernels.takes_few(kind, step.tables.shape):
-            return [FEW]
-        return [self._plan_part(kind, step, part) for part in range(len(step.parts))]
+        """A plan for each part of the step, or the word that it needs none: decodes are the first part, or all."""
+        first = step.parts[0].shape
+        own = first.rows == first.sequences and self._kernels.takes_decodes(kind, first, self._limits.splits)
+        return [OWN if own and part == 0 else self._plan_part(kind, step, part) for part in range(len(step.parts))]
 
     def _plan_part(self, kind: Kind, step: HostStep, part: int) -> Planned:
         """Plan for this model of device, or copy what a stage on another device of the model has planned."""

@@ -20,6 +20,8 @@ _ALIGN = 4
 """Every array starts at a multiple of so many integers: 16 bytes."""
 PARTS = 2
 """Of a step, at most, that attention is planned for: decodes, and chunks."""
+_SPLIT_UNIT = 64
+"""Splits of a sequence are multiples of so many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,15 @@ class Shape:
         return _starts(self.sequences, self.rows)[-1] + self.pages
 
 
+def _sizes(sequences: int, rows: int) -> tuple[int, ...]:
+    return (sequences + 1, sequences + 1, sequences, sequences, sequences + 1, 1, rows, rows)
+
+
 @lru_cache(maxsize=1024)
 def _starts(sequences: int, rows: int) -> tuple[int, ...]:
-    """Where query_starts, page_starts, last_page_tokens, lengths, row_sequences, positions and pages start."""
-    sizes = (*(2 * [sequences + 1]), *(2 * [sequences]), *(2 * [rows]))
+    """Where query_starts, page_starts, last_page_tokens, lengths, split_starts, split_tokens, row_sequences, positions
+    and pages start."""
+    sizes = _sizes(sequences, rows)
     return tuple(accumulate((-(-size // _ALIGN) * _ALIGN for size in sizes), initial=0))
 
 
@@ -69,6 +76,10 @@ class Tables:
     """[sequences]: tokens in each sequence's last page, those of the step included."""
     lengths: Tensor
     """[sequences]: tokens of each sequence, those of the step included."""
+    split_starts: Tensor
+    """[sequences + 1]: first split of each decode's keys, and the number of splits."""
+    split_tokens: Tensor
+    """[1]: tokens of a split; the last of each sequence may have fewer."""
     row_sequences: Tensor
     """[rows]: each row's sequence."""
     positions: Tensor
@@ -81,7 +92,7 @@ class Tables:
         """The tables in a buffer filled by `pack`, or by a copy of it. `pages` runs to the buffer's end, so that a
         captured graph holds for any number of them."""
         starts = _starts(shape.sequences, shape.rows)
-        sizes = [shape.sequences + 1, shape.sequences + 1, shape.sequences, shape.sequences, shape.rows, shape.rows]
+        sizes = _sizes(shape.sequences, shape.rows)
         parts = [buffer[start : start + size] for start, size in zip(starts, sizes, strict=False)]
         parts.append(buffer[starts[-1] :])
         return cls(shape, *parts)
@@ -111,14 +122,19 @@ class Tables:
             self.page_starts[ends],
             self.last_page_tokens[some],
             self.lengths[some],
+            self.split_starts[ends],
+            self.split_tokens,
             self.row_sequences,
             self.positions,
             self.pages,
         )
 
 
-def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32]) -> Shape:
+def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32], *, splits: int = 1) -> Shape:
     """Write the tables of the spans' rows, in order, to the front of `out`.
+
+    Args:
+        splits: of the decodes at the front, at most, beyond one for each.
 
     Raises:
         ValueError: `out` is too small.
@@ -141,10 +157,20 @@ def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32]) -> S
     out[at[1] + 1 : at[1] + 1 + len(spans)] = np.cumsum(needs)
     out[at[2] : at[2] + len(spans)] = lengths - (needs - 1) * block_size
     out[at[3] : at[3] + len(spans)] = lengths
-    out[at[4] : at[4] + shape.rows] = np.repeat(np.arange(len(spans), dtype=np.int32), counts)
-    out[at[5] : at[5] + shape.rows] = np.arange(shape.rows) + np.repeat(lengths - rows, counts)
-    out[at[6] : shape.size] = np.frombuffer(pages, np.int32)
+    out[at[4]] = 0
+    out[at[4] + 1 : at[4] + 1 + len(spans)], out[at[5]] = _split(lengths, counts, splits)
+    out[at[6] : at[6] + shape.rows] = np.repeat(np.arange(len(spans), dtype=np.int32), counts)
+    out[at[7] : at[7] + shape.rows] = np.arange(shape.rows) + np.repeat(lengths - rows, counts)
+    out[at[8] : shape.size] = np.frombuffer(pages, np.int32)
     return shape
+
+
+def _split(lengths: NDArray[np.int32], counts: NDArray[np.int32], splits: int) -> tuple[NDArray[np.int32], int]:
+    """Where each sequence's splits end, and the tokens of a split, so large that the sequences of at most one row that
+    come before all others have `splits` at most beyond one each. The others have none."""
+    units = np.where(np.logical_and.accumulate(counts <= 1), -(-lengths // _SPLIT_UNIT), 0)
+    each = max(1, -(-int(units.sum()) // splits))
+    return np.cumsum(-(-units // each)), each * _SPLIT_UNIT
 
 
 _known: dict[int, tuple[tuple[int, ...], bytes]] = {}

@@ -27,7 +27,7 @@ _CTAS_PER_SM = 2
 _MOST_CTAS_PER_SM = 16
 """Bound on the occupancy of FlashInfer's decode kernel: 2,048 threads of an SM, 128 in a block."""
 
-Method = Literal["decode", "prefill", "few"]
+Method = Literal["decode", "prefill", "own"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ tables, so that with wrappers neither could a step's uploads be one copy nor its
 
 A decode of few query heads per KV head runs on CUDA cores. With `TENSOR_CORE_GROUP` or more it runs as a prefill of one
 row per sequence, on tensor cores, where the group's heads fill a tile. In a step with chunks decodes are one call, and
-chunks another. Decodes of few sequences are not FlashInfer's: `attention_few` has a kernel for them.
+chunks another. Decodes of most kinds of layers are not FlashInfer's: `attention_decodes` has a kernel for them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deployments.engine import attention_few
+from deployments.engine import attention_decodes
 from deployments.engine.attention_tables import Shape, Tables
 from deployments.engine.flashinfer_fit import (
     TENSOR_CORE_GROUP,
@@ -65,8 +66,8 @@ class Planned:
     """FlashInfer's: sizes, and offsets into the workspace."""
 
 
-FEW = Planned("few", _EVERY_KEY, ())
-"""Of a whole step that `attend_few` runs."""
+OWN = Planned("own", _EVERY_KEY, ())
+"""Of what `attend_decodes` runs."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,11 @@ class FlashInferKernels:
         properties = torch.cuda.get_device_properties(device)
         self._sms: int = properties.multi_processor_count
         self._dependent_launch = properties.major >= 9
-        self._few = attention_few.can_compile()
-        if not self._few:
-            log.warning(
-                "decodes of few sequences run on FlashInfer's kernels, which are slower: Triton needs gcc or CC"
-            )
-        self._arrivals = attention_few.counters(device)
+        self._own = attention_decodes.can_compile()
+        if not self._own:
+            log.warning("decodes run on FlashInfer's kernels, which are slower: Triton needs gcc or CC")
+        self._arrivals = attention_decodes.counters(device)
+        self._floats = lru_cache(maxsize=64)(lambda kind: self.room(kind, sequences=1, rows=1).floats)
         self.model: Hashable = (properties.name, self._sms)
         """Devices of one model can share plans."""
 
@@ -142,18 +142,28 @@ class FlashInferKernels:
         mask = _EVERY_KEY if decodes else _CAUSAL
         return Planned("prefill", mask, self._plan_prefill(kind, host, block_size, buffers))
 
-    def takes_few(self, kind: Kind, shape: Shape) -> bool:
-        """Whether a whole step is left to `attend_few`, and needs no plan."""
-        return self._few and attention_few.takes(kind, shape)
+    def takes_decodes(self, kind: Kind, shape: Shape, splits: int) -> bool:
+        """Whether sequences of one row are left to `attend_decodes`, and need no plan."""
+        if not self._own or not attention_decodes.takes(kind, shape):
+            return False
+        return attention_decodes.space_bytes(kind, shape.sequences, splits) <= self._floats(kind)
 
-    def attend_few(
-        self, call: Call, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    def attend_decodes(
+        self,
+        call: Call,
+        splits: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
     ) -> None:
         """`append` and `run` in one. Can be captured."""
-        attention_few.attend(
+        attention_decodes.attend(
             *(query, key, value, keys, values, out, call.tables),
             scale=call.scale,
-            splits=attention_few.splits_of(call.kind, call.tables.shape.sequences, self._sms),
+            splits=splits,
             space=call.space.floats,
             arrivals=self._arrivals,
             overlap=self._dependent_launch,

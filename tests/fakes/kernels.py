@@ -23,10 +23,10 @@ class FakeKernels:
         """What was planned for, like `plans`."""
         self.moody = False
         """Plans equal steps differently."""
-        self.few = 0
+        self.own = 0
         """Decodes of up to so many sequences are one kernel."""
-        self.few_rows: list[int] = []
-        """Of the calls of that kernel."""
+        self.own_rows: list[int] = []
+        """Of the calls of that kernel: sequences with a row."""
 
     def room(self, kind: Kind, *, sequences: int, rows: int) -> Room:
         assert kind in self.compiled
@@ -49,20 +49,35 @@ class FakeKernels:
         self.shapes.append(host.shape)
         return Planned(method, 0 if host.shape.decodes else 1, [host.shape.rows, len(self.plans) * self.moody])
 
-    def takes_few(self, kind: Kind, shape: Shape) -> bool:
+    def takes_decodes(self, kind: Kind, shape: Shape, splits: int) -> bool:
         assert kind in self.compiled
-        return shape.decodes and shape.sequences <= self.few
+        assert shape.sequences == shape.rows
+        assert splits > 0
+        return shape.sequences <= self.own
 
-    def attend_few(
-        self, call: Call, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    def attend_decodes(
+        self,
+        call: Call,
+        splits: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
     ) -> None:
         """Reads no plan, as the real kernel does not."""
-        tables = call.tables
-        self.few_rows.append(len(query))
-        assert tables.lengths.tolist() == (tables.positions + 1).tolist()
-        self.append(key, value, keys, values, tables)
-        for row, length in enumerate(tables.lengths.tolist()):
+        tables, block_size = call.tables, keys.shape[1]
+        lengths, starts, each = (t.tolist() for t in (tables.lengths, tables.split_starts, tables.split_tokens))
+        assert starts[-1] <= len(lengths) + splits
+        self.own_rows.append(sum(length > 0 for length in lengths))
+        for row, length in enumerate(lengths):
+            assert starts[row + 1] - starts[row] == -(-length // each[0])
+            if not length:
+                continue
             pages = tables.pages[tables.page_starts[row] : tables.page_starts[row + 1]]
+            for blocks, rows in ((keys, key), (values, value)):
+                blocks[pages[(length - 1) // block_size], (length - 1) % block_size] = rows[row]
             kv = (_gather(blocks, pages, length, call.kind.group) for blocks in (keys, values))
             out[row : row + 1] = _attend(call, query[row : row + 1], *kv)
 

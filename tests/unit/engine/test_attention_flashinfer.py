@@ -273,39 +273,51 @@ def test_table_size_is_that_of_the_largest_step() -> None:
     assert Limits(3, 5, 4).table_size == Shape(5, 5, 3 * 4 + 5).size
 
 
-def make_few(bounds: Bounds) -> FlashInferAttention:
+def make_own(bounds: Bounds) -> FlashInferAttention:
     backend = make(bounds)
     assert isinstance(backend._kernels, FakeKernels)
-    backend._kernels.few = 3
+    backend._kernels.own = 5
     return backend
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_plain_attention_with_few_sequences_apart(case: str) -> None:
-    CASES[case].check(make_few, CPU, torch.float32)
+def test_equals_plain_attention_with_decodes_of_our_own(case: str) -> None:
+    CASES[case].check(make_own, CPU, torch.float32)
 
 
-def test_decodes_of_few_sequences_are_one_kernel() -> None:
-    """Neither those of more nor those beside a chunk are, and they need no plan."""
+def test_decodes_are_one_kernel() -> None:
+    """Beside chunks too, in a graph or not, and they need no plan; those of more sequences than it takes are not."""
     lengths = (40, 8, 54, 2)
-    world = Case(lengths, (), (Layer(2, 4),), rows=128).world(make_few, CPU, torch.float32)
+    world = Case(lengths, (), (Layer(2, 4),), rows=128).world(make_own, CPU, torch.float32)
     world.step(prefills(lengths, 3))
     kernels = kernels_of(world)
     world.check([(0, 37, 1), (1, 5, 1), (2, 51, 3)])
-    assert kernels.few_rows == []
+    assert kernels.own_rows == [2]
     world.step([(3, 0, 1)])
     plans = len(kernels.plans)
     world.check([(0, 38, 1), (1, 6, 1)], 1)
-    assert kernels.few_rows == [1, 3], "one of them is padding"
+    assert kernels.own_rows == [2, 1, 3], "one of them is padding"
     assert len(kernels.plans) == plans
-    world.check([(0, 39, 1), (1, 7, 1), (3, 1, 1)], 1)
-    assert kernels.few_rows == [1, 3]
+    world.check([(0, 39, 1), (1, 7, 1), (3, 1, 1)], 3)
+    assert kernels.own_rows == [2, 1, 3]
     assert len(kernels.plans) == plans + 1
 
 
-def test_few_sequences_on_two_stages() -> None:
+def test_decodes_beside_chunks_in_a_graph_are_one_kernel() -> None:
+    lengths = (40, 8, 54, 2)
+    world = Case(lengths, (), rows=128).world(make_own, CPU, torch.float32)
+    world.step(prefills(lengths, 2))
+    world.check([(0, 38, 1), (1, 6, 1), (2, 52, 2)], 128 - 4, sequences=12, decodes=5)
+    kernels = kernels_of(world)
+    assert kernels.own_rows == [2]
+    assert [shape.before for shape in kernels.shapes[-1:]] == [2]
+    world.check([(2, 52, 2), (3, 0, 1)], 125, sequences=12, decodes=5)
+    assert kernels.own_rows == [2, 0]
+
+
+def test_decodes_on_two_stages() -> None:
     worlds, kernels = two_stages()
     for each in kernels:
-        each.few = 8
+        each.own = 8
     check_both(worlds)
-    assert kernels[0].few_rows == kernels[1].few_rows != []
+    assert kernels[0].own_rows == kernels[1].own_rows != []

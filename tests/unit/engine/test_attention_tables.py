@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_where_tables_start_depends_on_sequences_and_rows_alone(sequences: int, 
     """A captured graph keeps the addresses."""
     buffer = torch.zeros(4096, dtype=torch.int32)
     views = [Tables.view(buffer, Shape(sequences, sequences, pages)) for pages in (few, many)]
-    names = ("query_starts", "page_starts", "last_page_tokens", "lengths", "row_sequences", "positions", "pages")
+    names = [field.name for field in fields(Tables) if field.name != "shape"]
     places = [[getattr(view, name).data_ptr() for name in names] for view in views]
     assert places[0] == places[1]
     assert all(place % 16 == buffer.data_ptr() % 16 for place in places[0])
@@ -67,6 +69,34 @@ def test_every_row_is_where_its_table_says(parts: list[tuple[int, int]], block_s
         end = (tables.page_starts[i + 1] - tables.page_starts[i] - 1) * block_size + tables.last_page_tokens[i]
         assert end == span.start + span.count == tables.lengths[i]
     assert row == shape.rows == tables.query_starts[-1]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), st.booleans()), min_size=1, max_size=12),
+    st.lists(st.integers(2, 9), max_size=3),
+    st.integers(1, 40),
+)
+def test_splits_cover_the_decodes_and_are_bounded(
+    ahead: list[tuple[int, bool]], chunks: list[int], splits: int
+) -> None:
+    """Whatever their lengths, and with sequences without rows between them and the chunks."""
+    spans = [RowSpan(start, 1, tuple(range(200))) for start, there in ahead if there]
+    singles = len(spans)
+    spans += [RowSpan(0, 0, ())] * sum(not there for _, there in ahead)
+    spans += [RowSpan(0, count, (1,)) for count in chunks]
+    buffer = torch.full((8192,), -1, dtype=torch.int32)
+    tables = Tables.view(buffer, pack(spans, 16, buffer.numpy(), splits=splits))
+    each, counts = int(tables.split_tokens), tables.split_starts.diff().tolist()
+    assert tables.split_starts[0] == 0
+    assert counts[:singles] == [-(-(span.start + 1) // each) for span in spans[:singles]]
+    assert not any(counts[singles:])
+    assert sum(counts) <= singles + splits
+
+
+def test_short_decodes_are_not_split() -> None:
+    """Where there are many, each has one program: merging would cost more than it gives."""
+    _, tables = packed([RowSpan(199, 1, tuple(range(20)))] * 100, 16, size=8192)
+    assert tables.split_starts.tolist() == list(range(101))
 
 
 def test_tables_are_their_own_however_many_were_packed_before() -> None:
