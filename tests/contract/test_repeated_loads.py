@@ -48,7 +48,7 @@ def test_each_load_says_the_same(quantization: str, dtype: str, tmp_path: Path) 
     settings = pool(quantization=quantization, dtype=dtype, stages=2)
     first_plan, _ = plan_pool("tiny", folder, settings)
     backwards = PROMPTS[::-1]
-    said = []
+    said: list[list[dict[str, tuple[int, ...]]]] = []
     for cache_dir in (None, None, tmp_path / "made"):
         plan = first_plan if len(said) != 1 else plan_pool("tiny", folder, settings)[0]
         loaded = load(folder, plan, device_type="cpu", cache_dir=cache_dir)
