@@ -1,6 +1,6 @@
 """Times of products, from the files of `benchmarks.gemm --json`: tables, what was aimed at, and a roofline picture.
 
-python -m benchmarks.gemm_report gemm-1B.json gemm-8B.json --plot docs/kernels.svg
+python -m benchmarks.gemm_report gemm-1B.json gemm-8B.json --plot kernels.svg
 """
 
 from __future__ import annotations
