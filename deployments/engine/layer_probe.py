@@ -47,7 +47,8 @@ class ByLayer:
     """How far off each part of a model is by itself."""
 
     layers: tuple[float, ...]
-    """RMS(made here - made there) / RMS(added there), less what the sum of both may round to."""
+    """RMS(made here - made there) / RMS(added there), less what the sum of both may round to; of the forward in which
+    it is largest, so that a fault of few rows is not lost among all."""
     head: float
     """Relative RMS error of the logits."""
 
@@ -156,15 +157,15 @@ def forced(
     with ExitStack() as hooks:
         for layer, each in zip(layers, watched, strict=True):
             hooks.callback(layer.register_forward_hook(each).remove)
-        yield lambda: tuple(_ratio(each.off, each.added) for each in watched)
+        yield lambda: tuple(each.error for each in watched)
 
 
 class _Watched:
-    """The hook of one layer. Sums of squares: `off` of what it makes wrong, `added` of what it should have added."""
+    """The hook of one layer; `error` is that of its worst call."""
 
     def __init__(self, index: int, passed: Passed, where: Callable[[int], Tensor]) -> None:
         self._index, self._passed, self._where = index, passed, where
-        self.off = self.added = 0.0
+        self.error = 0.0
 
     def __call__(self, _: nn.Module, _args: tuple[Any, ...], result: Any) -> Any:
         made = self._compared(_hidden(result))
@@ -177,8 +178,9 @@ class _Watched:
         given, wanted = self._passed.given[rows[kept]], self._passed.made[rows[kept]]
         states = made.cpu().flatten(0, 1)
         off = (states[kept].double() - wanted.double()).abs()
-        self.off += float((off - _rounding(given, wanted)).clamp(min=0).pow(2).sum())
-        self.added += float((wanted.double() - given.double()).pow(2).sum())
+        over = float((off - _rounding(given, wanted)).clamp(min=0).pow(2).sum())
+        added = float((wanted.double() - given.double()).pow(2).sum())
+        self.error = max(self.error, _ratio(over, added))
         states = states.clone()
         states[kept] = wanted.to(made.dtype)
         return states.view(made.shape).to(made.device)

@@ -38,11 +38,11 @@ PROBE_TOKENS = 41
 """Enough for a prefill, a prefill with context, a decode and several blocks; odd, so that no block is just full."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """Bound on RMS(paged - plain) / RMS(plain) of the logits. Rounding stays an order below in all but deep models."""
-_LAYER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Bound on what one layer is off, relative to what it adds; see docs/decisions/0024-layers-one-by-one.md. Products that
-round otherwise stay at half of it, a missing mask, bias or window is over ten times as much."""
-_FP8_TOLERANCE = 0.15
-"""Both with KV in fp8, whose rounding of 1/16 at most is above that of all compute dtypes."""
+_LAYER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1.5e-2}
+"""Bound on what one layer is off, relative to what it adds; decision 0024 has what was measured. Products that round
+otherwise stay below, a missing mask, bias or window is several times as much."""
+_FP8_TOLERANCE, _FP8_LAYER_TOLERANCE = 0.15, 0.2
+"""The same with KV in fp8, whose rounding of 1/16 at most is above that of all compute dtypes."""
 _BATCH_TOLERANCE = 0.1
 """Both where the plain forward's larger batch rounds activations to 8 bits otherwise."""
 
@@ -169,11 +169,12 @@ def check_logits(
 def _bounds(plan: Plan, *, rounds_by_batch: bool) -> tuple[float, float]:
     """On the logits, and on each layer by itself."""
     dtype = getattr(torch, plan.dtype)
-    both = _TOLERANCE[dtype], _LAYER_TOLERANCE[dtype]
-    least = _BATCH_TOLERANCE if rounds_by_batch else 0.0
+    bounds = [(_TOLERANCE[dtype], _LAYER_TOLERANCE[dtype])]
     if plan.kv_dtype == "float8_e4m3fn":
-        least = max(least, _FP8_TOLERANCE)
-    return max(both[0], least), max(both[1], least)
+        bounds.append((_FP8_TOLERANCE, _FP8_LAYER_TOLERANCE))
+    if rounds_by_batch:
+        bounds.append((_BATCH_TOLERANCE, _BATCH_TOLERANCE))
+    return max(bound for bound, _ in bounds), max(bound for _, bound in bounds)
 
 
 def _steps(plan: Plan, ids: list[int]) -> list[StepRows]:

@@ -218,12 +218,12 @@ def test_a_fault_in_a_deep_model_is_found(mistral: Path, fault: Fault, monkeypat
     assert attention.startswith("gather cache (on paged attention its logits differ from the plain forward's by")
     assert "over the bound of 0.1, and not by rounding that adds up" in attention
     assert "what layer" in attention
-    assert "over the bound of 0.03 (all are relative RMS)" in attention
+    assert "over the bound of 0.05 (all are relative RMS)" in attention
 
 
 def test_a_fault_of_the_head_is_found(mistral: Path, monkeypatch: Patch) -> None:
     another_head(monkeypatch)
-    with pytest.raises(ConfigError, match=r"what the head makes differs by 0\.1, over the bound of 0\.03"):
+    with pytest.raises(ConfigError, match=r"what the head makes differs by 0\.1, over the bound of 0\.05"):
         loaded(mistral)
 
 
@@ -280,6 +280,18 @@ def test_each_layer_is_compared_by_itself() -> None:
     out, errors = through(there, here, given, [2, 0, 3])
     assert errors == (0.0, pytest.approx(0.5, rel=1e-5), 0.0)
     assert torch.equal(out[0], given[0, [2, 0, 3]] + 7.0)
+
+
+def test_the_worst_forward_counts() -> None:
+    """A fault in one row of many shows as it would alone."""
+    there, here, given = Adds(1.0), Adds(1.0), torch.zeros(1, 9, 2)
+    with recording([there]) as passed:
+        there(given)
+    rows: list[list[int]] = [list(range(8)), [8], [0]]
+    with forced([here], passed, lambda _: torch.tensor(now)) as errors:
+        for now, here.added in zip(rows, (1.0, 1.5, 1.0), strict=True):
+            here(given[:, now])
+    assert errors() == pytest.approx((0.5,), rel=1e-5)
 
 
 def test_padding_is_not_compared() -> None:
@@ -340,9 +352,9 @@ def test_states_that_are_not_of_one_token_each_are_refused() -> None:
     ("dtype", "kv_dtype", "rounds_by_batch", "logits", "layer"),
     [
         ("float32", "float32", False, 0.001, 0.001),
-        ("bfloat16", "bfloat16", False, 0.1, 0.03),
-        ("float16", "float16", False, 0.03, 0.01),
-        ("bfloat16", "float8_e4m3fn", False, 0.15, 0.15),
+        ("bfloat16", "bfloat16", False, 0.1, 0.05),
+        ("float16", "float16", False, 0.03, 0.015),
+        ("bfloat16", "float8_e4m3fn", False, 0.15, 0.2),
         ("float32", "float32", True, 0.1, 0.1),
     ],
 )
