@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deployments.engine.attention import IMPLEMENTATION, Attention, PagedKv
@@ -20,7 +20,7 @@ from deployments.engine.attention_choice import choose
 from deployments.engine.flashinfer_fit import Kind
 from deployments.engine.gather import GatherAttention
 from deployments.engine.invariant import InvariantAttention, check_rows_are_apart
-from deployments.engine.load_probe import ProbeFailed, probe
+from deployments.engine.load_probe import Plain, ProbeFailed, probe
 from deployments.engine.messages import EngineLimits
 from deployments.engine.stages import Stage, detach_kv, find_decoder, find_layers
 from deployments.errors import ConfigError
@@ -49,15 +49,15 @@ class Cut:
     copies: dict[str, nn.Module]
     limits: EngineLimits | None
 
-    def proven(self, ids: list[int], expected: Tensor) -> tuple[tuple[Stage, ...], str]:
+    def proven(self, ids: list[int], expected: Plain) -> tuple[tuple[Stage, ...], str]:
         """The stages, and how they attend, for people to read.
 
         Args:
             ids: the probe's tokens.
-            expected: their logits, float32 [tokens, vocab].
+            expected: the plain forward of them.
 
         Raises:
-            ConfigError: no way of attending gives these logits.
+            ConfigError: no way of attending computes the same.
         """
         name, own = type(self.model).__name__, self.model.config._attn_implementation
         if self.limits is not None and self.limits.batch_invariant:
@@ -83,7 +83,7 @@ class Cut:
                 "choose a model of another architecture"
             ) from error
 
-    def _invariant(self, ids: list[int], expected: Tensor) -> tuple[tuple[Stage, ...], str]:
+    def _invariant(self, ids: list[int], expected: Plain) -> tuple[tuple[Stage, ...], str]:
         name = type(self.model).__name__
         check_rows_are_apart(self.model)
         backends = [InvariantAttention(self.plan.num_blocks, device) for device in self.devices]
@@ -96,7 +96,7 @@ class Cut:
             ) from error
 
     def _probed(
-        self, attention: Sequence[Attention], implementation: str, ids: list[int], expected: Tensor
+        self, attention: Sequence[Attention], implementation: str, ids: list[int], expected: Plain
     ) -> tuple[Stage, ...]:
         self._config._attn_implementation = self.model.config._attn_implementation = implementation
         stages = tuple(self._stage(index, each) for index, each in enumerate(attention))

@@ -34,14 +34,15 @@ from deployments.engine.cut import Cut
 from deployments.engine.eight_bit import quantising_in_place
 from deployments.engine.embedding import quantising_embedding, settle_embedding, untied_config
 from deployments.engine.encoder_decoder import EncoderDecoderStage, find_encoder
-from deployments.engine.encoder_decoder_load import ATTENTION, proven, samples, untie
+from deployments.engine.encoder_decoder_load import ATTENTION, proven, untie
+from deployments.engine.encoder_decoder_probe import samples
 from deployments.engine.expert_loading import quantising_experts, settle_experts
 from deployments.engine.grouped import check_kernels, grouped_options, settle_grouped
 from deployments.engine.grouped_stored import StoredLinear, repack
 from deployments.engine.head import quantise_head
 from deployments.engine.hooks import remove_hooks
 from deployments.engine.laps import Laps
-from deployments.engine.load_probe import plain_logits, probe_ids
+from deployments.engine.load_probe import plain_prompt, probe_ids
 from deployments.engine.messages import EngineLimits, Tuning
 from deployments.engine.odd_linears import mend_odd_linears
 from deployments.engine.residents import resident_bytes
@@ -133,11 +134,11 @@ def load(
     if not any(isinstance(module, StoredLinear) for module in model.modules()):
         verify_bytes(model, plan, copies)
         laps.lap("check bytes")
-    expected = _settled(model, plan, device_type, limits, copies, laps, lambda: plain_logits(model, plan, ids))
+    expected = _settled(model, plan, device_type, limits, copies, laps, lambda: plain_prompt(model, plan, ids))
     stages, attention = Cut(model, plan, devices, copies, limits).proven(ids, expected)
     laps.lap("prove")
     log.info("%s loaded: %s", plan.model, laps)
-    return LoadedModel(stages, int(expected.shape[-1]), attention)
+    return LoadedModel(stages, int(expected.logits.shape[-1]), attention)
 
 
 def _read_as_planned(
@@ -167,7 +168,7 @@ def _encoder_decoder(
     expected = _settled(model, plan, devices[0].type, limits, copies, laps, lambda: samples(model, plan))
     rounds_by_batch = limits is not None and limits.int8_threshold > 0
     stages = proven(model, plan, devices, copies, expected, rounds_by_batch=rounds_by_batch)
-    return LoadedModel(stages, int(expected[0].expected.shape[-1]), ATTENTION, encodes=True)
+    return LoadedModel(stages, int(expected[0].plain.logits.shape[-1]), ATTENTION, encodes=True)
 
 
 def _settled(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -160,6 +160,8 @@ class Stage:
         """Of hidden states."""
         self.is_first = layers[0] == 0
         self.is_last = layers[1] == len(every_layer)
+        self.on_forward: Callable[[Tensor], None] | None = None
+        """Told the positions, int64 [B, n], of each forward of the layers before it runs; the probe's."""
         self.hidden_size: int = decoder.config.hidden_size  # type: ignore[union-attr, assignment]  # a config's attribute
         self.layer_modules: list[nn.Module] = list(every_layer[layers[0] : layers[1]])
         self._kv_by_layer = dict(zip(range(*layers), kv, strict=True))
@@ -227,6 +229,8 @@ class Stage:
 
     def _forward(self, source: Tensor, positions: Tensor, **options: Any) -> Tensor:
         """The decoder's forward on ids [B, n] or hidden states [B, n, hidden]."""
+        if self.on_forward is not None:
+            self.on_forward(positions)
         options |= {"position_ids": positions} if self._takes_positions else {}
         if self._entry is None:
             out = self._decoder(input_ids=source, **options)

@@ -55,7 +55,7 @@ def test_flashinfer_on_gpus_that_share_its_pool(caplog: pytest.LogCaptureFixture
     assert isinstance(first, FlashInferAttention)
     assert isinstance(second, FlashInferAttention)
     assert first._pool is second._pool
-    assert first._limits == Limits(max_sequences=16, max_rows=64, max_blocks_per_sequence=9)
+    assert first._limits == Limits(max_sequences=16, max_rows=64, max_blocks_per_sequence=9, splits=256)
     assert [record.getMessage() for record in caplog.records] == [
         "compiled 128",
         "compiled 128",

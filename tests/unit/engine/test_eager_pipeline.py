@@ -36,8 +36,10 @@ class Mailbox:
 
     made: list[Mailbox]
 
-    def __init__(self, target: Any, *, slots: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        del target
+    def __init__(
+        self, source: torch.device, target: torch.device, *, slots: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self.way = (source, target)
         self._boxes = [torch.zeros(shape, dtype=dtype) for _ in range(slots)]
         self._reading = [False] * slots
         self.messages = 0

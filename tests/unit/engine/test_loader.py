@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from deployments.engine import cut, loader
 from deployments.engine.bnb_linears import shorten_linears
+from deployments.engine.load_probe import Plain
 from deployments.engine.loader import load, quantization_config, quantized_copy
 from deployments.engine.stages import Stage, run_stages
 from deployments.errors import ConfigError
@@ -123,7 +124,8 @@ def linears(stages: tuple[Stage, ...]) -> list[Any]:
 def test_float32_does_not_round_inside(folder: Path, dtype: str, rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes would take its AVX512-BF16 path wherever the CPU has one."""
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
-    monkeypatch.setattr(loader, "plain_logits", lambda *_: torch.zeros(1, VOCAB))  # a CPU without the path would crash
+    nothing = Plain(torch.zeros(1, VOCAB), ())
+    monkeypatch.setattr(loader, "plain_prompt", lambda *_: nothing)  # a CPU without the path would crash
     monkeypatch.setattr(cut, "probe", lambda *_, **__: None)
     found = linears(load(folder, plan_of(folder, dtype=dtype), device_type="cpu").stages)
     assert len(found) == 14

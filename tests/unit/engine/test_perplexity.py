@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deployments.engine import loader
+from deployments.engine.load_probe import Plain
 from deployments.engine.loader import LoadedModel, load
 from deployments.engine.perplexity import Score, Window, score, windows
 from placement.plan import Plan
@@ -62,13 +63,13 @@ def loaded(
 ) -> tuple[LoadedModel, Score]:
     """The model in stages, and what transformers' own forward of the same weights scores before they are cut."""
     own = []
-    plain = loader.plain_logits
+    plain = loader.plain_prompt
 
-    def scored_first(model: PreTrainedModel, *rest: Any) -> torch.Tensor:
+    def scored_first(model: PreTrainedModel, *rest: Any) -> Plain:
         own.append(own_loss(model, window, stride))
         return plain(model, *rest)
 
-    monkeypatch.setattr(loader, "plain_logits", scored_first)
+    monkeypatch.setattr(loader, "plain_prompt", scored_first)
     model = load(folder, plan, device_type="cpu")
     return model, own[0]
 
