@@ -5,7 +5,7 @@ from __future__ import annotations
 _CLASSES = (
     ("fused elementwise", ("triton_",)),  # their names hold those of the operators around them
     ("KV append", ("index_copy", "index_elementwise", "AppendPagedKV", "append_paged")),
-    ("attention", ("flashinfer", "fmha", "flash_", "MergeStates", "BatchPrefill", "BatchDecode")),
+    ("attention", ("flashinfer", "attend_kernel", "fmha", "flash_", "MergeStates", "BatchPrefill", "BatchDecode")),
     ("GEMM", ("gemm", "nvjet", "cutlass", "cublas", "splitK", "gemv", "wgmma", "linear_")),
     ("dequantise", ("Dequantize", "dequant")),
     ("sampling", ("argmax", "ArgMax", "reduce_kernel", "softmax", "topk", "sort")),
