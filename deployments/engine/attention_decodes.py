@@ -50,7 +50,12 @@ def splits_beyond(kv_heads: int) -> int:
 
 def space_bytes(kind: Kind, sequences: int, splits: int) -> int:
     """What the splits need before they are merged: sums, weights and largest scores of each query head."""
-    return 4 * (sequences + splits) * kind.heads * (kind.head_dim + 2)
+    return 4 * _parts(sequences + splits, kind.heads) * (kind.head_dim + 2)
+
+
+def _parts(items: int, heads: int) -> int:
+    """Of query heads; a multiple of 4, as Triton makes another kernel for arrays that don't start at 16 bytes."""
+    return -(-items * heads // 4) * 4
 
 
 def counters(device: torch.device) -> Tensor:
@@ -92,7 +97,7 @@ def attend(
     heads, head_dim = query.shape[1:]
     kv_heads, rows = key.shape[1], tables.shape.sequences
     items, overlap = rows + splits, overlap and rows <= _OVERLAPS
-    parts, floats = items * heads, space.view(torch.float32)
+    parts, floats = _parts(items, heads), space.view(torch.float32)
     attend_kernel[kv_heads, items](
         *(query, key, value, keys, values, out, tables.page_starts, tables.pages, tables.lengths),
         *(tables.split_starts, tables.split_tokens),

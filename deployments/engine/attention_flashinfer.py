@@ -209,7 +209,8 @@ class FlashInferAttention(AttentionBackend):
     def _plan(self, kind: Kind, step: HostStep) -> list[Planned]:
         """A plan for each part of the step, or the word that it needs none: decodes are the first part, or all."""
         first = step.parts[0].shape
-        own = first.rows == first.sequences and self._kernels.takes_decodes(kind, first, self._limits.splits)
+        singles = first.decodes or len(step.parts) > 1
+        own = singles and self._kernels.takes_decodes(kind, first, self._limits.splits)
         return [OWN if own and part == 0 else self._plan_part(kind, step, part) for part in range(len(step.parts))]
 
     def _plan_part(self, kind: Kind, step: HostStep, part: int) -> Planned:

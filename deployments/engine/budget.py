@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,28 +23,37 @@ _FEWEST_COUNTED = 64
 class Chunks:
     """Prompt tokens that go beside decodes in a step, by how many decode in it.
 
+    What is kept are the rows of whole steps, which have graphs of just that size: with one row more a step would be
+    the next graph's, or have none.
+
     Raises:
         ValueError: no entry, entries out of order, or less than a token.
     """
 
     entries: tuple[tuple[int, int], ...]
-    """(decodes, prompt tokens), fewer decodes before more."""
+    """(decodes, rows of a step, those included), fewer decodes before more."""
+    least: int
+    """Prompt tokens in any case."""
 
     def __post_init__(self) -> None:
         ordered = all(before[0] < after[0] for before, after in pairwise(self.entries))
-        if not self.entries or not ordered or min(tokens for _, tokens in self.entries) < 1:
+        if not self.entries or not ordered or self.least < 1:
             raise ValueError(
-                f"chunks need an entry of 1 prompt token at least, the fewer decodes before the more: {self.entries}"
+                "chunks need an entry, the fewer decodes before the more, and a prompt token at least: "
+                f"{self.entries}, {self.least}"
             )
 
     @classmethod
     def fixed(cls, tokens: int) -> Chunks:
         """The same, however many decode."""
-        return cls(((1, tokens),))
+        return cls(((1, 0),), tokens)
 
     def beside(self, decodes: int) -> int:
-        """Prompt tokens of the entry for so many decodes, or the nearest below; of the first where none is."""
-        return self.entries[max(0, bisect_right(self.entries, decodes, key=itemgetter(0)) - 1)][1]
+        """Prompt tokens that fill the step of the entry for so many decodes, or the nearest above, as whose they are
+        padded; of the last beyond it."""
+        place = bisect_left(self.entries, decodes, key=itemgetter(0))
+        rows = self.entries[min(place, len(self.entries) - 1)][1]
+        return max(self.least, rows - decodes)
 
 
 def prefill_budget(*, decodes: int, decoding: int, prefilling: int, max_batch_tokens: int, chunks: Chunks) -> int:
@@ -97,14 +106,13 @@ def measured_chunks(
     """
     limit = CHUNK_SLOWDOWN * max(time for _, time in decodes)
     times = list(_up_to_the_first_over(limit, mixed))
-    least = min(LEAST_CHUNK, max_batch_tokens)
     entries: list[tuple[int, int]] = []
     for count, time in decodes:
         larger = [(tokens, taken) for tokens, taken in times if tokens > count]
         if larger or not entries:
             chunk = chunk_within(larger, limit=CHUNK_SLOWDOWN * time, decodes=count, max_batch_tokens=max_batch_tokens)
-            entries.append((count, max(chunk, least)))
-    return Chunks(tuple(entries))
+            entries.append((count, count + chunk))
+    return Chunks(tuple(entries), min(LEAST_CHUNK, max_batch_tokens))
 
 
 def chunk_within(times: Iterable[tuple[int, float]], *, limit: float, decodes: int, max_batch_tokens: int) -> int:

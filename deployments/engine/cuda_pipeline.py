@@ -1,7 +1,7 @@
 """The stages on their GPUs: one thread launches, no step waits for the host, and the host reads one step late.
 
 Each GPU has one compute stream (its default one), on which all slots' steps follow each other. Copies from GPU to GPU
-are on the sender's, and land on a stream beside the receiver's. Events alone order the GPUs: a stage starts when its
+are on streams beside those of both. Events alone order the GPUs: a stage starts when its
 input has arrived, the first stage when the ids that it continues from have. So with as many slots in flight as stages,
 all of them work.
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,6 +113,18 @@ def usual(*, max_batch_tokens: int, max_sequences: int) -> tuple[Form, ...]:
 def _chunked(rows: int, max_sequences: int) -> Form:
     decodes = min(rows // 2, max_sequences) + 1
     return Form(rows, decodes + max(2, rows // 4), decodes)
+
+
+def drawn(sampled: Sequence[int], *, of: int, there: int, sizes: Sequence[int]) -> int | tuple[int, ...]:
+    """Rows that the head takes, `sampled` in front and padded to one of `sizes`: so many first ones, or these.
+
+    Args:
+        of: rows of the step.
+        there: rows that there are, padding included.
+    """
+    count = len(sampled)
+    rows = next((size for size in sizes if size >= count), count)
+    return rows if count == of and rows <= there else (*sampled, *[0] * (rows - count))
 
 
 class Lane:
@@ -228,13 +240,13 @@ class Lane:
         The head takes few numbers of rows, all met by `warm`: a product of another size may be a kernel that is yet to
         be loaded, and while one is, CUDA lets the host wait for the device.
         """
-        count = len(step.sampled)
-        rows = next((rows for rows in self._drawn if rows >= count), count)
-        if count < len(step.ids) or hidden.shape[1] < rows:
-            padded = (*step.sampled, *[0] * (rows - count))
-            index = torch.tensor(padded, dtype=torch.int64, pin_memory=True)
+        picked = drawn(step.sampled, of=len(step.ids), there=hidden.shape[1], sizes=self._drawn)
+        if isinstance(picked, int):
+            hidden = hidden[:, :picked]
+        else:
+            index = torch.tensor(picked, dtype=torch.int64, pin_memory=True)
             hidden = hidden[:, index.to(self.device, non_blocking=True)]
-        return self.stage.logits(hidden[:, :rows])[:count]
+        return self.stage.logits(hidden)[: len(step.sampled)]
 
     @torch.inference_mode()
     def milliseconds(self, form: Form) -> float:
@@ -253,7 +265,7 @@ class Lane:
         return sorted(times)[_TIMED_RUNS // 2]
 
     def _meet(self) -> None:
-        """Run what no graph holds once, so that no request waits while a kernel of it is compiled or loaded."""
+        """Run what no graph holds, in a few sizes, so that requests hardly wait for what is compiled or loaded."""
         for form in self._large:
             if form not in self._graphs:
                 self._compute(self._prepare_scratch(form), self._incoming)

@@ -156,8 +156,8 @@ def check_logits(
     reason = f"its logits differ from the plain forward's by {error:.2g}, over the bound of {bound:g}"
     try:
         part, most = by_layer().worst()
-    except Uncomparable as uncomparable:
-        raise ProbeFailed(f"{reason} (both are relative RMS), and {uncomparable}") from uncomparable
+    except (Uncomparable, ProbeFailed) as untold:
+        raise ProbeFailed(f"{reason} (both are relative RMS), and layer by layer {untold}") from untold
     if most > layer_bound:
         raise ProbeFailed(
             f"{reason}, and not by rounding that adds up: where each layer starts from what the plain forward's made, "

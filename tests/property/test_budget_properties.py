@@ -17,8 +17,10 @@ from deployments.engine.budget import (
     quarters,
 )
 
-TABLES = st.dictionaries(st.integers(1, 300), st.integers(1, 3000), min_size=1, max_size=5).map(
-    lambda tokens: Chunks(tuple(sorted(tokens.items())))
+TABLES = st.builds(
+    lambda rows, least: Chunks(tuple(sorted(rows.items())), least),
+    st.dictionaries(st.integers(1, 300), st.integers(1, 3000), min_size=1, max_size=5),
+    st.integers(1, 600),
 )
 
 
@@ -45,9 +47,10 @@ def test_prompts_get_a_chunk_at_least_and_no_more_than_the_step_has_left(
 
 
 @given(TABLES, st.integers(0, 400))
-def test_a_chunk_is_one_of_the_tables_for_no_more_decodes_than_there_are(chunks: Chunks, decodes: int) -> None:
-    below = [tokens for count, tokens in chunks.entries if count <= decodes]
-    assert chunks.beside(decodes) == (below or [chunks.entries[0][1]])[-1]
+def test_a_chunk_fills_a_step_of_the_table_or_is_the_least(chunks: Chunks, decodes: int) -> None:
+    above = [rows for count, rows in chunks.entries if count >= decodes]
+    rows = (above or [chunks.entries[-1][1]])[0]
+    assert chunks.beside(decodes) == max(chunks.least, rows - decodes)
 
 
 @given(st.integers(1, 400), st.integers(1, 3000), st.data())
@@ -64,12 +67,10 @@ def test_measured_chunks_where_more_rows_take_longer(
 
     chunks = measured_chunks(usual, mixed, max_batch_tokens=max_batch_tokens)
     assert chunks.entries[0][0] == counts[0]
-    rows = [count + tokens for count, tokens in chunks.entries]
-    assert all(before <= after for before, after in pairwise(rows))
-    least = min(LEAST_CHUNK, max_batch_tokens)
-    for count, tokens in chunks.entries:
-        assert least <= tokens <= max_batch_tokens
+    assert all(before[1] <= after[1] for before, after in pairwise(chunks.entries))
+    assert chunks.least == min(LEAST_CHUNK, max_batch_tokens)
+    for count, rows in chunks.entries:
+        assert count < rows <= max(max_batch_tokens, count + 1)
         larger = [(size, ms) for size, ms in mixed if size > count]
-        if larger and tokens > least:
-            taken = dict(larger)[count + tokens]
-            assert taken <= CHUNK_SLOWDOWN * dict(usual)[count] or count + tokens == larger[0][0]
+        if larger:
+            assert dict(larger)[rows] <= CHUNK_SLOWDOWN * dict(usual)[count] or rows == larger[0][0]

@@ -23,8 +23,10 @@ from deployments.engine.step import StepItem, StepPlan
 END = 0
 Kv = tuple[str, tuple[int, ...]]
 LOST: Kv = ("not finite", ())
-CHUNKS = st.dictionaries(st.integers(1, 6), st.integers(1, 6), min_size=1, max_size=3).map(
-    lambda tokens: Chunks(tuple(sorted(tokens.items())))
+CHUNKS = st.builds(
+    lambda rows, least: Chunks(tuple(sorted(rows.items())), least),
+    st.dictionaries(st.integers(1, 6), st.integers(1, 12), min_size=1, max_size=3),
+    st.integers(1, 6),
 )
 
 

@@ -29,6 +29,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def tells_of_the_past(page: Path) -> bool:
+    """What it names may be called otherwise by now."""
+    return page.name == "log.md" or page.parent.name == "decisions"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page.read_text(encoding="utf-8"))):
@@ -39,7 +44,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(where), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if not tells_of_the_past(page)], ids=lambda page: page.name)
 def test_files_in_backticks_are_there(page: Path) -> None:
     for span in spans(page.read_text(encoding="utf-8")):
         if re.fullmatch(r"[\w./*-]+\.(?:py|md|json|ya?ml|cuh?|toml|svg|js|html|css)", span) and span not in NOT_OURS:

@@ -60,7 +60,7 @@ def _merge(sums, weights, tops, first, parts, HEADS: tl.constexpr, GROUP: tl.con
 
 @triton.jit(do_not_specialize=_ANY)
 def attend_kernel(
-    query,  # [rows, heads, D]; a row of each sequence
+    query,  # [rows or more, heads, D]; a row of each sequence
     key,  # [rows, kv_heads, D], like value: of the rows, not yet in the blocks
     value,
     keys,  # [blocks, BLOCK_SIZE, kv_heads, D], like values
@@ -90,7 +90,7 @@ def attend_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,  # keys that are taken at once
     STAGES: tl.constexpr,  # tiles on their way
-    ROWS: tl.constexpr,  # a power of two, rows at least
+    ROWS: tl.constexpr,  # a power of four, rows at least
     OVERLAP: tl.constexpr,  # begin while the kernel before ends
 ):
     kv_head, item = tl.program_id(0), tl.program_id(1)

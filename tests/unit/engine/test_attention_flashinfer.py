@@ -315,6 +315,15 @@ def test_decodes_beside_chunks_in_a_graph_are_one_kernel() -> None:
     assert kernels.own_rows == [2, 0]
 
 
+def test_a_graph_that_keeps_no_decodes_apart_is_no_decodes() -> None:
+    """Though it has as many sequences as rows."""
+    lengths = (40, 8, 54, 2)
+    world = Case(lengths, (), rows=128).world(make_own, CPU, torch.float32)
+    world.step(prefills(lengths, 4))
+    world.check([(0, 36, 2), (1, 4, 2)], 1, sequences=5)
+    assert kernels_of(world).own_rows == []
+
+
 def test_decodes_on_two_stages() -> None:
     worlds, kernels = two_stages()
     for each in kernels:

@@ -34,31 +34,34 @@ def test_prompts_get_what_the_policy_says(decodes: int, decoding: int, prefillin
 @pytest.mark.parametrize(
     ("decodes", "decoding", "prefilling", "expected"),
     [
-        (0, 64, 1, 100),  # of other slots alone: the first entry
-        (63, 63, 1, 100),
-        (64, 64, 1, 100),
-        (127, 127, 1, 100),
-        (128, 128, 1, 180),
-        (240, 240, 1, 250),
-        (128, 256, 1, 180),  # by how many decode in this step, not in all slots
-        (128, 128, 9, 360),  # a burst: twice the chunk of 128
+        (0, 64, 1, 192),  # of other slots alone: the first entry
+        (63, 63, 1, 192 - 63),
+        (64, 64, 1, 192 - 64),
+        (65, 65, 1, 384 - 65),
+        (128, 128, 1, 384 - 128),
+        (200, 200, 1, 320 - 200),
+        (240, 240, 1, 90),  # the least
+        (128, 256, 1, 384 - 128),  # by how many decode in this step, not in all slots
+        (128, 128, 9, 2 * 256),  # a burst: twice the chunk
         (256, 256, 300, 768),
     ],
 )
-def test_a_chunk_is_that_of_the_nearest_count_at_or_below(
+def test_a_chunk_fills_the_step_of_the_nearest_count_at_or_above(
     decodes: int, decoding: int, prefilling: int, expected: int
 ) -> None:
-    chunks = Chunks(((64, 100), (128, 180), (200, 250)))
+    chunks = Chunks(((64, 192), (128, 384), (200, 320)), 90)
     budget = prefill_budget(
         decodes=decodes, decoding=decoding, prefilling=prefilling, max_batch_tokens=1024, chunks=chunks
     )
     assert budget == expected
 
 
-@pytest.mark.parametrize("entries", [(), ((64, 0),), ((64, 5), (64, 6)), ((128, 5), (64, 6))])
-def test_chunks_that_make_no_table_are_refused(entries: tuple[tuple[int, int], ...]) -> None:
-    with pytest.raises(ValueError, match="1 prompt token at least, the fewer decodes before the more"):
-        Chunks(entries)
+@pytest.mark.parametrize(
+    ("entries", "least"), [((), 1), (((64, 192),), 0), (((64, 192), (64, 256)), 1), (((128, 192), (64, 256)), 1)]
+)
+def test_chunks_that_make_no_table_are_refused(entries: tuple[tuple[int, int], ...], least: int) -> None:
+    with pytest.raises(ValueError, match="the fewer decodes before the more, and a prompt token at least"):
+        Chunks(entries, least)
 
 
 @pytest.mark.parametrize(
@@ -95,13 +98,13 @@ def test_each_count_of_decodes_has_a_limit_of_its_own() -> None:
     """2.5 times 4, 6 and 10 ms: 10, 15 and 25."""
     times = [(320, 9.0), (512, 14.0), (640, 18.0), (768, 21.0), (896, 25.0), (1024, 29.0)]
     chunks = measured_chunks([(32, 4.0), (128, 6.0), (224, 10.0)], times, max_batch_tokens=2048)
-    assert chunks.entries == ((32, 320 - 32), (128, 512 - 128), (224, 896 - 224))
+    assert chunks.entries == ((32, 320), (128, 512), (224, 896))
 
 
 def test_no_chunk_is_smaller_than_the_least_unless_steps_are() -> None:
     times = [(128, 20.0), (256, 40.0), (512, 80.0)]
-    assert measured_chunks([(64, 4.0)], times, max_batch_tokens=512).entries == ((64, 256),)
-    assert measured_chunks([(64, 4.0)], times[:1], max_batch_tokens=200).entries == ((64, 200),)
+    assert measured_chunks([(64, 4.0)], times, max_batch_tokens=512).beside(64) == 256
+    assert measured_chunks([(64, 4.0)], times[:1], max_batch_tokens=200).beside(64) == 200
 
 
 def test_steps_are_timed_once_and_up_to_the_first_that_is_too_slow_for_all() -> None:
@@ -118,7 +121,8 @@ def test_steps_are_timed_once_and_up_to_the_first_that_is_too_slow_for_all() -> 
 
 def test_a_count_that_no_step_with_a_chunk_was_timed_beside_has_no_entry() -> None:
     chunks = measured_chunks([(64, 4.0), (768, 30.0), (896, 35.0)], [(512, 9.0), (800, 11.0)], max_batch_tokens=2048)
-    assert chunks.entries == ((64, 448), (768, 256))
+    assert chunks.entries == ((64, 512), (768, 800))
+    assert chunks.beside(768) == 256
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from deployments.engine.attention import RowSpan
+from deployments.engine.budget import CHUNK_SLOWDOWN, LEAST_CHUNK
 from deployments.engine.cuda_pipeline import measure_chunks
-from deployments.engine.lane import Form, mixed
+from deployments.engine.lane import Form, forms, mixed
+from deployments.engine.stages import StepRows
 
 
 class Clock:
@@ -26,16 +29,9 @@ def test_more_decodes_leave_time_for_larger_chunks(caplog: pytest.LogCaptureFixt
     lane = Clock(tokens=2048, sequences=256, fixed_ms=2.33, row_ms=0.03)
     with caplog.at_level("INFO"):
         chunks = measure_chunks(lane, max_batch_tokens=2048, max_sequences=256)
-    assert chunks.entries == (
-        (64, 256),  # 256 rows would leave 192: the least
-        (80, 256),
-        (96, 256),
-        (112, 384 - 112),
-        (128, 384 - 128),
-        (160, 512 - 160),
-        (192, 512 - 192),
-        (224, 640 - 224),
-    )
+    rows = {64: 256, 80: 256, 96: 320, 112: 384, 128: 384, 160: 512, 192: 512, 224: 640}
+    assert chunks.entries == tuple(rows.items())
+    assert [chunks.beside(count) for count in (64, 112, 113)] == [256, 384 - 112, 384 - 113], "256 is the least"
     decodes, with_chunks = lane.timed[:8], lane.timed[8:]
     assert [form.rows for form in decodes] == [64, 80, 96, 112, 128, 160, 192, 224]
     assert all(form.sequences is None for form in decodes)
@@ -55,5 +51,30 @@ def test_steps_beyond_the_graphs_are_timed_where_decodes_leave_time_for_them() -
 
 def test_one_sequence_at_a_time_has_a_table_too() -> None:
     lane = Clock(tokens=32, sequences=1, fixed_ms=2.0, row_ms=0.1)
-    assert measure_chunks(lane, max_batch_tokens=32, max_sequences=1).entries == ((1, 32),)
+    assert measure_chunks(lane, max_batch_tokens=32, max_sequences=1).beside(1) == 32
     assert lane.timed == [Form(1)]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize(("fixed_ms", "row_ms"), [(2.33, 0.03), (4.0, 0.03), (8.0, 0.025), (8.0, 0.016)])
+def test_whatever_decodes_a_step_with_a_chunk_keeps_to_the_limit(lanes: int, fixed_ms: float, row_ms: float) -> None:
+    """As it is run: in the graph that it fits, beside as many decodes as they are padded to."""
+    lane = Clock(tokens=2048, sequences=256, fixed_ms=fixed_ms, row_ms=row_ms, lanes=lanes)
+    chunks = measure_chunks(lane, max_batch_tokens=2048, max_sequences=256)
+    graphs = forms(max_batch_tokens=2048, max_sequences=256, lanes=lanes)
+    for decodes in range(64, 225):
+        chunk = chunks.beside(decodes)
+        if chunk == LEAST_CHUNK:
+            continue
+        step, alone = rows_of(decodes, chunk), rows_of(decodes, 0)
+        graph = next((form.rows for form in graphs if form.fits(step)), decodes + chunk)
+        usual = next(form.rows for form in graphs if form.fits(alone))
+        assert lanes == 1 or graph in {form.rows for form in graphs}, "several GPUs have graphs for all"
+        assert fixed_ms + row_ms * graph <= CHUNK_SLOWDOWN * (fixed_ms + row_ms * usual)
+
+
+def rows_of(decodes: int, chunk: int) -> StepRows:
+    counts = [1] * decodes + [chunk] * (chunk > 0)
+    spans = tuple(RowSpan(0, count, (0,)) for count in counts)
+    positions = tuple(p for count in counts for p in range(count))
+    return StepRows((0,) * sum(counts), positions, spans, tuple(range(decodes)))

@@ -9,7 +9,7 @@ import pytest
 from deployments.engine.attention import RowSpan, StepLayout
 from deployments.engine.budget import counted_decodes
 from deployments.engine.compiled import FEW_ROWS
-from deployments.engine.lane import MOST_CAPTURED_ROWS, Form, forms, mixed, usual
+from deployments.engine.lane import MOST_CAPTURED_ROWS, Form, drawn, few_sizes, forms, large_sizes, mixed, usual
 from deployments.engine.stages import StepRows
 from placement.workload import CAPTURED_ROWS
 
@@ -168,3 +168,24 @@ def test_cache_slots_follow_the_block_tables() -> None:
     spans = (RowSpan(6, 4, (9, 3, 7)), RowSpan(0, 2, (5,)), RowSpan(8, 1, (0, 1, 2)))
     rows = StepRows((0,) * 7, (6, 7, 8, 9, 0, 1, 8), spans, (6,))
     assert rows.cache_slots(4) == [3 * 4 + 2, 3 * 4 + 3, 7 * 4, 7 * 4 + 1, 5 * 4, 5 * 4 + 1, 2 * 4]
+
+
+def test_the_head_takes_few_numbers_of_rows() -> None:
+    """Those of graphs that decode, whatever is sampled of how many rows."""
+    sizes = few_sizes(256)
+    assert drawn((0, 1, 2), of=3, there=4, sizes=sizes) == 4, "a graph's rows, padded as they are"
+    assert drawn((0, 1, 2), of=3, there=3, sizes=sizes) == (0, 1, 2, 0), "without a graph there is no padding yet"
+    assert drawn((4, 9), of=10, there=64, sizes=sizes) == (4, 9)
+    assert drawn((4, 9, 11), of=12, there=64, sizes=sizes) == (4, 9, 11, 0)
+    for count in range(1, 257):
+        picked = drawn(range(count), of=count + 1, there=2048, sizes=sizes)
+        assert isinstance(picked, tuple)
+        assert len(picked) in sizes
+        assert picked[:count] == tuple(range(count))
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(2048, (1024, 1536, 2048)), (3000, (1024, 1536, 2048, 3000)), (768, ()), (900, (900,))]
+)
+def test_large_sizes(most: int, expected: tuple[int, ...]) -> None:
+    assert large_sizes(most) == expected

@@ -378,5 +378,7 @@ def test_the_bounds_of_each_dtype(
 
 def test_layers_that_cant_be_compared_leave_the_bound_on_the_logits(mistral: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(load_probe, "check_passed", lambda *_: check_passed([], [1]))
-    with pytest.raises(ConfigError, match=r"over the bound of 0\.1 \(both are relative RMS\), and its 1 layers, which"):
+    with pytest.raises(
+        ConfigError, match=r"over the bound of 0\.1 \(both are relative RMS\), and layer by layer its 1 layers, which"
+    ):
         loaded(mistral)

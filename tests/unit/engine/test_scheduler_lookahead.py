@@ -174,7 +174,7 @@ def test_while_others_decode_a_prompt_advances_by_chunks() -> None:
 
 
 def test_a_chunk_is_as_large_as_suits_those_that_decode_in_its_step() -> None:
-    scheduler = make(slots=2, chunks=Chunks(((1, 6), (2, 9))))
+    scheduler = make(slots=2, chunks=Chunks(((1, 7), (2, 11)), 1))
     for i, name in enumerate("abc"):
         scheduler.add(name, prompt(3, 1000 * i), max_tokens=9)
     steps = [plan(scheduler, 0), plan(scheduler, 1)]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deployments.engine.grouped_stored import StoredLinear
-from deployments.engine.settle import buffer_bytes
+from deployments.engine.settle import buffer_bytes, expand_segments
 from placement import reserve as terms
 from placement.recipe import Grouped
 from placement.workload import Workload
@@ -62,3 +62,18 @@ def test_a_plan_counts_no_less(quantization: str, kind: Any) -> None:
     plain = replace(weighed, quantization="bf16")
     counted, beside = (terms.reserve(each, WORKLOAD, device_type="cuda").buffers for each in (weighed, plain))
     assert list(made.values()) == [counted - beside - terms._KERNEL_BYTES]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [(False, "expandable_segments:True"), (True, "expandable_segments:True,pinned_reserve_segment_size_mb:64")],
+)
+def test_segments_expand_and_on_gpus_pinned_memory_is_one(
+    gpus: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    expand_segments()
+    assert said == [expected]

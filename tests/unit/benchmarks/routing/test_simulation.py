@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -177,3 +178,9 @@ def test_who_knows_the_future_sends_nothing_that_a_replica_would_not_take() -> N
     assert (actions.sent, actions.refused) == ([], [])
     front.arrive(Job(3, 0.0, 100, 10, 20), 0.0)
     assert (actions.sent, actions.refused) == ([(3, 0)], [])
+
+
+def test_a_replica_finds_its_chunks_as_an_engine_of_its_speed_does() -> None:
+    spec = ReplicaSpec(16_384)
+    assert [spec.chunks.beside(decodes) for decodes in (64, 224)] == [384, 864]
+    assert replace(spec, prefill_chunk_tokens=512).chunks.beside(64) == 512
