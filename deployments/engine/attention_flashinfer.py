@@ -51,15 +51,7 @@ class Kernels(Protocol):
         """Whether `attend_decodes` is what sequences of one row, or none, should run."""
 
     def attend_decodes(
-        self,
-        call: Call,
-        splits: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
+        self, call: Call, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
     ) -> None:
         """`append` and `run` in one, of the call's sequences, for which `takes_decodes` is true."""
 
@@ -177,10 +169,9 @@ class FlashInferAttention(AttentionBackend):
         if planned != [OWN]:
             self._kernels.append(_rows(key), _rows(value), keys, values, tables)
         for plan, part, space in zip(planned, self._parts, self._spaces[kind], strict=False):
-            call = Call(kind, plan, part, space, how.scale)
+            call = Call(kind, plan, part, space, how.scale, self._limits.splits)
             if plan is OWN:
-                rows_in = (_rows(query), _rows(key), _rows(value))
-                self._kernels.attend_decodes(call, self._limits.splits, *rows_in, keys, values, out)
+                self._kernels.attend_decodes(call, _rows(query), _rows(key), _rows(value), keys, values, out)
             else:
                 self._kernels.run(call, _rows(query), keys, values, out)
         return out[None]

@@ -80,6 +80,8 @@ class Call:
     """On the device."""
     space: Workspace
     scale: float
+    splits: int
+    """Of decodes' keys, beyond one for each; those of FlashInfer's kernels are in its plan."""
 
 
 class FlashInferKernels:
@@ -149,21 +151,13 @@ class FlashInferKernels:
         return attention_decodes.space_bytes(kind, shape.sequences, splits) <= self._floats(kind)
 
     def attend_decodes(
-        self,
-        call: Call,
-        splits: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
+        self, call: Call, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
     ) -> None:
         """`append` and `run` in one. Can be captured."""
         attention_decodes.attend(
             *(query, key, value, keys, values, out, call.tables),
             scale=call.scale,
-            splits=splits,
+            splits=call.splits,
             space=call.space.floats,
             arrivals=self._arrivals,
             overlap=self._dependent_launch,

@@ -178,7 +178,7 @@ class Lane:
         self._side = torch.cuda.Stream(self.device)
         self._graphs: dict[Form, torch.cuda.CUDAGraph] = {}
         self._large = tuple(_chunked(rows, max_sequences) for rows in large_sizes(max_batch_tokens))
-        self._drawn = few_sizes(min(max_sequences, max_batch_tokens))
+        self._drawn = tuple(form.rows for form in self.forms if form.sequences is None)
         """Rows that the head takes."""
 
     @torch.inference_mode()

@@ -56,20 +56,12 @@ class FakeKernels:
         return shape.sequences <= self.own
 
     def attend_decodes(
-        self,
-        call: Call,
-        splits: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
+        self, call: Call, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
     ) -> None:
         """Reads no plan, as the real kernel does not."""
         tables, block_size = call.tables, keys.shape[1]
         lengths, starts, each = (t.tolist() for t in (tables.lengths, tables.split_starts, tables.split_tokens))
-        assert starts[-1] <= len(lengths) + splits
+        assert starts[-1] <= len(lengths) + call.splits
         self.own_rows.append(sum(length > 0 for length in lengths))
         for row, length in enumerate(lengths):
             assert starts[row + 1] - starts[row] == -(-length // each[0])

@@ -32,6 +32,28 @@ def _fold(q, k, v, live, total, weight, top, scale):
 
 
 @triton.jit
+def _write(keys, values, pages, newest, new_k, new_v, kv_head, kv_heads, BLOCK_SIZE: tl.constexpr, D: tl.constexpr):
+    """A sequence's newest key and value, [D] each, in its block."""
+    d = tl.arange(0, D)
+    page = tl.load(pages + newest // BLOCK_SIZE).to(tl.int64)
+    place = ((page * BLOCK_SIZE + newest % BLOCK_SIZE) * kv_heads + kv_head) * D
+    tl.store(keys + place + d, new_k)
+    tl.store(values + place + d, new_v)
+
+
+@triton.jit
+def _keep(sums, weights, tops, part, total, weight, top, GROUP: tl.constexpr, D: tl.constexpr):
+    """A split's sums in memory, for whoever merges them."""
+    d = tl.arange(0, D)
+    head = tl.arange(0, 16)
+    at = part * GROUP + head
+    tl.store(sums + at[:, None] * D + d[None, :], total, mask=(head < GROUP)[:, None])
+    tl.store(weights + at, weight, mask=head < GROUP)
+    tl.store(tops + at, top, mask=head < GROUP)
+    tl.debug_barrier()  # every thread's part is stored before one of them announces it
+
+
+@triton.jit
 def _merge(sums, weights, tops, first, parts, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr):
     """The parts of a KV head's query heads as one result, [HEADS, D]; several are read at a time, in order."""
     AT_ONCE: tl.constexpr = max(2, 32 // HEADS)
@@ -120,10 +142,7 @@ def attend_kernel(
         if split == splits - 1:
             new_k = tl.load(key + row * key_row + kv_head * key_head + d)
             new_v = tl.load(value + row * value_row + kv_head * value_head + d)
-            page = tl.load(pages + newest // BLOCK_SIZE).to(tl.int64)
-            place = ((page * BLOCK_SIZE + newest % BLOCK_SIZE) * kv_heads + kv_head) * D
-            tl.store(keys + place + d, new_k)
-            tl.store(values + place + d, new_v)
+            _write(keys, values, pages, newest, new_k, new_v, kv_head, kv_heads, BLOCK_SIZE, D)
             top = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
             weight += 1.0
             total += new_v.to(tl.float32)[None, :]
@@ -140,11 +159,7 @@ def attend_kernel(
             tl.store(whole, (total / weight[:, None]).to(out.dtype.element_ty), mask=live[:, None])
         else:
             first += kv_head * items
-            at = (first + split) * GROUP + head
-            tl.store(sums + at[:, None] * D + d[None, :], total, mask=live[:, None])
-            tl.store(weights + at, weight, mask=live)
-            tl.store(tops + at, top, mask=live)
-            tl.debug_barrier()  # every thread's part is stored before one of them announces it
+            _keep(sums, weights, tops, first + split, total, weight, top, GROUP, D)
             if tl.atomic_add(arrivals + row * kv_heads + kv_head, 1, sem="acq_rel") == splits - 1:
                 merged = _merge(sums, weights, tops, first, splits, HEADS, GROUP, D)
                 mine = tl.arange(0, HEADS)
