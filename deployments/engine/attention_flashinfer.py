@@ -146,8 +146,8 @@ class FlashInferAttention(AttentionBackend):
             ValueError: the step is larger than the limits.
         """
         step = self._host_step(layout)
-        shape = step.tables.shape
-        self._buffer[: shape.size].copy_(step.staging.tables[: shape.size], non_blocking=True)
+        size = step.shape.size
+        self._buffer[:size].copy_(step.staging.tables[:size], non_blocking=True)
         self._tables = None
         self._step = step
         self._planned = {kind: self._plan(kind, step) for kind in self._spaces}
@@ -178,13 +178,12 @@ class FlashInferAttention(AttentionBackend):
 
     def _view(self, step: HostStep) -> Tables:
         """The step's tables on the device. Replayed graphs have their own views, so a step may well need none."""
-        self._tables = Tables.view(self._buffer, step.tables.shape)
+        self._tables = Tables.view(self._buffer, step.shape)
         self._parts = self._tables.parts()
         return self._tables
 
     def _host_step(self, layout: StepLayout) -> HostStep:
-        key = (FlashInferAttention, layout.padding, layout.sequences, layout.decodes)
-        if key not in layout.shared:
+        if FlashInferAttention not in layout.shared:
             staging = self._pool.take()
             spans, numbers = layout.padded(self._scratch), staging.tables.numpy()
             shape = pack(spans, self._block_size, numbers, splits=self._limits.splits)
@@ -192,17 +191,17 @@ class FlashInferAttention(AttentionBackend):
                 raise ValueError(f"a step has {shape.rows} rows, and attention was made for {self._limits.max_rows}")
             captured, rows = layout.sequences is not None, layout.ahead
             shape = replace(shape, captured=captured, ahead=(layout.decodes or 0) if captured else rows, before=rows)
-            step = layout.shared[key] = HostStep(staging, Tables.view(staging.tables, shape))
+            step = layout.shared[FlashInferAttention] = HostStep(staging, shape)
             staging.step = weakref.ref(step)
-        found: HostStep = layout.shared[key]
+        found: HostStep = layout.shared[FlashInferAttention]
         return found
 
     def _plan(self, kind: Kind, step: HostStep) -> list[Planned]:
         """A plan for each part of the step, or the word that it needs none: decodes are the first part, or all."""
-        first = step.parts[0].shape
-        singles = first.decodes or len(step.parts) > 1
-        own = singles and self._kernels.takes_decodes(kind, first, self._limits.splits)
-        return [OWN if own and part == 0 else self._plan_part(kind, step, part) for part in range(len(step.parts))]
+        first, *more = step.shape.parts()
+        own = bool(first.decodes or more) and self._kernels.takes_decodes(kind, first, self._limits.splits)
+        planned = [OWN if own else self._plan_part(kind, step, 0)]
+        return planned + [self._plan_part(kind, step, part) for part in range(1, 1 + len(more))]
 
     def _plan_part(self, kind: Kind, step: HostStep, part: int) -> Planned:
         """Plan for this model of device, or copy what a stage on another device of the model has planned."""

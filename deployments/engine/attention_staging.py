@@ -5,11 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from deployments.engine.attention_tables import Tables
+from deployments.engine.attention_tables import Shape, Tables
 from deployments.engine.flashinfer_kernels import Planned
 
 
@@ -18,14 +19,14 @@ class HostStep:
     """One step on the host, for all devices: its tables, and its plans as they are made."""
 
     staging: Staging
-    tables: Tables
+    shape: Shape
     plans: dict[Hashable, Planned] = field(default_factory=dict)
     """By kind of layer, model of device, and part."""
-    parts: tuple[Tables, ...] = field(init=False)
-    """What is planned."""
 
-    def __post_init__(self) -> None:
-        self.parts = self.tables.parts()
+    @cached_property
+    def parts(self) -> tuple[Tables, ...]:
+        """What is planned. Not looked at in a step whose every part needs no plan."""
+        return Tables.view(self.staging.tables, self.shape).parts()
 
 
 @dataclass(eq=False)

@@ -5,6 +5,7 @@ tables of every later step of its size in the same place.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,6 +50,20 @@ class Shape:
     def size(self) -> int:
         """Integers of the packed tables."""
         return _starts(self.sequences, self.rows)[-1] + self.pages
+
+    def parts(self) -> tuple[Shape, ...]:
+        """What attention is planned for and runs on, one after the other: decodes, then chunks.
+
+        A kernel takes tiles of one size for all sequences that it is planned for: a decode beside a chunk would take
+        one as large as the chunk's. In a graph the rows of a part are a bound.
+        """
+        if not self.ahead:
+            return (self,)
+        rest, rows = self.sequences - self.ahead, self.rows if self.captured else self.rows - self.before
+        return (
+            Shape(self.ahead, self.ahead, self.pages, self.captured),
+            Shape(rest, rows, self.pages, self.captured, before=self.before),
+        )
 
 
 def _sizes(sequences: int, rows: int) -> tuple[int, ...]:
@@ -98,20 +113,11 @@ class Tables:
         return cls(shape, *parts)
 
     def parts(self) -> tuple[Tables, ...]:
-        """What attention is planned for and runs on, one after the other: decodes, then chunks.
-
-        A kernel takes tiles of one size for all sequences that it is planned for: a decode beside a chunk would take
-        one as large as the chunk's. In a graph the rows of a part are a bound.
-        """
-        shape = self.shape
-        if not shape.ahead:
+        """Those of the shape's parts."""
+        first, *more = self.shape.parts()
+        if not more:
             return (self,)
-        rest, captured = shape.sequences - shape.ahead, shape.captured
-        rows = shape.rows if captured else shape.rows - shape.before
-        return (
-            self._cut(0, Shape(shape.ahead, shape.ahead, shape.pages, captured)),
-            self._cut(shape.ahead, Shape(rest, rows, shape.pages, captured, before=shape.before)),
-        )
+        return (self._cut(0, first), *(self._cut(first.sequences, part) for part in more))
 
     def _cut(self, first: int, shape: Shape) -> Tables:
         """The sequences from `first` on, as `shape` says; rows and pages stay counted through the whole step."""
@@ -185,6 +191,6 @@ def _page_bytes(table: tuple[int, ...], blocks: int) -> bytes:
         if len(_known) >= MOST_KNOWN:
             for oldest in list(islice(_known, MOST_KNOWN // 2)):
                 del _known[oldest]
-        known = _known[id(table)] = (table, np.array(table, np.int32).tobytes())
+        known = _known[id(table)] = (table, array("i", table).tobytes())
     whole = known[1]
     return whole if len(whole) == 4 * blocks else whole[: 4 * blocks]

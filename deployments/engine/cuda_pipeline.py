@@ -87,20 +87,24 @@ class CudaPipeline:
 
     def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
         """Queue a step on all GPUs; returns at once."""
-        layout = StepLayout(step.spans, self._block_size)
+        first = self._lanes[0]
+        form = first.form(step)
+        if form is None:
+            layout = StepLayout(step.spans, self._block_size)
+        else:
+            layout = form.layout(step.spans, len(step.ids), self._block_size)
         pending = min(step.ids) < 0
         last_ids = self._draws.last_ids(slot) if pending else None
-        first = self._lanes[0]
         returned = last_ids
         if last_ids is not None and self._returns is not None:
-            returned = self._returns.receive(slot)[: last_ids.shape[0]]
-        hidden = first.run(step, layout, returned, None)
+            returned = self._returns.receive(slot)
+        hidden = first.run(step, layout, form, returned, None)
         if returned is not None and self._returns is not None:
             self._returns.release(slot)
         for link, lane in zip(self._links, self._lanes[1:], strict=True):
-            link.send(slot, hidden[:, : len(step.ids)])
+            link.send(slot, hidden)
             incoming = link.receive(slot)
-            hidden = lane.run(step, layout, last_ids if lane is self._lanes[-1] else None, incoming)
+            hidden = lane.run(step, layout, form, last_ids if lane is self._lanes[-1] else None, incoming)
             link.release(slot)
         last = self._lanes[-1]
         with torch.cuda.device(last.device):

@@ -14,8 +14,10 @@ from deployments.engine.stages import StepRows
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Views of a packed buffer, on the host or on a device; int64 [rows] each, padding included."""
+    """A packed buffer, on the host or on a device, and views of it; int64 [rows] each, padding included."""
 
+    packed: Tensor
+    """All of it, int64 [packed_size(rows)]: what is copied."""
     ids: Tensor
     positions: Tensor
     cache_slots: Tensor
@@ -24,7 +26,8 @@ class Inputs:
     @classmethod
     def view(cls, buffer: Tensor, rows: int) -> Inputs:
         """The front of a buffer, `packed_size(rows)` elements. Where each starts follows from `rows`, for graphs."""
-        return cls(*buffer[: packed_size(rows)].view(3, -1)[:, :rows].unbind())
+        packed = buffer[: packed_size(rows)]
+        return cls(packed, *packed.view(3, -1)[:, :rows].unbind())
 
     def clear(self, scratch: int) -> None:
         """Let all rows be padding: a first token with id 0, in the cache slot `scratch` that nobody reads."""

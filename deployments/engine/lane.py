@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deployments.engine.attention import StepLayout, singles
+from deployments.engine.attention import RowSpan, StepLayout, singles
 from deployments.engine.budget import quarters
 from deployments.engine.compiled import FEW_ROWS, compile_layers
 from deployments.engine.inputs import Inputs, continue_ids, pack, packed_size
@@ -30,6 +31,8 @@ MOST_CAPTURED_ROWS = 768
 _WARM_UPS = 2
 """Runs before a capture: libraries choose algorithms and take their workspaces at the first ones."""
 _TIMED_RUNS = 5
+_VIEWS = 128
+"""Of a buffer's first rows, that are kept: more than there are graphs."""
 _SMALL_STEP_BYTES = 256 * 2**20
 """More than a step of a few rows takes: libraries make their workspaces in it, and weights are dequantised."""
 
@@ -49,10 +52,14 @@ class Form:
         rows, sequences = len(step.ids), len(step.spans)
         if self.sequences is None:
             return len(step.sampled) == sequences == rows <= self.rows
-        if self.rows > MOST_CAPTURED_ROWS and 4 * rows < 3 * self.rows:
+        if rows > self.rows or (self.rows > MOST_CAPTURED_ROWS and 4 * rows < 3 * self.rows):
             return False
         others = sequences - min(singles(step.spans), self.decodes - 1)
-        return rows <= self.rows and others + 2 <= self.sequences - self.decodes
+        return others + 2 <= self.sequences - self.decodes
+
+    def layout(self, spans: tuple[RowSpan, ...], rows: int, block_size: int) -> StepLayout:
+        """Of a step with `rows` rows, padded to this form."""
+        return StepLayout(spans, block_size, self.rows - rows, self.sequences, self.decodes)
 
 
 def forms(*, max_batch_tokens: int, max_sequences: int, lanes: int = 1) -> tuple[Form, ...]:
@@ -158,6 +165,7 @@ class Lane:
         """Why layers or what is around them run without torch.compile once `warm` was called; None: they do not."""
         self._packed = torch.zeros(packed_size(max_batch_tokens), dtype=torch.int64, device=self.device)
         """`Inputs` of the step."""
+        self._inputs = lru_cache(_VIEWS)(partial(Inputs.view, self._packed))
         self._note = note
         self._block_size = block_size
         self._scratch_slot = stage.kv[0].scratch * block_size
@@ -174,6 +182,9 @@ class Lane:
             self._incoming = torch.zeros(shape, dtype=stage.dtype, device=self.device)
         self._outgoing: Tensor | None = None
         """Of all graphs, once there is one: results of their own would add up."""
+        self._arriving = lru_cache(_VIEWS)(lambda rows: _front(self._incoming, rows))
+        self._leaving = lru_cache(_VIEWS)(lambda rows: _front(self._outgoing, rows))
+        """Their first rows: a view takes the host some microseconds, and a step needs several on each GPU."""
         # One for all captures: cuBLAS keeps a workspace for each stream that it was ever called on.
         self._side = torch.cuda.Stream(self.device)
         self._graphs: dict[Form, torch.cuda.CUDAGraph] = {}
@@ -203,33 +214,34 @@ class Lane:
         self._meet()
         torch.cuda.synchronize(self.device)
 
+    def form(self, step: StepRows) -> Form | None:
+        """Of the graph that runs a step, on this lane and all others of the replica; None: no graph does."""
+        return next((form for form in self.forms if form.fits(step) and form in self._graphs), None)
+
     @torch.inference_mode()
-    def run(self, step: StepRows, layout: StepLayout, last_ids: Tensor | None, incoming: Tensor | None) -> Tensor:
+    def run(
+        self, step: StepRows, layout: StepLayout, form: Form | None, last_ids: Tensor | None, incoming: Tensor | None
+    ) -> Tensor:
         """Queue a step on the device; nothing here waits for it.
 
         Args:
+            layout: of the step, as `form` pads it.
+            form: of the graph that runs it.
             last_ids: int64 [rows], here: what the slot's step before drew; None where none is pending.
-            incoming: [1, T or more, hidden], here, from the lane before; None on the first.
+            incoming: what the lane before returned, here; None on the first.
 
         Returns:
-            [1, T or more, hidden], the step's rows in front; overwritten by the next step.
+            [1, T or the form's rows, hidden], the step's rows in front; overwritten by the next step.
         """
-        rows = len(step.ids)
         with self._current:
-            form = next((form for form in self.forms if form.fits(step) and form in self._graphs), None)
-            inputs = self._load(step, layout, rows if form is None else form.rows, last_ids)
+            inputs = self._load(step, layout, len(step.ids) if form is None else form.rows, last_ids)
+            self.stage.attention.prepare(layout)
             if form is None:
-                self.stage.attention.prepare(layout)
                 return self._compute(inputs, incoming)
-            self.stage.attention.prepare(
-                replace(layout, padding=form.rows - rows, sequences=form.sequences, decodes=form.decodes)
-            )
-            if self._incoming is not None:
-                assert incoming is not None
-                self._incoming[:, :rows].copy_(incoming[:, :rows])
+            if incoming is not None:
+                self._arriving(form.rows).copy_(incoming)
             self._graphs[form].replay()
-            assert self._outgoing is not None
-            return self._outgoing[:, : form.rows]
+            return self._leaving(form.rows)
 
     @torch.inference_mode()
     def logits(self, step: StepRows, hidden: Tensor) -> Tensor:
@@ -275,12 +287,10 @@ class Lane:
 
     def _load(self, step: StepRows, layout: StepLayout, rows: int, last_ids: Tensor | None) -> Inputs:
         """Upload a step's inputs, padded to `rows`."""
-        key = (Inputs, rows)
-        if key not in layout.shared:
-            layout.shared[key] = pack(step, rows, self._block_size, self._scratch_slot, pinned=True)
-        packed = layout.shared[key]
-        self._packed[: len(packed)].copy_(packed, non_blocking=True)
-        inputs = Inputs.view(self._packed, rows)
+        if Inputs not in layout.shared:
+            layout.shared[Inputs] = pack(step, rows, self._block_size, self._scratch_slot, pinned=True)
+        inputs = self._inputs(rows)
+        inputs.packed.copy_(layout.shared[Inputs], non_blocking=True)
         if last_ids is not None:
             continue_ids(inputs.ids, step.ids, last_ids)
         return inputs
@@ -330,6 +340,11 @@ class Lane:
     def _prepare_scratch(self, form: Form) -> Inputs:
         """Rows that are all padding."""
         self.stage.attention.prepare(StepLayout((), self._block_size, form.rows, form.sequences, form.decodes))
-        inputs = Inputs.view(self._packed, form.rows)
+        inputs = self._inputs(form.rows)
         inputs.clear(self._scratch_slot)
         return inputs
+
+
+def _front(buffer: Tensor | None, rows: int) -> Tensor:
+    assert buffer is not None, "a graph runs once all are captured, and takes rows from another lane but on the first"
+    return buffer[:, :rows]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+_VIEWS = 1024
+"""Of messages, by slot and shape, that are kept."""
 
 
 class Link:
@@ -25,6 +29,9 @@ class Link:
         self, source: torch.device, target: torch.device, *, slots: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> None:
         self._inbox = [torch.zeros(shape, dtype=dtype, device=target) for _ in range(slots)]
+        self._box = lru_cache(_VIEWS)(lambda slot, shape: _front(self._inbox[slot], shape))
+        self._sent = list(self._inbox)
+        """Each slot's last message, where it arrives."""
         self._writer, self._reader = torch.cuda.default_stream(source), torch.cuda.default_stream(target)
         # PyTorch copies on the source's current stream, which waits for the target's and is waited for by it. Neither
         # may be the default one: on that, CUDA lets a copy between two GPUs wait for all that either has to compute.
@@ -38,7 +45,7 @@ class Link:
 
         That stream goes on once the copy is done, so `message` may be overwritten by its next step.
         """
-        box = _front(self._inbox[slot], message.shape)
+        box = self._sent[slot] = self._box(slot, message.shape)
         self._written.record(self._writer)
         self._written.wait(self._leaving)
         self._read[slot].wait(self._landing)
@@ -49,9 +56,9 @@ class Link:
         self._left.wait(self._writer)
 
     def receive(self, slot: int) -> Tensor:
-        """The slot's buffer; the target's compute stream waits until the message is in it."""
+        """The slot's last message; the target's compute stream waits until it is there."""
         self._arrived[slot].wait(self._reader)
-        return self._inbox[slot]
+        return self._sent[slot]
 
     def release(self, slot: int) -> None:
         """The target's compute stream, when it gets here, is done with the message."""

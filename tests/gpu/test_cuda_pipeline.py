@@ -502,7 +502,7 @@ def test_a_link_carries_each_message_as_it_was_sent() -> None:
         message.fill_(-1)
         with torch.cuda.device(target):
             torch.cuda._sleep(100_000)
-            found.append(link.receive(slot)[:, :rows].clone())
+            found.append(link.receive(slot).clone())
         link.release(slot)
     assert all(bool((tensor == i).all()) for i, tensor in enumerate(found))
     assert [tensor.shape[1] for tensor in found] == [1 + i % 64 for i in range(60)]

@@ -149,17 +149,6 @@ def test_gpus_of_unlike_models_plan_for_themselves() -> None:
     assert [len(each.plans) for each in kernels] == [steps + 1, steps + 1]
 
 
-def test_a_stage_with_other_padding_makes_its_own_tables() -> None:
-    worlds, _ = two_stages()
-    spans = [(i, 0, 1) for i in range(3)]
-    layout = worlds[0].layout(spans)
-    for world, padding in zip(worlds, (0, 2), strict=True):
-        world.backend.prepare(replace(layout, padding=padding))
-        with world.backend.step(), torch.inference_mode():
-            out = world.attend(0, world.inputs(0, spans, padding))
-        world.compare(0, spans, out[:3])
-
-
 def test_warm_tells_and_compiles_once() -> None:
     world = CASES["one token"].world(make, CPU, torch.float32)
     told: list[str] = []
@@ -265,7 +254,7 @@ def test_a_layout_kept_keeps_its_staging() -> None:
     for layout in kept:
         backend.prepare(layout)
     assert len(pool) == 4
-    pages = [next(iter(layout.shared.values())).tables.pages[0].item() for layout in kept]
+    pages = [next(iter(layout.shared.values())).parts[0].pages[0].item() for layout in kept]
     assert pages == [0, 1, 2, 3]
 
 

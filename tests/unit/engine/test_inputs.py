@@ -15,12 +15,14 @@ STEP = StepRows((-1, 31, 32), (8, 2, 3), (RowSpan(8, 1, (5, 0, 2)), RowSpan(2, 2
 @pytest.mark.parametrize("rows", [3, 4, 7])
 def test_a_packed_step_is_its_rows_and_padding(rows: int) -> None:
     packed = pack(STEP, rows, 4, 99, pinned=False)
-    there = Inputs.view(torch.cat((packed, torch.full((9,), -5))), rows)
-    pad = rows - 3
+    buffer, pad = torch.full((len(packed) + 9,), -5), rows - 3
+    there = Inputs.view(buffer, rows)
+    there.packed.copy_(packed)
     assert len(packed) == packed_size(rows)
     assert there.ids.tolist() == [-1, 31, 32, *[0] * pad]
     assert there.positions.tolist() == [8, 2, 3, *[0] * pad]
     assert there.cache_slots.tolist() == [2 * 4, 7 * 4 + 2, 7 * 4 + 3, *[99] * pad]
+    assert buffer[len(packed) :].tolist() == [-5] * 9
     assert all(part.storage_offset() % 2 == 0 for part in (there.ids, there.positions, there.cache_slots))
 
 

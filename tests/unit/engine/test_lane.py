@@ -134,10 +134,7 @@ def test_what_fits_can_be_padded(counts: tuple[int, ...]) -> None:
     """Attention pads decodes, and what comes behind them, each with at least one sequence without rows."""
     form, rows = Form(64, 32, 20), step(*counts)
     assert form.fits(rows)
-    layout = StepLayout(
-        rows.spans, 16, padding=form.rows - len(rows.ids), sequences=form.sequences, decodes=form.decodes
-    )
-    padded = layout.padded(scratch=99)
+    padded = form.layout(rows.spans, len(rows.ids), 16).padded(scratch=99)
     assert len(padded) == form.sequences
     assert sum(span.count for span in padded) == form.rows
     assert padded[-1].count == padded[form.decodes - 1].count == 0
