@@ -35,16 +35,26 @@ class ReplicaSpec:
         """Prompt tokens beside decodes."""
         if self.prefill_chunk_tokens is not None:
             return Chunks.fixed(self.prefill_chunk_tokens)
-        return _measured(self.speed, min(self.max_batch_tokens, self.max_sequences), self.max_batch_tokens)
+        rows = self.max_batch_tokens
+        return _measured(self.speed, min(rows, self.max_sequences), rows, self.capacity_tokens)
 
 
 @lru_cache
-def _measured(speed: Speed, sequences: int, rows: int) -> Chunks:
-    """By the engine's own rule; like the engine's, its steps have hardly any KV to read, and of one with a chunk all
-    rows are one sequence's."""
-    usual = [(count, speed.step(count, count, 0)) for count in counted_decodes(sequences)]
-    mixed = ((tokens, speed.step(tokens, 1, 0)) for tokens in range(_STEP_OF_ROWS, rows + 1, _STEP_OF_ROWS))
-    return measured_chunks(usual, mixed, max_batch_tokens=rows)
+def _measured(speed: Speed, sequences: int, rows: int, capacity_tokens: int) -> Chunks:
+    """By the engine's own rule; as there all rows of a step with a chunk are one sequence's."""
+    usual = [(count, _microseconds(speed.step(count, count, 0))) for count in counted_decodes(sequences)]
+    sizes = range(_STEP_OF_ROWS, rows + 1, _STEP_OF_ROWS)
+    return measured_chunks(
+        usual,
+        ((tokens, _microseconds(speed.step(tokens, 1, 0))) for tokens in sizes),
+        kv_token_ps=round(1e12 * speed.per_kv_token),
+        most_kv_tokens=capacity_tokens,
+        max_batch_tokens=rows,
+    )
+
+
+def _microseconds(seconds: float) -> int:
+    return round(1e6 * seconds)
 
 
 _STEP_OF_ROWS = 64

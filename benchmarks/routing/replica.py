@@ -196,6 +196,7 @@ class SimReplica:
             return []
         budget = prefill_budget(
             decodes=len(self.decoding),
+            kv_tokens=self._lengths,
             decoding=len(self.decoding),
             prefilling=len(self.prefilling) + self._fitting(),
             max_batch_tokens=self.spec.max_batch_tokens,

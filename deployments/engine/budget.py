@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from fractions import Fraction
+from itertools import pairwise, takewhile
 from operator import itemgetter
 
 BURST = 32
 """Prompts are a burst from one more in so many sequences that decode. One alone never is."""
-CHUNK_SLOWDOWN = 2.5
+CHUNK_SLOWDOWN = Fraction(5, 2)
 """How much longer a step may take for a prompt's chunk while others decode: their p99 then stays within three times
 their p50."""
 LEAST_CHUNK = 256
@@ -21,42 +22,55 @@ _FEWEST_COUNTED = 64
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Prompt tokens that go beside decodes in a step, by how many decode in it.
+    """Prompt tokens that go beside decodes in a step, by how many decode in it and how long their contexts are.
 
-    What is kept are the rows of whole steps, which have graphs of just that size: with one row more a step would be
-    the next graph's, or have none.
+    They fill a step of the rows that were timed, which has a graph of just that size: with one row more it would be the
+    next graph's, or have none.
 
     Raises:
-        ValueError: no entry, entries out of order, or less than a token.
+        ValueError: no decodes, times out of order, one of KV below zero, or less than a token.
     """
 
-    entries: tuple[tuple[int, int], ...]
-    """(decodes, rows of a step, those included), fewer decodes before more."""
+    decodes: tuple[tuple[int, int], ...]
+    """(decodes of a step, microseconds that it takes with contexts of one token), fewer decodes before more."""
+    mixed: tuple[tuple[int, int], ...]
+    """(rows of a step with decodes and prompts, microseconds that it takes so), fewer rows before more."""
+    kv_token_ps: int
+    """Picoseconds that either takes for each token of the decodes' contexts."""
     least: int
     """Prompt tokens in any case."""
 
     def __post_init__(self) -> None:
-        ordered = all(before[0] < after[0] for before, after in pairwise(self.entries))
-        if not self.entries or not ordered or self.least < 1:
+        ordered = all(before[0] < after[0] for times in (self.decodes, self.mixed) for before, after in pairwise(times))
+        if not self.decodes or not ordered or self.kv_token_ps < 0 or self.least < 1:
             raise ValueError(
-                "chunks need an entry, the fewer decodes before the more, and a prompt token at least: "
-                f"{self.entries}, {self.least}"
+                "chunks need the time of decodes, the fewer before the more, none below zero for a token of KV, and a "
+                f"prompt token at least: {self}"
             )
 
     @classmethod
     def fixed(cls, tokens: int) -> Chunks:
-        """The same, however many decode."""
-        return cls(((1, 0),), tokens)
+        """The same, whatever decodes."""
+        return cls(((1, 0),), (), 0, tokens)
 
-    def beside(self, decodes: int) -> int:
-        """Prompt tokens that fill the step of the entry for so many decodes, or the nearest above, as whose they are
-        padded; of the last beyond it."""
-        place = bisect_left(self.entries, decodes, key=itemgetter(0))
-        rows = self.entries[min(place, len(self.entries) - 1)][1]
-        return max(self.least, rows - decodes)
+    def beside(self, decodes: int, kv_tokens: int) -> int:
+        """Prompt tokens that fill the largest timed step which takes at most `CHUNK_SLOWDOWN` times as long as its
+        decodes alone.
+
+        Args:
+            decodes: of the step. They count as the nearest number at or above theirs that was timed, as which they are
+                padded, or as the last.
+            kv_tokens: of their contexts together.
+        """
+        place = bisect_left(self.decodes, decodes, key=itemgetter(0))
+        count, usual = self.decodes[min(place, len(self.decodes) - 1)]
+        larger = self.mixed[bisect_right(self.mixed, count, key=itemgetter(0)) :]
+        return max(self.least, rows_within(larger, _limit(usual, self.kv_token_ps, kv_tokens)) - decodes)
 
 
-def prefill_budget(*, decodes: int, decoding: int, prefilling: int, max_batch_tokens: int, chunks: Chunks) -> int:
+def prefill_budget(
+    *, decodes: int, kv_tokens: int, decoding: int, prefilling: int, max_batch_tokens: int, chunks: Chunks
+) -> int:
     """Most prompt tokens of one step, after its decodes.
 
     While nothing decodes, prompts take the whole step. Otherwise they take a chunk, so that no sequence waits much
@@ -65,6 +79,7 @@ def prefill_budget(*, decodes: int, decoding: int, prefilling: int, max_batch_to
 
     Args:
         decodes: tokens that the step decodes.
+        kv_tokens: of the contexts that these read, together.
         decoding: sequences, of all slots, that had their first token; all of them wait for this step.
         prefilling: sequences, of all slots, that didn't have it yet, with those that could be admitted now.
         max_batch_tokens: most tokens of a step.
@@ -73,7 +88,7 @@ def prefill_budget(*, decodes: int, decoding: int, prefilling: int, max_batch_to
     left = max_batch_tokens - decodes
     if decoding == 0:
         return left
-    return min(left, chunks.beside(decodes) * max(1, BURST * (prefilling - 1) // decoding))
+    return min(left, chunks.beside(decodes, kv_tokens) * max(1, BURST * (prefilling - 1) // decoding))
 
 
 def quarters(first: int, most: int) -> Iterator[int]:
@@ -93,48 +108,50 @@ def counted_decodes(most: int) -> tuple[int, ...]:
 
 
 def measured_chunks(
-    decodes: Sequence[tuple[int, float]], mixed: Iterable[tuple[int, float]], *, max_batch_tokens: int
+    decodes: Sequence[tuple[int, int]],
+    mixed: Iterable[tuple[int, int]],
+    *,
+    kv_token_ps: int,
+    most_kv_tokens: int,
+    max_batch_tokens: int,
 ) -> Chunks:
     """Chunks with which steps take at most `CHUNK_SLOWDOWN` times as long as their decodes alone; `LEAST_CHUNK`
     anyway.
 
     Args:
-        decodes: (decodes of a step, how long it takes), fewer before more; one at least.
-        mixed: (tokens of a step with decodes and prompts, how long it takes), the smaller before the larger. Read up
-            to the first that is too long beside any of the decodes; counts beyond all of them have no entry.
+        decodes: see `Chunks`, like `kv_token_ps`.
+        mixed: see `Chunks`. Read up to the first that is too long beside any of the decodes.
+        most_kv_tokens: of the contexts that decodes of a step may have, together.
         max_batch_tokens: most tokens of a step.
     """
-    limit = CHUNK_SLOWDOWN * max(time for _, time in decodes)
-    times = list(_up_to_the_first_over(limit, mixed))
-    entries: list[tuple[int, int]] = []
-    for count, time in decodes:
-        larger = [(tokens, taken) for tokens, taken in times if tokens > count]
-        if larger or not entries:
-            chunk = chunk_within(larger, limit=CHUNK_SLOWDOWN * time, decodes=count, max_batch_tokens=max_batch_tokens)
-            entries.append((count, count + chunk))
-    return Chunks(tuple(entries), min(LEAST_CHUNK, max_batch_tokens))
+    limit = _limit(max(time for _, time in decodes), kv_token_ps, most_kv_tokens)
+    times = tuple(_up_to_the_first_over(limit, mixed))
+    return Chunks(tuple(decodes), times, kv_token_ps, min(LEAST_CHUNK, max_batch_tokens))
 
 
-def chunk_within(times: Iterable[tuple[int, float]], *, limit: float, decodes: int, max_batch_tokens: int) -> int:
-    """Prompt tokens that go beside so many decodes in a step that takes `limit` at most.
+def rows_within(times: Sequence[tuple[int, float]], limit: float) -> int:
+    """Rows of the largest step that takes `limit` at most.
 
     Args:
-        times: (tokens of a step, how long it takes), the smaller before the larger; read up to the first over `limit`.
+        times: (rows of a step, how long it takes), fewer rows before more; what comes after one that takes longer than
+            the limit doesn't count.
         limit: in the unit of the times.
-        decodes: tokens of such a step that are decodes.
-        max_batch_tokens: tokens of a step where no time is given.
 
     Returns:
-        Those of the largest step within the limit. Where none is, those of the smallest: prompts must end.
+        Those of the smallest step where none is within the limit, as prompts must end; 0 where there is no step.
     """
-    most = None
-    for tokens, time in _up_to_the_first_over(limit, times):
-        if most is None or time <= limit:
-            most = tokens
-    return max(1, (max_batch_tokens if most is None else most) - decodes)
+    found = list(takewhile(lambda step: step[1] <= limit, times)) or times[:1]
+    return found[-1][0] if found else 0
 
 
-def _up_to_the_first_over(limit: float, times: Iterable[tuple[int, float]]) -> Iterator[tuple[int, float]]:
+def _limit(usual: int, kv_token_ps: int, kv_tokens: int) -> int:
+    """Microseconds that a step with chunks may take without its decodes' contexts, whose KV takes it as long to read as
+    the step of decodes that takes `usual` without."""
+    kv = kv_token_ps * kv_tokens // 10**6
+    return int(CHUNK_SLOWDOWN * (usual + kv)) - kv
+
+
+def _up_to_the_first_over(limit: int, times: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     for tokens, time in times:
         yield tokens, time
         if time > limit:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from deployments.engine.attention import StepLayout
+from deployments.engine.attention import RowSpan, StepLayout
 from deployments.engine.budget import Chunks, counted_decodes, measured_chunks
 from deployments.engine.draw import Draw
 from deployments.engine.flight import Draws, Flight
@@ -36,6 +36,7 @@ class CudaPipeline:
         block_size: tokens per KV block.
         max_batch_tokens: most rows of a step.
         max_sequences: most rows of a step that decodes.
+        max_context: most tokens of a sequence.
     """
 
     lookahead = 1
@@ -50,6 +51,7 @@ class CudaPipeline:
         block_size: int,
         max_batch_tokens: int,
         max_sequences: int,
+        max_context: int,
     ) -> None:
         self.depth = len(stages)
         self._block_size = block_size
@@ -82,7 +84,13 @@ class CudaPipeline:
         self._draws = Draws(sampler, self._returns, slots=self.depth)
         self._warm()
         with torch.cuda.device(self._lanes[0].device):
-            self.chunks = measure_chunks(self._lanes[0], max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+            self.chunks = measure_chunks(
+                self._lanes[0],
+                block_size=block_size,
+                max_batch_tokens=max_batch_tokens,
+                max_sequences=max_sequences,
+                max_context=max_context,
+            )
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
 
     def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
@@ -128,20 +136,52 @@ class TimesSteps(Protocol):
     def mixed(self) -> tuple[Form, ...]:
         """Steps with chunks, the smaller before the larger."""
 
-    def milliseconds(self, form: Form) -> float:
-        """How long a step of a form takes."""
+    @property
+    def timed_blocks(self) -> int:
+        """KV blocks to time the reading of, 0 to this, exclusive; 0: it is not timed."""
+
+    def microseconds(self, form: Form, spans: tuple[RowSpan, ...] = ()) -> int:
+        """How long a step of a form takes, over the scratch block but for the decodes of `spans`."""
 
 
-def measure_chunks(lane: TimesSteps, *, max_batch_tokens: int, max_sequences: int) -> Chunks:
-    """Time steps of a lane: each that decodes 64, 80, 96, 112, 128, 160... (all have graphs), then with chunks, up to
-    the first that is too slow beside any of those."""
+def measure_chunks(
+    lane: TimesSteps, *, block_size: int, max_batch_tokens: int, max_sequences: int, max_context: int
+) -> Chunks:
+    """Time steps of a lane: each that decodes 64, 80, 96, 112, 128, 160... (all have graphs), the first of them with
+    long contexts too, then with chunks, up to the first that is too slow beside any of those."""
     counts = counted_decodes(min(max_batch_tokens, max_sequences))
-    usual = [(count, lane.milliseconds(Form(count))) for count in counts]
-    mixed = ((form.rows, lane.milliseconds(form)) for form in lane.mixed)
-    chunks = measured_chunks(usual, mixed, max_batch_tokens=max_batch_tokens)
-    said = (f"{count}: {ms:.1f} ms, {chunks.beside(count)}" for count, ms in usual)
+    usual = [(count, lane.microseconds(Form(count))) for count in counts]
+    kv_token_ps = measure_kv(lane, *usual[0], block_size=block_size, max_context=max_context)
+    chunks = measured_chunks(
+        usual,
+        ((form.rows, lane.microseconds(form)) for form in lane.mixed),
+        kv_token_ps=kv_token_ps,
+        most_kv_tokens=lane.timed_blocks * block_size,
+        max_batch_tokens=max_batch_tokens,
+    )
+    said = (f"{count}: {time / 1e3:.1f} ms, {chunks.beside(count, 0)}" for count, time in usual)
     log.info("decodes, what their step takes, and prompt tokens that go beside them: %s", "; ".join(said))
+    log.info("a step takes %.1f ns more for each token of the contexts that it decodes", kv_token_ps / 1e3)
     return chunks
+
+
+def measure_kv(lane: TimesSteps, decodes: int, usual: int, *, block_size: int, max_context: int) -> int:
+    """Picoseconds that a step of decodes takes for each token of their contexts; 0 where it can't be timed.
+
+    The contexts are as long as they can be, all blocks divided between them: layers with a window read less of long
+    ones for each token, and a time too long would make chunks too large.
+
+    Args:
+        decodes: of the step that is timed.
+        usual: microseconds that it takes with contexts of one token.
+    """
+    each = min(lane.timed_blocks // decodes, max_context // block_size)
+    if each == 0:
+        return 0
+    tables = (tuple(range(first, first + each)) for first in range(0, decodes * each, each))
+    spans = tuple(RowSpan(each * block_size - 1, 1, table) for table in tables)
+    more = lane.microseconds(Form(decodes), spans) - usual
+    return max(0, 10**6 * more // (decodes * each * block_size))
 
 
 def _say(stage: int, done: int, of: int) -> None:

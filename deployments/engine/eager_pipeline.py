@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention import RowSpan
-from deployments.engine.budget import CHUNK_SLOWDOWN, LEAST_CHUNK, Chunks, chunk_within
+from deployments.engine.budget import CHUNK_SLOWDOWN, LEAST_CHUNK, Chunks, rows_within
 from deployments.engine.cross_batches import CrossStep
 from deployments.engine.draw import Draw
 from deployments.engine.encoder_decoder import EncoderDecoderStage
@@ -131,10 +131,7 @@ class EagerPipeline:
             prompts.append(limits.max_batch_tokens)
         times = [(rows, self._milliseconds(self._prompts(rows))) for rows in prompts]
         usual = decodes[len(decodes) // 2]
-        chunk = chunk_within(
-            times, limit=CHUNK_SLOWDOWN * usual, decodes=0, max_batch_tokens=limits.max_batch_tokens
-        )  # fmt: skip
-        chunk = max(chunk, min(LEAST_CHUNK, limits.max_batch_tokens))
+        chunk = max(rows_within(times, CHUNK_SLOWDOWN * usual), min(LEAST_CHUNK, limits.max_batch_tokens))
         log.info("a step of decodes takes %.1f ms; beside them go prompts of %d tokens together", usual, chunk)
         return chunk
 

@@ -175,6 +175,8 @@ class Lane:
         beyond = stage.attention.capturable
         self.mixed = mixed(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, lanes=lanes, beyond=beyond)
         """Steps with chunks to time."""
+        self.timed_blocks = stage.kv[0].scratch if beyond else 0
+        """KV blocks to time the reading of; none with PyTorch's attention, which gathers them first."""
         self._usual = usual(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         self._incoming: Tensor | None = None
         if not stage.is_first:
@@ -261,20 +263,24 @@ class Lane:
         return self.stage.logits(hidden)[: len(step.sampled)]
 
     @torch.inference_mode()
-    def milliseconds(self, form: Form) -> float:
-        """How long a step of a form takes, over the scratch block; by a graph where there is one."""
+    def microseconds(self, form: Form, spans: tuple[RowSpan, ...] = ()) -> int:
+        """How long a step of a form takes; by a graph where there is one.
+
+        Args:
+            spans: decodes of the step, which write to blocks that nobody uses yet; its other rows are padding.
+        """
         times = []
         for _ in range(_TIMED_RUNS):
             torch.cuda.synchronize(self.device)
             began = time.perf_counter()
-            inputs = self._prepare_scratch(form)
+            inputs = self._prepare_scratch(form, spans)
             if form in self._graphs:
                 self._graphs[form].replay()
             else:
                 self._compute(inputs, self._incoming)
             torch.cuda.synchronize(self.device)
-            times.append(1e3 * (time.perf_counter() - began))
-        return sorted(times)[_TIMED_RUNS // 2]
+            times.append(time.perf_counter() - began)
+        return round(1e6 * sorted(times)[_TIMED_RUNS // 2])
 
     def _meet(self) -> None:
         """Run what no graph holds, in a few sizes, so that requests hardly wait for what is compiled or loaded."""
@@ -337,9 +343,9 @@ class Lane:
         graph.replay()  # the first one uploads it; no request waits for that
         return graph
 
-    def _prepare_scratch(self, form: Form) -> Inputs:
-        """Rows that are all padding."""
-        self.stage.attention.prepare(StepLayout((), self._block_size, form.rows, form.sequences, form.decodes))
+    def _prepare_scratch(self, form: Form, spans: tuple[RowSpan, ...] = ()) -> Inputs:
+        """Rows that are all padding, but for what attention reads and writes for those of `spans`."""
+        self.stage.attention.prepare(form.layout(spans, len(spans), self._block_size))
         inputs = self._inputs(form.rows)
         inputs.clear(self._scratch_slot)
         return inputs

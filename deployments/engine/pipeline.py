@@ -105,6 +105,7 @@ def open_pipeline(model: LoadedModel, plan: Plan, limits: EngineLimits) -> Pipel
             block_size=plan.block_size,
             max_batch_tokens=limits.max_batch_tokens,
             max_sequences=limits.max_sequences,
+            max_context=plan.max_context,
         )
     lookahead = CPU_LOOKAHEAD if limits.lookahead is None else limits.lookahead
     return LanePipeline(model.stages, plan.block_size, sampler, threads=limits.threads, lookahead=lookahead)

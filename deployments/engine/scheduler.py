@@ -141,7 +141,7 @@ class Scheduler:
         if sum(step.slot == slot for step in self._launched) > self._lookahead:
             return None
         items = [self._launch(s, 1) for s in self._decodes(slot) if self._make_room(s)]
-        items += self._prefill(slot, len(items))
+        items += self._prefill(slot, items)
         if not items:
             return None
         for row, item in enumerate(item for item in items if item.samples):
@@ -206,14 +206,15 @@ class Scheduler:
             sequence.turn = next(self._turns)
         return sorted(picked, key=by_arrival)
 
-    def _prefill(self, slot: int, decodes: int) -> list[StepItem]:
-        """Prompts for the budget that a step of so many decodes has left."""
+    def _prefill(self, slot: int, decodes: list[StepItem]) -> list[StepItem]:
+        """Prompts for the budget that a step of these decodes has left."""
         prompts = [s for s in self._queues.running() if not s.decodes and s.remaining > 1]
         if not prompts and not self._queues.waiting:
             return []
         fit = self._fitting()
         budget = prefill_budget(
-            decodes=decodes,
+            decodes=len(decodes),
+            kv_tokens=sum(item.end for item in decodes),
             decoding=self.running - len(prompts),
             prefilling=len(prompts) + fit,
             max_batch_tokens=self._max_batch_tokens,

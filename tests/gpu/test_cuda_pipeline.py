@@ -276,6 +276,7 @@ def test_nothing_fell_back(served: Served) -> None:
     for lane in served.pipeline._lanes:
         assert lane.compile_error is None
         assert lane._graphs.keys() == set(forms(max_batch_tokens=256, max_sequences=16))
+        assert lane.timed_blocks == served.plan.num_blocks
     assert len({lane.device for lane in served.pipeline._lanes}) == served.case.stages
     layers = [end - start for start, end in (stage.layers for stage in served.model.stages)]
     assert sum(layers) == 4

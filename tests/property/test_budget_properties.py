@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from dataclasses import replace
+from itertools import accumulate
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,22 +18,21 @@ from deployments.engine.budget import (
     quarters,
 )
 
-TABLES = st.builds(
-    lambda rows, least: Chunks(tuple(sorted(rows.items())), least),
-    st.dictionaries(st.integers(1, 300), st.integers(1, 3000), min_size=1, max_size=5),
-    st.integers(1, 600),
-)
+TIMES = st.dictionaries(st.integers(1, 3000), st.integers(0, 10**5), max_size=6).map(lambda d: tuple(sorted(d.items())))
+CHUNKS = st.builds(Chunks, TIMES.filter(bool), TIMES, st.integers(0, 10**6), st.integers(1, 600))
+KV_TOKENS = st.integers(0, 10**6)
 
 
-@given(TABLES, st.integers(0, 400), st.integers(0, 400), st.integers(0, 300), st.integers(1, 4096))
+@given(CHUNKS, st.integers(0, 400), KV_TOKENS, st.integers(0, 400), st.integers(0, 300), st.integers(1, 4096))
 def test_prompts_get_a_chunk_at_least_and_no_more_than_the_step_has_left(
-    chunks: Chunks, decodes: int, elsewhere: int, prefilling: int, max_batch_tokens: int
+    chunks: Chunks, decodes: int, kv_tokens: int, elsewhere: int, prefilling: int, max_batch_tokens: int
 ) -> None:
     decodes = min(decodes, max_batch_tokens)
 
     def budget(prompts: int) -> int:
         return prefill_budget(
             decodes=decodes,
+            kv_tokens=kv_tokens,
             decoding=decodes + elsewhere,
             prefilling=prompts,
             max_batch_tokens=max_batch_tokens,
@@ -40,37 +40,49 @@ def test_prompts_get_a_chunk_at_least_and_no_more_than_the_step_has_left(
         )
 
     assert 0 <= budget(prefilling) <= max_batch_tokens - decodes
-    assert budget(prefilling) >= min(max_batch_tokens - decodes, chunks.beside(decodes)), "less than a chunk"
+    assert budget(prefilling) >= min(max_batch_tokens - decodes, chunks.beside(decodes, kv_tokens)), "less than a chunk"
     assert budget(prefilling + 1) >= budget(prefilling), "more prompts never get less"
     if decodes + elsewhere == 0:
         assert budget(prefilling) == max_batch_tokens
 
 
-@given(TABLES, st.integers(0, 400))
-def test_a_chunk_fills_a_step_of_the_table_or_is_the_least(chunks: Chunks, decodes: int) -> None:
-    above = [rows for count, rows in chunks.entries if count >= decodes]
-    rows = (above or [chunks.entries[-1][1]])[0]
-    assert chunks.beside(decodes) == max(chunks.least, rows - decodes)
+@given(CHUNKS, st.integers(0, 400), KV_TOKENS)
+def test_a_chunk_fills_a_timed_step_or_is_the_least(chunks: Chunks, decodes: int, kv_tokens: int) -> None:
+    tokens = chunks.beside(decodes, kv_tokens)
+    assert isinstance(tokens, int)
+    assert tokens == chunks.least or tokens + decodes in dict(chunks.mixed)
 
 
-@given(st.integers(1, 400), st.integers(1, 3000), st.data())
-def test_measured_chunks_where_more_rows_take_longer(
-    sequences: int, max_batch_tokens: int, data: st.DataObject
+@given(CHUNKS, st.integers(0, 400), KV_TOKENS, KV_TOKENS)
+def test_longer_contexts_never_make_a_chunk_smaller(chunks: Chunks, decodes: int, some: int, more: int) -> None:
+    assert chunks.beside(decodes, some) <= chunks.beside(decodes, some + more)
+    assert chunks.beside(decodes, 0) == replace(chunks, kv_token_ps=0).beside(decodes, more)
+
+
+@given(st.integers(1, 400), st.integers(1, 3000), st.integers(0, 10**5), KV_TOKENS, st.integers(0, 10**6), st.data())
+def test_a_step_with_a_chunk_takes_as_long_as_it_may(
+    sequences: int, max_batch_tokens: int, kv_token_ps: int, most_kv_tokens: int, kv_tokens: int, data: st.DataObject
 ) -> None:
-    """The more decode, the more rows a step may have, the decodes among them; prompt tokens alone may well be fewer."""
+    """Or is the smallest beside its decodes. Longer contexts than can be are within the limit too."""
     counts = counted_decodes(min(sequences, max_batch_tokens))
     sizes = list(quarters(64, max_batch_tokens))
-    more = st.lists(st.floats(0.0, 9.0), min_size=len(counts), max_size=len(counts))
-    usual = list(zip(counts, accumulate(data.draw(more), initial=1.0), strict=False))
-    more = st.lists(st.floats(0.0, 9.0), min_size=len(sizes), max_size=len(sizes))
-    mixed = list(zip(sizes, accumulate(data.draw(more), initial=1.0), strict=False))
-
-    chunks = measured_chunks(usual, mixed, max_batch_tokens=max_batch_tokens)
-    assert chunks.entries[0][0] == counts[0]
-    assert all(before[1] <= after[1] for before, after in pairwise(chunks.entries))
+    usual, mixed = (list(zip(each, data.draw(rising(len(each))), strict=True)) for each in (counts, sizes))
+    chunks = measured_chunks(
+        usual, mixed, kv_token_ps=kv_token_ps, most_kv_tokens=most_kv_tokens, max_batch_tokens=max_batch_tokens
+    )
+    assert chunks.mixed == tuple(mixed[: len(chunks.mixed)]), "read up to one that is too long"
     assert chunks.least == min(LEAST_CHUNK, max_batch_tokens)
-    for count, rows in chunks.entries:
-        assert count < rows <= max(max_batch_tokens, count + 1)
-        larger = [(size, ms) for size, ms in mixed if size > count]
-        if larger:
-            assert dict(larger)[rows] <= CHUNK_SLOWDOWN * dict(usual)[count] or rows == larger[0][0]
+    kv = kv_token_ps * kv_tokens // 10**6
+    for count, time in usual:
+        chunk = chunks.beside(count, kv_tokens)
+        assert chunk <= max_batch_tokens
+        larger = [(rows, taken) for rows, taken in mixed if rows > count]
+        within = [rows for rows, taken in larger if taken + kv <= CHUNK_SLOWDOWN * (time + kv)]
+        expected = max(chunks.least, max(within, default=larger[0][0] if larger else 0) - count)
+        assert chunk == expected if kv_tokens <= most_kv_tokens else chunk <= expected
+
+
+def rising(count: int) -> st.SearchStrategy[list[int]]:
+    """Microseconds of larger and larger steps."""
+    more = st.lists(st.integers(0, 9000), min_size=count, max_size=count)
+    return more.map(lambda each: list(accumulate(each)))

@@ -24,8 +24,10 @@ END = 0
 Kv = tuple[str, tuple[int, ...]]
 LOST: Kv = ("not finite", ())
 CHUNKS = st.builds(
-    lambda rows, least: Chunks(tuple(sorted(rows.items())), least),
-    st.dictionaries(st.integers(1, 6), st.integers(1, 12), min_size=1, max_size=3),
+    lambda decodes, mixed, *more: Chunks(tuple(sorted(decodes.items())), tuple(sorted(mixed.items())), *more),
+    st.dictionaries(st.integers(1, 6), st.integers(1, 9), min_size=1, max_size=3),
+    st.dictionaries(st.integers(1, 12), st.integers(1, 40), max_size=5),
+    st.integers(0, 2 * 10**6),
     st.integers(1, 6),
 )
 

@@ -174,7 +174,7 @@ def test_while_others_decode_a_prompt_advances_by_chunks() -> None:
 
 
 def test_a_chunk_is_as_large_as_suits_those_that_decode_in_its_step() -> None:
-    scheduler = make(slots=2, chunks=Chunks(((1, 7), (2, 11)), 1))
+    scheduler = make(slots=2, chunks=Chunks(((1, 2), (2, 4)), ((7, 5), (11, 10)), 0, 1))
     for i, name in enumerate("abc"):
         scheduler.add(name, prompt(3, 1000 * i), max_tokens=9)
     steps = [plan(scheduler, 0), plan(scheduler, 1)]
@@ -184,6 +184,19 @@ def test_a_chunk_is_as_large_as_suits_those_that_decode_in_its_step() -> None:
     done(scheduler, steps[1])
     assert shape(plan(scheduler, 1)) == [("c", 3, 1), ("long", 0, 6)]
     assert shape(plan(scheduler, 0)) == [("a", 3, 1), ("b", 3, 1), ("long", 6, 9)], "two decode in this slot"
+
+
+def test_a_chunk_is_larger_beside_decodes_with_long_contexts() -> None:
+    """2.5 times 2 us for the decode, and 1.5 times what its context takes, a us a token: 11, 12 and 14 us."""
+    scheduler = make(lookahead=1, chunks=Chunks(((1, 2),), ((7, 11), (9, 12), (11, 14), (13, 99)), 10**6, 1))
+    scheduler.add("a", prompt(3), max_tokens=9)
+    steps = [plan(scheduler)]
+    scheduler.add("long", prompt(40, 9000), max_tokens=9)
+    for start, chunk in ((3, 6), (4, 8), (5, 10)):
+        steps.append(plan(scheduler))
+        assert shape(steps[-1])[0] == ("a", start, 1), "a token that is drawn but not read counts"
+        assert shape(steps[-1])[1][2] == chunk
+        done(scheduler, steps.pop(0))
 
 
 def test_the_youngest_in_flight_gives_way_when_it_has_landed() -> None:
