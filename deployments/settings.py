@@ -118,7 +118,7 @@ class PoolSettings(_Strict):
     """For how long at most; the next start goes on with what is left."""
     batch_invariant: bool = False
     """A request's tokens and log-probabilities are the same, bit for bit, whatever runs beside it. Slower: 16
-    rows at once, on GPUs without CUDA graphs and FlashInfer; no mixtures of experts."""
+    rows at once, on GPUs without CUDA graphs and FlashInfer."""
     prefix_cache: bool = True
     drain_s: Annotated[float, Field(ge=0)] = 60.0
     """How long a replica that is stopped may finish its streams; those left are resumed on another one."""

@@ -19,7 +19,7 @@ from deployments.engine.attention import IMPLEMENTATION, Attention, PagedKv
 from deployments.engine.attention_choice import choose
 from deployments.engine.flashinfer_fit import Kind
 from deployments.engine.gather import GatherAttention
-from deployments.engine.invariant import InvariantAttention, check_rows_are_apart
+from deployments.engine.invariant import InvariantAttention, keep_rows_apart
 from deployments.engine.load_probe import Plain, ProbeFailed, probe
 from deployments.engine.messages import EngineLimits
 from deployments.engine.stages import Stage, detach_kv, find_decoder, find_layers
@@ -85,7 +85,7 @@ class Cut:
 
     def _invariant(self, ids: list[int], expected: Plain) -> tuple[tuple[Stage, ...], str]:
         name = type(self.model).__name__
-        check_rows_are_apart(self.model)
+        keep_rows_apart(self.model)
         backends = [InvariantAttention(self.plan.num_blocks, device) for device in self.devices]
         try:
             return self._probed(backends, IMPLEMENTATION, ids, expected), InvariantAttention.name

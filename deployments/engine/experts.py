@@ -3,7 +3,8 @@
 A fused weight is [experts, a, b]. Where it was, its module finds a `QuantisedExperts`, which answers `weight[expert]`
 with that expert's weights in the compute dtype; so the model's own forward stays as it is. That forward asks the host
 which experts are hit. On GPUs `experts_forward` takes its place, which asks nothing: every shape in it is known
-beforehand, so that a step can be captured in a CUDA graph.
+beforehand, so that a step can be captured in a CUDA graph. Where rows must not depend on each other
+(`deployments.engine.invariant`), `invariant_experts_forward` does, for quantised experts and others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn.modules import Params4bit
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, grouped_mm_experts_forward
 
 from deployments.errors import ConfigError
@@ -21,6 +23,8 @@ from placement.recipe import BLOCK
 
 IMPLEMENTATION = "headroom_experts"
 """By this name transformers' experts run `experts_forward`."""
+INVARIANT = "headroom_invariant_experts"
+"""By this name they run `invariant_experts_forward`."""
 _MOST_ELEMENTS = 2**31
 """bitsandbytes' kernels count in 32 bits."""
 
@@ -178,4 +182,46 @@ class _Dequantised:
         return value.whole() if isinstance(value, QuantisedExperts) else value
 
 
+def invariant_experts_forward(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """A layer's experts, where a row's bits depend on that row and T alone. The host asks which experts are visited.
+
+    Each of those computes all rows, since the number that visit it would change how it sums. A row adds its own
+    experts' results in float32, in the order of their ids.
+
+    Args:
+        experts: transformers' module, quantised or not.
+        hidden: [T, hidden].
+        top_k_index: int64 [T, k], the experts that each token visits.
+        top_k_weights: [T, k], of their results.
+
+    Returns:
+        [T, hidden].
+    """
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    for expert in sorted(set(top_k_index.flatten().tolist())):
+        visits = top_k_index == expert
+        weights = torch.where(visits, top_k_weights, 0).float().sum(-1, keepdim=True)
+        added = total + _computed(experts, expert, hidden) * weights
+        total = torch.where(visits.any(-1, keepdim=True), added, total)  # not + 0 * result, which may be infinite
+    return total.to(hidden.dtype)
+
+
+def _computed(experts: Any, expert: int, rows: Tensor) -> Tensor:
+    """[T, hidden] of one expert, as its module describes itself to transformers' interface."""
+    if experts.has_gate:
+        inner = experts._apply_gate(_projected(experts, "gate_up_proj", expert, rows))
+    else:
+        inner = experts.act_fn(_projected(experts, "up_proj", expert, rows))
+    result = _projected(experts, "down_proj", expert, inner)
+    normed = getattr(experts, "has_post_expert_norm", False)  # transformers 5.17 does not say
+    return experts.post_expert_norm(result) if normed else result
+
+
+def _projected(experts: Any, name: str, expert: int, rows: Tensor) -> Tensor:
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return linear(rows, weight.mT if experts.is_transposed else weight, bias)
+
+
 ExpertsInterface.register(IMPLEMENTATION, experts_forward)
+ExpertsInterface.register(INVARIANT, invariant_experts_forward)

@@ -4,7 +4,7 @@ Kernels and libraries choose how they sum by the number of rows, so everything r
 cut in passes, the last padded, and the head works on as many. Attention, whose sums run over a sequence, is computed
 for `ROWS` aligned positions of one sequence at a time against all keys up to the last of them: a product's shape
 follows from the row's position, whether it is decoded alone or is part of a prompt's chunk, whatever the chunk. Keys
-that a row does not see have a weight of exactly 0.
+that a row does not see have a weight of exactly 0. Experts compute whole passes (`deployments.engine.experts`).
 
 It costs what the weights cost to be read once more for every `ROWS` rows, and on GPUs the CUDA graphs and FlashInfer.
 """
@@ -17,8 +17,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deployments.engine.attention import AttentionBackend, PagedKv, RowSpan, Scoring, StepLayout, indexable
+from deployments.engine.experts import INVARIANT
 from deployments.errors import ConfigError
 
 ROWS = 16
@@ -190,15 +192,22 @@ def in_runs(rows: Tensor, size: int) -> Iterator[Tensor]:
         yield part
 
 
-def check_rows_are_apart(model: nn.Module) -> None:
-    """Refuse a model whose layers mix the rows of a step.
+def keep_rows_apart(model: PreTrainedModel) -> None:
+    """Let each expert compute all rows of a pass, instead of those that visit it.
 
     Raises:
-        ConfigError: a mixture of experts: each computes the rows that visit it, however many those are.
+        ConfigError: a layer mixes the rows of a step: its experts are not under transformers' experts interface.
     """
-    experts = next((name for name, _ in model.named_modules() if name.split(".")[-1] == "experts"), None)
-    if experts is not None:
-        raise ConfigError(
-            f"batch_invariant does not serve {type(model).__name__}: {experts} computes as many rows at once as visit "
-            "an expert; leave it out, or serve a dense model"
-        )
+    model.set_experts_implementation(INVARIANT)
+    for name, module in model.named_modules():
+        if name.split(".")[-1] == "experts" and not _computes_whole_passes(module):
+            raise ConfigError(
+                f"batch_invariant does not serve {type(model).__name__}: {name} computes as many rows at once as visit "
+                "an expert, and transformers' experts interface does not reach it; leave it out, or choose a model of "
+                "another architecture"
+            )
+
+
+def _computes_whole_passes(experts: nn.Module) -> bool:
+    under_interface = hasattr(experts, "has_gate")  # left there by transformers
+    return under_interface and getattr(experts.config, "_experts_implementation", None) == INVARIANT

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, DbrxConfig, PreTrainedConfig
 
 from deployments.engine.attention import RowSpan
 from deployments.engine.invariant import ROWS, Piece, passes
@@ -76,6 +77,11 @@ def compute(model: LoadedModel, *parts: tuple[int, int, int]) -> list[Tensor]:
         ("Qwen2", {"quantization": "int8", "dtype": "float32"}),
         ("Gemma 2", {"quantization": "fp4", "dtype": "float32"}),
         ("Mistral", {"quantization": "bf16"}),
+        ("Mixtral", {"quantization": "fp32", "stages": 2}),
+        ("Mixtral", {"quantization": "nf4", "dtype": "float32", "quantize_experts": True}),
+        ("Mixtral", {"quantization": "int8", "dtype": "bfloat16", "quantize_experts": True}),
+        ("Qwen3 MoE", {"quantization": "bf16"}),
+        ("Qwen3 MoE", {"quantization": "nf4", "dtype": "bfloat16", "double_quant": True, "quantize_experts": True}),
     ],
 )
 def test_rows_have_the_same_bits_in_any_step(name: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -112,9 +118,16 @@ def run(engine: Engine, asked: list[GenerationRequest], per_step: int) -> dict[s
     return {key: [replace(chunk, cached_tokens=0) for chunk in chunks] for key, chunks in found.items()}
 
 
-def test_requests_are_answered_alike_alone_and_together(tmp_path: Path) -> None:
-    folder = save(CONFIGS["Llama"], tmp_path)
-    model, plan = loaded(folder, quantization="fp32")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Llama", {"quantization": "fp32"}),
+        ("Mixtral", {"quantization": "bf16"}),
+        ("Qwen3 MoE", {"quantization": "nf4", "dtype": "float32", "quantize_experts": True}),
+    ],
+)
+def test_requests_are_answered_alike_alone_and_together(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model, plan = loaded(save(CONFIGS[name], tmp_path), **options)
     engine = Engine(model, plan, replace(LIMITS, prefix_cache=False))
     alone = {key: chunks for request in requests() for key, chunks in run(engine, [request], 1).items()}
     assert len({tuple(chunk.token_ids for chunk in chunks) for chunks in alone.values()}) > 3
@@ -129,10 +142,9 @@ def test_requests_are_answered_alike_alone_and_together(tmp_path: Path) -> None:
     assert scarce.scheduler.preemptions > 0
 
 
-def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    folder = save(CONFIGS["Gemma 2"], tmp_path)
+@pytest.mark.parametrize("name", ["Gemma 2", "Mixtral", "Qwen3 MoE"])
+def test_greedy_tokens_equal_generate(name: str, tmp_path: Path) -> None:
+    folder = save(CONFIGS[name], tmp_path)
     outputs = generated(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), make_prompts())
     model, plan = loaded(folder, quantization="fp32")
     assert model.attention == "torch, batch-invariant"
@@ -144,16 +156,29 @@ def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
 
 # What it does not serve
 
+DBRX = DbrxConfig(
+    d_model=64,
+    n_heads=4,
+    n_layers=2,
+    max_seq_len=256,
+    vocab_size=256,
+    bos_token_id=0,
+    eos_token_id=1,
+    attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+    ffn_config={"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+)
+
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("config", "message"),
     [
-        ("Mixtral", "batch_invariant does not serve MixtralForCausalLM: .*experts computes as many rows at once"),
-        ("BLOOM", "batch_invariant needs paged attention, and on it BloomForCausalLM can't be served"),
+        (DBRX, "batch_invariant does not serve DbrxForCausalLM: .*ffn.experts computes as many rows at once"),
+        (CONFIGS["BLOOM"], "batch_invariant needs paged attention, and on it BloomForCausalLM can't be served"),
     ],
+    ids=["DBRX", "BLOOM"],
 )
-def test_models_that_mix_rows_are_refused(name: str, message: str, tmp_path: Path) -> None:
-    folder = save(CONFIGS[name], tmp_path)
+def test_models_that_mix_rows_are_refused(config: PreTrainedConfig, message: str, tmp_path: Path) -> None:
+    folder = save(config, tmp_path)
     with pytest.raises(ConfigError, match=message) as caught:
         loaded(folder, quantization="fp32")
     assert "\n" not in str(caught.value)

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import MixtralConfig, Qwen3MoeConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from deployments.engine.attention import RowSpan
+from deployments.engine.invariant import ROWS
 from deployments.engine.loader import LoadedModel, load
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
@@ -27,13 +30,39 @@ LIMITS = EngineLimits(max_batch_tokens=256, max_sequences=32, prefix_cache=True,
 IDS = tuple((37 * i + 5) % 256 for i in range(90))
 
 
-@pytest.fixture(params=["nf4", "int8", "bf16"])
+_SHAPE: dict[str, Any] = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1024}
+_EXPERTS: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "num_experts_per_tok": 2,
+}
+CONFIGS = {
+    "llama": llama(**_SHAPE),
+    "mixtral": MixtralConfig(**_SHAPE, **_EXPERTS, num_local_experts=8),
+    "qwen3_moe": Qwen3MoeConfig(**_SHAPE, **_EXPERTS, head_dim=64, moe_intermediate_size=256, num_experts=16),
+}
+
+
+@pytest.fixture(
+    params=[
+        ("llama", "nf4"),
+        ("llama", "int8"),
+        ("llama", "bf16"),
+        ("mixtral", "nf4+experts"),
+        ("mixtral", "bf16"),
+        ("qwen3_moe", "int8+experts"),
+        ("qwen3_moe", "nf4"),
+    ],
+    ids=" ".join,
+)
 def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LoadedModel, Plan]:
-    shape: dict[str, Any] = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1024}
-    folder = save(tmp_path, llama(**shape))
-    small = {"device": "cuda", "max_batch_tokens": 256, "max_sequences": 32, "quantization": request.param}
-    pool = PoolSettings.model_validate(small | {"batch_invariant": True, "max_memory": {0: "4GB"}})
-    plan, _ = plan_pool("tiny", folder, pool)
+    name, way = request.param
+    quantization, _, experts = way.partition("+")
+    folder = save(tmp_path, CONFIGS[name])
+    small = {"device": "cuda", "max_batch_tokens": 256, "max_sequences": 32, "quantization": quantization}
+    asked = {"batch_invariant": True, "quantize_experts": bool(experts), "max_memory": {0: "4GB"}}
+    plan, _ = plan_pool("tiny", folder, PoolSettings.model_validate(small | asked))
     return load(folder, plan, device_type="cuda", limits=LIMITS), plan
 
 
@@ -76,3 +105,18 @@ def test_requests_are_answered_alike_alone_and_together(loaded: tuple[LoadedMode
         assert ids(chunks) == ids(together[key])
         assert [chunk.logprobs for chunk in chunks] == [chunk.logprobs for chunk in together[key]]
     engine.close()
+
+
+@torch.inference_mode()
+def test_routers_break_ties_alike_at_any_place() -> None:
+    """In a row of zeros all experts have the same score."""
+    router = MixtralTopKRouter(CONFIGS["mixtral"]).to("cuda", torch.bfloat16)
+    torch.manual_seed(1)
+    router.weight.data.normal_()
+    found = []
+    for place in range(ROWS):
+        hidden = torch.randn(ROWS, 512, device="cuda", dtype=torch.bfloat16)
+        hidden[place] = 0
+        found.append([result[place] for result in router(hidden)])
+    for each in found:
+        assert all(map(torch.equal, each, found[0]))
