@@ -21,6 +21,7 @@ from deployments.planning import plan_pool
 from deployments.protocol import GenerationRequest, Sampling
 from deployments.settings import PoolSettings
 from placement.plan import Plan
+from tests.gpu.test_engine_gpu import FAMILIES
 from tests.unit.engine.tiny import drain, ids, llama, save
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -37,7 +38,7 @@ _EXPERTS: dict[str, Any] = {
     "vocab_size": 256,
     "num_experts_per_tok": 2,
 }
-CONFIGS = {
+CONFIGS = FAMILIES | {
     "llama": llama(**_SHAPE),
     "mixtral": MixtralConfig(**_SHAPE, **_EXPERTS, num_local_experts=8),
     "qwen3_moe": Qwen3MoeConfig(**_SHAPE, **_EXPERTS, head_dim=64, moe_intermediate_size=256, num_experts=16),
@@ -49,6 +50,11 @@ CONFIGS = {
         ("llama", "nf4"),
         ("llama", "int8"),
         ("llama", "bf16"),
+        ("mistral", "nf4"),
+        ("qwen3", "nf4"),
+        ("gemma2", "nf4"),
+        ("opt", "int8"),
+        ("gpt_neox", "nf4"),
         ("mixtral", "nf4+experts"),
         ("mixtral", "bf16"),
         ("qwen3_moe", "int8+experts"),
