@@ -107,6 +107,8 @@ class Reserve:
     load_peak: int
     last_load_peak: int = 0
     """Of loading where the last stage is, with the head."""
+    graph_logits: int = 0
+    """Last stage only: by how much logits in a graph are more than the activations of the largest one."""
     own: Room | None = None
     """Of attention in the model's own code, which takes it instead of `gather_per_block`; None: the engine attends."""
 
@@ -114,7 +116,7 @@ class Reserve:
         """Everything but weights while `blocks` KV blocks (and the scratch block) are there."""
         kv = (blocks + 1) * kv_block_bytes
         running = self._kept(last, blocks) + self.activations + self._workspace(last, blocks) + kv
-        return self.context + self.graphs + self.fragmentation + max(running, self._load_peak(last))
+        return self.context + self._graphs(last) + self.fragmentation + max(running, self._load_peak(last))
 
     def terms(self, *, last: bool, blocks: int, kv_block_bytes: int) -> tuple[Term, ...]:
         """The same, less the KV, named. A term of 0 bytes is left out."""
@@ -129,7 +131,7 @@ class Reserve:
         loading = self._load_peak(last) - kept - self.activations - workspace - (blocks + 1) * kv_block_bytes
         terms = (
             Term(CONTEXT, self.context, "CUDA context, and the code of libraries and kernels"),
-            Term(GRAPHS, self.graphs, "CUDA graphs, and the activations of the largest of them"),
+            Term(GRAPHS, self._graphs(last), "CUDA graphs, and what the largest of them computes with"),
             Term("fragmentation", self.fragmentation, "what the allocator can't hand out"),
             Term("buffers", kept, "kept by pipeline, attention, kernels and sampler from step to step"),
             Term("activations", self.activations, "hidden states and projections of one step in the widest layer"),
@@ -137,6 +139,9 @@ class Reserve:
             Term("loading", max(0, loading), "the peak of loading, above all that comes after it"),
         )
         return tuple(term for term in terms if term.bytes)
+
+    def _graphs(self, last: bool) -> int:
+        return self.graphs + (self.graph_logits if last else 0)
 
     def _kept(self, last: bool, blocks: int) -> int:
         return self.buffers + (self.sampler + self.per_block * (blocks + 1) if last else 0)
@@ -188,11 +193,10 @@ def reserve(footprint: Footprint, workload: Workload, *, device_type: DeviceType
     widest = (_activation_bytes if gathers else _compiled_activation_bytes)(footprint)
     visited = dequantised_bytes(footprint) if cuda and footprint.experts else 0
     room = gathered.room(footprint, workload, widest) if own else None
+    captured = 0 if gathers else workload.captured_rows(devices) * widest + visited
     return Reserve(
         context=CUDA_CONTEXT_BYTES if cuda else 0,
-        graphs=0
-        if gathers
-        else driver_bytes(len(footprint.layers)) + workload.captured_rows(devices) * widest + visited,
+        graphs=0 if gathers else driver_bytes(len(footprint.layers)) + captured,
         fragmentation=_fragmentation_bytes(footprint, room) if cuda else 0,
         activations=workload.max_batch_tokens * widest,
         buffers=_buffer_bytes(footprint, workload, devices, gathers=gathers) if cuda else 0,
@@ -204,6 +208,7 @@ def reserve(footprint: Footprint, workload: Workload, *, device_type: DeviceType
         gather_per_block=_gather_bytes(footprint, workload) if gathers and not own and not encodes else 0,
         load_peak=load_peak(footprint, devices, head=False),
         last_load_peak=load_peak(footprint, devices, head=True),
+        graph_logits=0 if gathers else max(0, _graph_logit_bytes(footprint, workload) - captured),
         own=cross.room(footprint, workload) if encodes else room,
     )
 
@@ -320,11 +325,24 @@ def _logit_bytes(footprint: Footprint, workload: Workload, *, dequantises: bool)
         dequantises: linears take a dequantised weight of their own, and share no buffer.
     """
     size, step = dtype_bytes(footprint.dtype), workload.max_batch_tokens
-    rows = min(workload.max_sequences, step)
-    vocab = -(-footprint.geometry.vocab // _SEGMENT) * _SEGMENT
+    rows, vocab = _sampled_rows(workload), _vocab(footprint)
     hidden = (step + rows) * footprint.geometry.hidden * size
     product = _head_product_bytes(footprint, rows) if dequantises else 0
     return hidden + vocab * rows * size + max(product, vocab * min(rows, SAMPLE_ROWS) * _SAMPLE_BYTES)
+
+
+def _graph_logit_bytes(footprint: Footprint, workload: Workload) -> int:
+    """Twice the logits of a step's sampled rows, as heads that scale or cap them hold them."""
+    return 2 * _vocab(footprint) * _sampled_rows(workload) * dtype_bytes(footprint.dtype)
+
+
+def _sampled_rows(workload: Workload) -> int:
+    return min(workload.max_sequences, workload.max_batch_tokens)
+
+
+def _vocab(footprint: Footprint) -> int:
+    """In whole segments."""
+    return -(-footprint.geometry.vocab // _SEGMENT) * _SEGMENT
 
 
 def _head_product_bytes(footprint: Footprint, rows: int) -> int:

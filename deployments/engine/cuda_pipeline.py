@@ -116,6 +116,10 @@ class CudaPipeline:
             link.release(slot)
         last = self._lanes[-1]
         with torch.cuda.device(last.device):
+            if step.sampled and self._draws.wants_likeliest(draw):
+                found = last.likeliest(step, hidden)
+                if found is not None:
+                    return self._draws.launch_found(slot, found)
             return self._draws.launch(slot, last.logits(step, hidden) if step.sampled else None, draw)
 
     def close(self) -> None:

@@ -59,7 +59,17 @@ class Draws:
             done = torch.cuda.Event()
             done.record()
             return Flight(None, done)
-        drawn = self._sampler.draw(logits, draw)
+        return self._send(slot, self._sampler.draw(logits, draw))
+
+    def wants_likeliest(self, draw: Draw) -> bool:
+        """Whether each row's likeliest token is all that a step asks for."""
+        return self._sampler.wants_likeliest(draw)
+
+    def launch_found(self, slot: int, found: Tensor) -> Flight:
+        """The same as `launch`, where a graph has drawn already: `found` as `Sampler.take` has it."""
+        return self._send(slot, self._sampler.take(found))
+
+    def _send(self, slot: int, drawn: Drawn) -> Flight:
         self._last_ids[slot] = drawn.ids
         if self._returns is not None:
             self._returns.send(slot, drawn.ids)

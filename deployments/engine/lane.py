@@ -20,7 +20,9 @@ from torch import Tensor
 
 from deployments.engine.attention import RowSpan, StepLayout, singles
 from deployments.engine.budget import quarters
+from deployments.engine.capture import capture
 from deployments.engine.compiled import FEW_ROWS, compile_layers
+from deployments.engine.greedy import GreedyDraws
 from deployments.engine.inputs import Inputs, continue_ids, pack, packed_size
 from deployments.engine.stages import Stage, StepRows
 
@@ -28,8 +30,6 @@ log = logging.getLogger(__name__)
 
 MOST_CAPTURED_ROWS = 768
 """Of one device; on several, graphs of more rows are far apart, and run only steps that fill three fourths of them."""
-_WARM_UPS = 2
-"""Runs before a capture: libraries choose algorithms and take their workspaces at the first ones."""
 _TIMED_RUNS = 5
 _VIEWS = 128
 """Of a buffer's first rows, that are kept: more than there are graphs."""
@@ -193,6 +193,8 @@ class Lane:
         self._large = tuple(_chunked(rows, max_sequences) for rows in large_sizes(max_batch_tokens))
         self._drawn = tuple(form.rows for form in self.forms if form.sequences is None)
         """Rows that the head takes."""
+        self._greedy: GreedyDraws | None = None
+        """On the last lane, once there are graphs."""
 
     @torch.inference_mode()
     def warm(self, progress: Callable[[int, int], None]) -> None:
@@ -213,6 +215,14 @@ class Lane:
         for done, form in enumerate(sorted(self.forms, key=lambda form: -form.rows)):
             progress(done, len(self.forms))
             self._graphs[form] = self._capture(form, pool)
+        if self.stage.is_last and self._outgoing is not None:
+            # In the same memory: a step's layers are done when its head begins.
+            self._greedy = GreedyDraws(
+                self.stage.logits,
+                self._outgoing,
+                self._drawn,
+                lambda queue: capture(queue, pool=pool, stream=self._side),
+            )
         self._meet()
         torch.cuda.synchronize(self.device)
 
@@ -250,17 +260,28 @@ class Lane:
         """[sampled rows, vocab] of what `run` returned, on the last lane, its device the current one; at least one row
         is sampled.
 
-        No part of the graphs: those of all batch sizes would keep their logits, half a GB where a vocabulary is large.
-        The head takes few numbers of rows, all met by `warm`: a product of another size may be a kernel that is yet to
-        be loaded, and while one is, CUDA lets the host wait for the device.
+        By no graph: those of all sizes would keep their logits, half a GB where a vocabulary is large. The head takes
+        few numbers of rows, all met by `warm`: a product of another size may be a kernel that is yet to be loaded, and
+        while one is, CUDA lets the host wait for the device.
         """
-        picked = drawn(step.sampled, of=len(step.ids), there=hidden.shape[1], sizes=self._drawn)
+        picked = self._picked(step, hidden)
         if isinstance(picked, int):
             hidden = hidden[:, :picked]
         else:
             index = torch.tensor(picked, dtype=torch.int64, pin_memory=True)
             hidden = hidden[:, index.to(self.device, non_blocking=True)]
         return self.stage.logits(hidden)[: len(step.sampled)]
+
+    def likeliest(self, step: StepRows, hidden: Tensor) -> Tensor | None:
+        """What `GreedyDraws.draw` finds in the sampled rows of what `run` returned, by a graph, on the last lane, its
+        device the current one; None: no graph does. One does where a graph ran the layers, and all rows are sampled."""
+        if self._greedy is None or not self._greedy.reads(hidden):
+            return None
+        picked = self._picked(step, hidden)
+        return self._greedy.draw(picked, len(step.sampled)) if isinstance(picked, int) else None
+
+    def _picked(self, step: StepRows, hidden: Tensor) -> int | tuple[int, ...]:
+        return drawn(step.sampled, of=len(step.ids), there=hidden.shape[1], sizes=self._drawn)
 
     @torch.inference_mode()
     def microseconds(self, form: Form, spans: tuple[RowSpan, ...] = ()) -> int:
@@ -329,19 +350,10 @@ class Lane:
 
     def _capture(self, form: Form, pool: Any) -> torch.cuda.CUDAGraph:
         inputs = self._prepare_scratch(form)
-        compute = torch.cuda.current_stream(self.device)
-        self._side.wait_stream(compute)
-        with torch.cuda.stream(self._side):
-            for _ in range(_WARM_UPS):
-                result = self._compute(inputs, self._incoming)
         if self._outgoing is None:  # of the largest graph; OPT's last hidden states may be narrower than its layers'
-            self._outgoing = torch.zeros_like(result)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=self._side):
-            self._outgoing[:, : form.rows].copy_(self._compute(inputs, self._incoming))
-        compute.wait_stream(self._side)
-        graph.replay()  # the first one uploads it; no request waits for that
-        return graph
+            self._outgoing = torch.zeros_like(self._compute(inputs, self._incoming))
+        outgoing = self._outgoing[:, : form.rows]
+        return capture(lambda: outgoing.copy_(self._compute(inputs, self._incoming)), pool=pool, stream=self._side)
 
     def _prepare_scratch(self, form: Form, spans: tuple[RowSpan, ...] = ()) -> Inputs:
         """Rows that are all padding, but for what attention reads and writes for those of `spans`."""

@@ -22,6 +22,7 @@ from deployments.engine.sampling import (
     keep_top_k,
     keep_top_p,
     largest,
+    likeliest,
     log_probabilities,
     penalise,
     pick,
@@ -156,13 +157,27 @@ class Sampler:
         if logits.shape != (len(draw.rows), self._vocab_size):
             raise ValueError(f"{len(draw.rows)} rows of {self._vocab_size} ids, but logits are {tuple(logits.shape)}")
         batch = self._batch(draw.rows)
-        top, ids = largest(logits)
-        good = top.abs() < math.inf
+        ids, good = likeliest(logits)
         for group in batch.groups:
             self._draw_group(logits, draw, group, ids, good)
         likely = [self._likely(logits, ids, wanted) for wanted in batch.wanted]
         host_ids = self._to_host(torch.where(good, ids, -1))
         return Drawn(ids, host_ids, tuple(likely), self._event())
+
+    def wants_likeliest(self, draw: Draw) -> bool:
+        """Whether each row's likeliest token is all that a step asks for: then `take` does, and nobody needs logits."""
+        batch = self._batch(draw.rows)
+        return not batch.groups and not batch.wanted
+
+    @torch.inference_mode()
+    def take(self, found: Tensor) -> Drawn:
+        """Each row's likeliest token, where a graph has found it already.
+
+        Args:
+            found: int64 [2, rows]: ids of the vocabulary, and the same with -1 for a row that is bad.
+        """
+        ids, host_ids = found.unbind()
+        return Drawn(ids, self._to_host(host_ids), (), self._event())
 
     def _batch(self, rows: tuple[Row, ...]) -> SamplingBatch:
         batch = self._batches.get(rows)

@@ -86,6 +86,12 @@ def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
     return top, torch.add(places.gather(1, part[:, None])[:, 0], part, alpha=width)
 
 
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's greedy id, int64, and whether the row of `logits` [rows, vocab] is good: its largest is finite."""
+    top, ids = largest(logits)
+    return ids, top.abs() < torch.inf
+
+
 @cache
 def _parts_of(width: int) -> int:
     """Equal parts that a row is looked through in: as many as there are, up to 256."""

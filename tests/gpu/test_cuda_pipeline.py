@@ -33,6 +33,7 @@ from deployments.engine.loader import LoadedModel, load
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
 from deployments.engine.pipeline import open_pipeline
+from deployments.engine.sampling import likeliest
 from deployments.engine.sampling_batch import Row
 from deployments.engine.stages import StepRows
 from deployments.protocol import GenerationRequest, Sampling, TokenChunk
@@ -193,22 +194,33 @@ class Hand:
 
     def __init__(self, served: Served, monkeypatch: pytest.MonkeyPatch, *, graphs: bool = True) -> None:
         self.logits: list[Tensor] = []
-        """float32 [sampled rows, vocab] of each step, on the CPU once `read` was called."""
+        """float32 [sampled rows, vocab] of each step, on the CPU once `read` was called; by no graph."""
+        self.by_graph: list[bool] = []
+        """Whether each step was drawn by a graph."""
         self.replayed: list[list[Form]] = [[] for _ in served.pipeline._lanes]
         self._pipeline = served.pipeline
-        self._rows = [Row(Sampling(max_tokens=99, seed=0, temperature=0.0), 1, VOCAB) for _ in TEXT]
+        self.rows = [Row(Sampling(max_tokens=99, seed=0, temperature=0.0), 1, VOCAB) for _ in TEXT]
+        """What each sequence asks for."""
         for lane, seen in zip(served.pipeline._lanes, self.replayed, strict=True):
             watched = {form: _Watched(graph, form, seen) for form, graph in lane._graphs.items()} if graphs else {}
             monkeypatch.setattr(lane, "_graphs", watched)
         last = served.pipeline._lanes[-1]
-        compute = last.logits
+        compute, draw = last.logits, last.likeliest
 
-        def keep(step: StepRows, hidden: Tensor) -> Tensor:
+        def keep(step: StepRows, hidden: Tensor, *, by_graph: bool = False) -> Tensor:
             logits = compute(step, hidden)
             self.logits.append(logits.float())
+            self.by_graph.append(by_graph)
             return logits
 
+        def beside(step: StepRows, hidden: Tensor) -> Tensor | None:
+            found = draw(step, hidden)
+            if found is not None:
+                keep(step, hidden, by_graph=True)
+            return found
+
         monkeypatch.setattr(last, "logits", keep)
+        monkeypatch.setattr(last, "likeliest", beside)
 
     def launch(self, slot: int, parts: Sequence[Part]) -> Flight:
         """Queue a step; each part draws a token."""
@@ -222,7 +234,7 @@ class Hand:
             RowSpan(part.start, part.end - part.start, table) for part, table in zip(parts, tables, strict=True)
         )
         positions = tuple(position for part in parts for position in range(part.start, part.end))
-        rows = tuple(self._rows[part.sequence] for part in parts)
+        rows = tuple(self.rows[part.sequence] for part in parts)
         counts = tuple(part.end for part in parts)
         draw = Draw(rows, counts, tuple(count - 1 for count in counts), tables)
         return self._pipeline.launch(slot, StepRows(tuple(ids), positions, spans, tuple(ends)), draw)
@@ -292,6 +304,8 @@ def test_graphs_compute_what_eager_steps_do(served: Served) -> None:
         eager.play(SCRIPT)
     assert by_graph.replayed == [GRAPHS] * served.case.stages
     assert eager.replayed == [[]] * served.case.stages
+    assert by_graph.by_graph == [False, *[True] * 4, False, False], "steps that only decode"
+    assert not any(eager.by_graph)
     agree(by_graph, eager, drawn, served.bound)
 
 
@@ -303,6 +317,41 @@ def test_hand_made_steps_are_the_plain_forward(served: Served, monkeypatch: pyte
         for part, token in zip(parts, ids, strict=True):
             gap = shortfalls(served.plain, TEXT[part.sequence][: part.end], [token])
             assert float(gap) <= served.bound, part
+
+
+@torch.inference_mode()
+def test_the_heads_graphs_draw_what_the_head_does(served: Served) -> None:
+    """Bit for bit, for every number of rows; a row of NaN is bad."""
+    lane = served.pipeline._lanes[-1]
+    assert lane._greedy is not None
+    assert lane._outgoing is not None
+    lane._outgoing.normal_()
+    lane._outgoing[0, 1] = float("nan")
+    pairs = []
+    with torch.cuda.device(lane.device):
+        for rows in lane._drawn:
+            ids, good = likeliest(lane.stage.logits(lane._outgoing[:, :rows]))
+            pairs.append((lane._greedy.draw(rows, rows), torch.stack((ids, torch.where(good, ids, -1)))))
+    assert [found.shape[1] for found, _ in pairs] == [1, 2, 4, 8, 16]
+    for found, expected in pairs:
+        assert torch.equal(found, expected)
+        assert (found[1] < 0).nonzero()[:, 0].tolist() == ([1] if found.shape[1] > 1 else [])
+
+
+def test_a_request_that_samples_takes_its_step_off_the_heads_graph(served: Served) -> None:
+    """And leaves the others' tokens as they were."""
+    with pytest.MonkeyPatch.context() as patch:
+        alone = Hand(served, patch)
+        expected = alone.play([PROMPTS, *DECODES])
+    with pytest.MonkeyPatch.context() as patch:
+        beside = Hand(served, patch)
+        beside.rows[2] = Row(Sampling(max_tokens=99, seed=0, temperature=1.0, top_k=3), 1, VOCAB)
+        found = beside.play([PROMPTS, *DECODES])
+    assert alone.by_graph == [False, *[True] * 4]
+    assert not any(beside.by_graph)
+    for logits, ids, greedy_ids in zip(beside.logits, found, expected, strict=True):
+        assert ids[2] in logits[2].topk(3).indices
+        assert ids[:2] + ids[3:] == greedy_ids[:2] + greedy_ids[3:]
 
 
 def test_pending_ids_are_the_ones_drawn(served: Served) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from deployments.engine.capture import capture
+from deployments.engine.greedy import GreedyDraws
+from deployments.engine.lane import few_sizes
 from deployments.engine.sampler import SCRATCH_BYTES, Sampler
+from deployments.engine.sampling import likeliest
 from deployments.engine.sampling_batch import padded
 from placement.reserve import SAMPLE_ROWS
 from tests.contract.sampling_cases import logits
@@ -88,6 +95,51 @@ def test_noting_inputs_can_be_graphed() -> None:
     ids.copy_(torch.tensor([30, 31]))
     graph.replay()
     assert sampler.history.ids[0, :2].tolist() == [30, 31]
+
+
+def graphed(most: int) -> tuple[Callable[[Tensor], Tensor], Tensor, GreedyDraws]:
+    """A head with random weights, the hidden states [1, most, 64] that its graphs read, and these."""
+    weight = torch.randn(
+        VOCAB, 64, dtype=torch.bfloat16, device="cuda", generator=torch.Generator("cuda").manual_seed(0)
+    )
+    hidden = weight.new_zeros(1, most, 64)
+    made = partial(capture, pool=torch.cuda.graph_pool_handle(), stream=torch.cuda.Stream())
+
+    def head(rows: Tensor) -> Tensor:
+        return (rows @ weight.T)[0]
+
+    return head, hidden, GreedyDraws(head, hidden, few_sizes(most), made)
+
+
+@torch.inference_mode()
+def test_slots_share_the_heads_graphs() -> None:
+    """Each step's ids are its own, though the next one's graph runs before they are read; and the host never waits."""
+    head, hidden, draws = graphed(16)
+    sampler, _ = prepared([request([1], [2])])
+    states = [torch.randn_like(hidden) for _ in range(12)]
+    sizes = [((16, 13), (8, 8), (16, 16))[i % 3] for i in range(12)]
+    expected = [likeliest(head(each[:, :rows]))[0][:n].tolist() for each, (rows, n) in zip(states, sizes, strict=True)]
+    torch.cuda._sleep(int(1e8))
+    taken = []
+    with no_waits():
+        for each, (rows, count) in zip(states, sizes, strict=True):
+            hidden.copy_(each)
+            taken.append(sampler.take(draws.draw(rows, count)))
+    assert [drawn.ids.tolist() for drawn in taken] == expected
+    assert [[token.token_id for token in drawn.read()] for drawn in taken] == expected
+
+
+@torch.inference_mode()
+def test_the_heads_graphs_hold_logits_once() -> None:
+    graphed(1)  # libraries take what they keep at their first calls
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    kept = graphed(256)
+    torch.cuda.empty_cache()
+    taken = torch.cuda.memory_reserved() - before
+    logits_bytes = [2 * VOCAB * rows for rows in few_sizes(256)]
+    assert max(logits_bytes) < taken < 2.5 * max(logits_bytes) < 0.5 * sum(logits_bytes)
+    del kept
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -235,6 +235,27 @@ class TestScratch:
         assert used.peak < 2 * weight_table().nbytes
 
 
+class TestLikeliest:
+    @pytest.mark.parametrize(
+        "params",
+        [{"top_k": 0}, {"logprobs": 0}, {"logit_bias": ((1, 2.0),)}, {"min_tokens": 1}, {"presence_penalty": 1.0}],
+        ids=str,
+    )
+    def test_a_row_that_needs_more_needs_logits(self, params: dict[str, Any]) -> None:
+        plain = request(temperature=0.0)
+        other = request(**({"temperature": 0.0} if "top_k" not in params else {}), **params)
+        for asked, alone in (([plain] * 3, True), ([plain, other, plain], False)):
+            draw = make_draw(asked, [each.row(10) for each in asked])
+            assert sampler(10).wants_likeliest(draw) is alone
+
+    def test_what_was_found_elsewhere_is_taken_as_it_is(self) -> None:
+        """Ids for the device, and for the host which of them are bad."""
+        drawn = sampler(10).take(torch.tensor([[3, 4, 5], [3, -1, 5]]))
+        assert drawn.ids.tolist() == [3, 4, 5]
+        bad = SampledToken(0, True, None)
+        assert drawn.read() == [SampledToken(3, False, None), bad, SampledToken(5, False, None)]
+
+
 class TestRefusals:
     def test_logits_must_match_the_draw(self) -> None:
         with pytest.raises(ValueError, match=r"1 rows of 10 ids, but logits are \(1, 11\)"):

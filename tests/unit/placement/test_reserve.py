@@ -127,6 +127,7 @@ def test_terms_and_held_are_one_sum(last: bool, blocks: int, load_peak: int) -> 
         per_block=3,
         gather_per_block=2,
         load_peak=load_peak,
+        graph_logits=23,
     )
     assert parts.held(last=last, blocks=blocks, kv_block_bytes=10) == total(parts, last=last, blocks=blocks) + 10 * (
         blocks + 1
@@ -267,6 +268,17 @@ def test_graphs_keep_the_activations_of_the_largest() -> None:
     assert 2 * (long.graphs - terms._GRAPH_BYTES - terms._GRAPH_LAYER_BYTES) == long.activations
     deeper = on(model(*(layer.tensors for layer in LLAMA.layers * 3)))
     assert deeper.graphs - small.graphs == 2 * terms._GRAPH_LAYER_BYTES
+
+
+def test_logits_in_a_graph_count_above_its_activations() -> None:
+    """On the last stage: two of them, where the head scales or caps the first."""
+    small, twice = on(LLAMA), 2 * 512 * 4 * 2
+    assert small.graph_logits == 0, "300 elements thrice in a row: they fit"
+    many = on(replace(LLAMA, geometry=replace(LLAMA.geometry, vocab=100 * 512)))
+    assert many.graph_logits == 100 * twice - small.activations
+    assert [on(HEADS, attention="torch").graph_logits, on(HEADS, device_type="cpu").graph_logits] == [0, 0]
+    parts = replace(NOTHING, graphs=13, graph_logits=5)
+    assert [total(parts, last=last, blocks=0) for last in (False, True)] == [13, 18]
 
 
 def test_activations_of_compiled_and_of_plain_layers() -> None:
