@@ -19,7 +19,8 @@ from deployments.engine.attention import RowSpan, StepLayout
 from deployments.engine.budget import Chunks, counted_decodes, measured_chunks
 from deployments.engine.draw import Draw
 from deployments.engine.flight import Draws, Flight
-from deployments.engine.lane import Form, Lane
+from deployments.engine.forms import Form
+from deployments.engine.lane import Lane
 from deployments.engine.link import Link
 from deployments.engine.sampler import Sampler
 from deployments.engine.stages import Stage, StepRows

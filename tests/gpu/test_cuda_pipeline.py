@@ -27,7 +27,7 @@ from deployments.engine.cuda_pipeline import CudaPipeline
 from deployments.engine.draw import Draw
 from deployments.engine.flashinfer_fit import why_not_here
 from deployments.engine.flight import Flight
-from deployments.engine.lane import Form, forms
+from deployments.engine.forms import Form, forms
 from deployments.engine.link import Link
 from deployments.engine.loader import LoadedModel, load
 from deployments.engine.loop import Engine

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from deployments.engine.capture import capture
+from deployments.engine.forms import few_sizes
 from deployments.engine.greedy import GreedyDraws
-from deployments.engine.lane import few_sizes
 from deployments.engine.sampler import SCRATCH_BYTES, Sampler
 from deployments.engine.sampling import likeliest
 from deployments.engine.sampling_batch import padded

@@ -20,7 +20,7 @@ from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
 from deployments.engine.compiled import FEW_ROWS, RECOMPILE_LIMIT, compile_layers
-from deployments.engine.lane import usual
+from deployments.engine.forms import usual
 
 
 class Layer(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 from deployments.engine.attention import RowSpan
 from deployments.engine.budget import CHUNK_SLOWDOWN, LEAST_CHUNK
 from deployments.engine.cuda_pipeline import measure_chunks
-from deployments.engine.lane import Form, forms, mixed
+from deployments.engine.forms import Form, forms, mixed
 from deployments.engine.stages import StepRows
 
 SIZES = {"block_size": 16, "max_batch_tokens": 2048, "max_sequences": 256, "max_context": 4096}

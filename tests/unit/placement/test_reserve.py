@@ -11,7 +11,7 @@ import torch
 
 from deployments.engine.attention_flashinfer import Limits
 from deployments.engine.flashinfer_fit import Kind, Room, why_not
-from deployments.engine.lane import forms
+from deployments.engine.forms import forms
 from deployments.engine.residents import move_to_arena
 from deployments.engine.sampler import SCRATCH_BYTES
 from deployments.engine.sampling import weight_table

@@ -9,7 +9,7 @@ import pytest
 from deployments.engine.attention import RowSpan, StepLayout
 from deployments.engine.budget import counted_decodes
 from deployments.engine.compiled import FEW_ROWS
-from deployments.engine.lane import MOST_CAPTURED_ROWS, Form, drawn, few_sizes, forms, large_sizes, mixed, usual
+from deployments.engine.forms import MOST_CAPTURED_ROWS, Form, drawn, few_sizes, forms, large_sizes, mixed, usual
 from deployments.engine.stages import StepRows
 from placement.workload import CAPTURED_ROWS
 
