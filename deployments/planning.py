@@ -12,7 +12,7 @@ from placement import probe
 from placement.errors import PlacementError
 from placement.footprint import Footprint, footprint
 from placement.hardware import DeviceType, Gpu, virtual_cpu_devices
-from placement.kv import kv_dtype_name, why_not_served
+from placement.kv import kv_dtype_name, stored_kv, why_not_served
 from placement.plan import Plan, solve
 from placement.recipe import Grouped, read_recipe
 from placement.source import Source, find_source
@@ -169,10 +169,10 @@ def _attention(weighed: Footprint, pool: PoolSettings) -> Attention:
 
     if weighed.geometry.own_attention or "encoder" in weighed.stacks or pool.int8_threshold:
         return "torch"
-    dtype = getattr(torch, weighed.dtype)
-    stored = dtype if pool.kv_dtype == "auto" else getattr(torch, kv_dtype_name(pool.kv_dtype))
-    heads = weighed.geometry.heads
-    kinds = (Kind(heads, kv.kv_heads, kv.head_dim, dtype, stored, None, None) for kv in weighed.geometry.kv)
+    kv_dtype = weighed.dtype if pool.kv_dtype == "auto" else kv_dtype_name(pool.kv_dtype)
+    computed, stored = getattr(torch, weighed.dtype), getattr(torch, kv_dtype)
+    heads, layers = weighed.geometry.heads, stored_kv(weighed.geometry.kv, kv_dtype, "flashinfer")
+    kinds = (Kind(heads, kv.kv_heads, kv.head_dim, computed, stored, None, None) for kv in layers)
     return "torch" if why_not_here() or any(why_not(kind) for kind in kinds) else "flashinfer"
 
 

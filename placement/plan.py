@@ -21,6 +21,7 @@ from placement.question import Conditions, Order, Question, ask
 from placement.reserve import Term
 from placement.shortfall import shortfall
 from placement.solver import Goal, Split, best, without_needless_resort
+from placement.workload import Attention
 
 __all__ = ["Conditions", "DoesNotFit", "Goal", "Order", "Plan", "Stage", "answer", "solve"]
 
@@ -91,6 +92,8 @@ class Plan:
     """The head is quantised too, apart from an embedding that it is tied to."""
     embeddings: bool = False
     """The input embedding is quantised too, apart from a head that is tied to it."""
+    attention: Attention = "torch"
+    """What KV blocks are laid out for: FlashInfer's have heads of the sizes that it has kernels for."""
 
     @property
     def capacity_tokens(self) -> int:
@@ -153,12 +156,11 @@ def _answer(problem: Problem, goal: Goal) -> Plan | None:
 
 
 def _price(problem: Problem, split: Split) -> Plan:
-    footprint, workload = problem.question.footprint, problem.question.workload
+    question = problem.question
+    footprint, workload = question.footprint, question.workload
     context = min(workload.max_context, split.blocks * workload.block_size)
     one, window_aware = (
-        sequence_bytes(
-            footprint.geometry.kv, context, kv_dtype=workload.kv_dtype, dtype=footprint.dtype, window_aware=aware
-        )
+        sequence_bytes(question.kv, context, kv_dtype=workload.kv_dtype, dtype=footprint.dtype, window_aware=aware)
         for aware in (False, True)
     )
     return Plan(
@@ -176,6 +178,7 @@ def _price(problem: Problem, split: Split) -> Plan:
         experts=footprint.experts,
         head=footprint.head,
         embeddings=footprint.embeddings,
+        attention=question.attention,
     )
 
 

@@ -74,6 +74,7 @@ class Problem:
         """
         footprint, workload = question.footprint, question.workload
         per_token = kv_dtype_bytes(workload.kv_dtype) * workload.block_size
+        layers = question.kv
         alone, tied, everywhere = _storages(footprint)
         work = [layer.work for layer in footprint.layers]
         for layer, module in footprint.beside:
@@ -89,8 +90,8 @@ class Problem:
             question=question,
             reserves=reserves,
             weights=_running(alone),
-            kv=_running(kv.elements_per_token * per_token for kv in footprint.geometry.kv),
-            state=_running(kv.state_bytes(footprint.dtype) * workload.max_sequences for kv in footprint.geometry.kv),
+            kv=_running(kv.elements_per_token * per_token for kv in layers),
+            state=_running(kv.state_bytes(footprint.dtype) * workload.max_sequences for kv in layers),
             work=_running(work),
             tied=tied,
             everywhere=everywhere,

@@ -12,8 +12,8 @@ from placement.cards import runs_flashinfer
 from placement.errors import PlacementError
 from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, format_bytes, parse_bytes
-from placement.kv import kv_dtype_name
-from placement.reserve import CUDA_CONTEXT_BYTES, why_not_flashinfer
+from placement.kv import LayerKv, kv_dtype_name, stored_kv
+from placement.reserve import CUDA_CONTEXT_BYTES, gpu_attention, why_not_flashinfer
 from placement.workload import Attention, Workload
 
 Order = Literal["given", "best"]
@@ -65,6 +65,17 @@ class Question:
     def least_blocks(self) -> int:
         """KV blocks that a plan must have."""
         return self.demand.blocks(self.workload.block_size)
+
+    @property
+    def attention(self) -> Attention:
+        """What computes attention in the whole replica."""
+        gpus = any(device.device_type == "cuda" for device in self.devices)
+        return gpu_attention(self.footprint, self.workload) if gpus else "torch"
+
+    @property
+    def kv(self) -> tuple[LayerKv, ...]:
+        """What each layer caches, as it is stored."""
+        return stored_kv(self.footprint.geometry.kv, self.workload.kv_dtype, self.attention)
 
 
 class Conditions(TypedDict, total=False):

@@ -18,8 +18,8 @@ from placement.experts import dequantised_bytes, largest_fused, waiting_bytes
 from placement.footprint import Footprint, Module, Tensor
 from placement.gathered import Room
 from placement.hardware import DeviceType, format_bytes
-from placement.kv import dtype_bytes, kv_dtype_bytes
-from placement.workload import Workload
+from placement.kv import dtype_bytes, kv_dtype_bytes, stored_kv, why_no_heads
+from placement.workload import Attention, Workload
 
 SAMPLE_ROWS = 64
 """Rows of logits that the sampler works on at once."""
@@ -30,9 +30,6 @@ CONTEXT = "context"
 GRAPHS = "graphs"
 """Name of the term of which `driver_bytes` are outside PyTorch's allocator; without it, those of no layers are in the
 buffers."""
-
-FLASHINFER_HEAD_DIMS = (64, 128, 256)
-"""Head sizes that FlashInfer has kernels for."""
 
 CUDA_CONTEXT_BYTES = 704 * 2**20
 """CUDA context, and the code of PyTorch, cuBLAS, FlashInfer and Triton: 695 MiB on an H200 (driver 580, CUDA 13),
@@ -173,22 +170,26 @@ def why_not_flashinfer(footprint: Footprint, workload: Workload) -> str | None:
         return f"its kernels compute in 16 bits, not {dtype}"
     if kv_dtype != dtype and kv_dtype_bytes(kv_dtype) != 1:
         return f"beside {dtype} its kernels read KV in {dtype} or fp8, not {kv_dtype}"
-    for kv in footprint.geometry.kv:
+    for kv in stored_kv(footprint.geometry.kv, kv_dtype, "flashinfer"):
         if kv.latent:
             return "latent attention is computed otherwise"
-        if kv.kv_heads and kv.head_dim not in FLASHINFER_HEAD_DIMS:
-            return f"it has kernels for head sizes {', '.join(map(str, FLASHINFER_HEAD_DIMS))}, not {kv.head_dim}"
-        if kv.head_dim == 64 and kv_dtype_bytes(kv_dtype) == 1:
-            return "its prefill kernel does not read fp8 with head size 64"
+        if kv.kv_heads and (reason := why_no_heads(kv.head_dim, kv_dtype)):
+            return reason
     return None
+
+
+def gpu_attention(footprint: Footprint, workload: Workload) -> Attention:
+    """What computes a model's attention on GPUs."""
+    if footprint.geometry.own_attention is not None:
+        return "torch"
+    return workload.attention or ("torch" if why_not_flashinfer(footprint, workload) else "flashinfer")
 
 
 def reserve(footprint: Footprint, workload: Workload, *, device_type: DeviceType, devices: int = 1) -> Reserve:
     """The reserve of one of the replica's `devices`."""
     cuda = device_type == "cuda"
-    chosen = workload.attention or ("torch" if why_not_flashinfer(footprint, workload) else "flashinfer")
     own, encodes = footprint.geometry.own_attention is not None, cross.encodes(footprint)
-    gathers = own or not cuda or chosen == "torch"
+    gathers = not cuda or gpu_attention(footprint, workload) == "torch"
     load_peak = _cuda_load_peak_bytes if cuda else _cpu_load_peak_bytes
     widest = (_activation_bytes if gathers else _compiled_activation_bytes)(footprint)
     visited = dequantised_bytes(footprint) if cuda and footprint.experts else 0
@@ -282,7 +283,7 @@ def _flashinfer_bytes(footprint: Footprint, workload: Workload) -> int:
     the engine takes for them (`deployments.engine.flashinfer_fit.Room`)."""
     heads, rows = footprint.geometry.heads, workload.max_batch_tokens
     tables = workload.max_sequences * -(-(workload.max_context + 1) // workload.block_size) + 8 * rows + 64
-    kinds = {kv for kv in footprint.geometry.kv if kv.kv_heads}
+    kinds = {kv for kv in stored_kv(footprint.geometry.kv, workload.kv_dtype, "flashinfer") if kv.kv_heads}
     plans = sum(2 * _plan_bytes(heads, kv.kv_heads, rows) for kv in kinds)
     parts = sum(_part_bytes(heads, *size) for size in {(kv.kv_heads, kv.head_dim) for kv in kinds})
     return 4 * tables + plans + parts

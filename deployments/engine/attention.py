@@ -102,6 +102,7 @@ class Scoring:
 class PagedKv:
     """KV blocks of one layer: keys and values, each [blocks + 1 scratch, block_size, kv_heads, head_dim].
 
+    `head_dim` may be more than the model's, whose heads then have zeros behind them: see `zero_padded`.
     In float8_e4m3fn they are stored at scale 1; what lies outside its range saturates. A latent (MLA) is one vector
     that stands for both: it is in the keys, and the values are of size 0.
     """
@@ -121,6 +122,7 @@ class PagedKv:
         # Two storages: of views of one, torch.compile would not write to either in place but copy the whole cache.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros((*shape[:3], 0) if latent else shape, dtype=dtype, device=device)
+        self.head_dim = head_dim
         self.scratch = blocks
         """Block id of padding; no sequence owns it."""
 
@@ -242,12 +244,20 @@ def paged_attention(
         reason = ", ".join(unknown) or ("a prebuilt mask" if attention_mask is not None else "dropout")
         raise UnsupportedAttention(f"{type(module).__name__} passes {reason}, which paged attention does not compute")
     kv: PagedKv = module.headroom_kv  # type: ignore[assignment]  # as `attach_kv` left it
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    size, scale = query.shape[-1], query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (zero_padded(rows, kv.head_dim) for rows in (query, key, value))
     key, value = stored(key, kv.keys.dtype), stored(value, kv.values.dtype)
     out: Tensor = torch.ops.headroom.paged_attention(
         query, key, value, kv.keys, kv.values, scale, sliding_window, softcap
     )
-    return out, None
+    return out[..., :size].contiguous(), None
+
+
+def zero_padded(rows: Tensor, head_dim: int) -> Tensor:
+    """`rows` [..., size] with zeros behind, up to the head size of the blocks. They change no score, and what comes of
+    them is zeros. Not in the operator, like `stored`."""
+    missing = head_dim - rows.shape[-1]
+    return nn.functional.pad(rows, (0, missing)) if missing > 0 else rows
 
 
 def stored(rows: Tensor, dtype: torch.dtype) -> Tensor:

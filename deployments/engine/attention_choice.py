@@ -63,7 +63,7 @@ def _why_not(kinds: Sequence[Kind], limits: EngineLimits | None) -> str | None:
         return "the largest step is not known to the loader"
     if limits.int8_threshold:
         return "LLM.int8() with outliers waits for the host in each product, and the plan counts on no CUDA graphs"
-    return next((reason for kind in kinds if (reason := why_not(kind)) is not None), None) or why_not_here()
+    return why_not_here() or next((reason for kind in kinds if (reason := why_not(kind)) is not None), None)
 
 
 def _torch(plan: Plan, devices: Sequence[torch.device]) -> tuple[AttentionBackend, ...]:

@@ -26,7 +26,7 @@ from deployments.engine.stages import Stage, detach_kv, find_decoder, find_layer
 from deployments.errors import ConfigError
 from placement.anatomy import own_attention
 from placement.gathered import EXPANDS, Bound, bound
-from placement.kv import LayerKv, layer_kv
+from placement.kv import LayerKv, layer_kv, stored_kv
 from placement.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -109,9 +109,10 @@ class Cut:
         return self.model.config.get_text_config()
 
     def _shapes(self) -> tuple[LayerKv, ...]:
+        """What each layer's blocks hold, as the plan counts it."""
         # GPT-2 and others have names of their own for some of the standard ones.
         own_names = {name: getattr(self._config, name) for name in self._config.attribute_map}
-        return layer_kv(self._config.to_dict() | own_names)
+        return stored_kv(layer_kv(self._config.to_dict() | own_names), self.plan.kv_dtype, self.plan.attention)
 
     def _bound(self) -> Bound:
         """Of a forward on the gather cache, the same as the plan's."""

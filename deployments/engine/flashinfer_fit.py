@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 
 from deployments.engine.attention_tables import Shape
+from placement.kv import why_no_heads
 
 VERSION = "0.6.14"
 TENSOR_CORE_GROUP = 4
 """Query heads per KV head from which a decode runs on tensor cores. (On CUDA cores only 1, 2, 3, 4 and 8 exist.)"""
 
-_HEAD_DIMS = (64, 128, 256)
 _FP8 = torch.float8_e4m3fn
 _THREADS = 1024
 """Most threads of a CUDA block."""
@@ -37,6 +37,7 @@ class Kind:
     heads: int
     kv_heads: int
     head_dim: int
+    """Of the blocks, in which heads may be padded."""
     dtype: torch.dtype
     """Of queries and output."""
     kv_dtype: torch.dtype
@@ -119,10 +120,8 @@ def why_not(kind: Kind) -> str | None:
         return f"its kernels compute in 16 bits, not {dtype}"
     if kind.kv_dtype not in (kind.dtype, _FP8):
         return f"beside {dtype} its kernels read KV in {dtype} or {dtype_name(_FP8)}, not {kv_dtype}"
-    if kind.head_dim not in _HEAD_DIMS:
-        return f"it has kernels for head sizes {', '.join(map(str, _HEAD_DIMS))}, not {kind.head_dim}"
-    if kind.kv_dtype == _FP8 and kind.head_dim == 64:
-        return f"its prefill kernel does not read {kv_dtype} with head size 64"
+    if reason := why_no_heads(kind.head_dim, kv_dtype):
+        return reason
     if kind.heads % kind.kv_heads:
         return f"{kind.heads} query heads do not share {kind.kv_heads} KV heads evenly"
     if kind.kv_heads * kind.head_dim // 8 > _THREADS:

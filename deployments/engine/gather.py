@@ -27,6 +27,7 @@ from deployments.engine.attention import (
     UnsupportedAttention,
     indexable,
     stored,
+    zero_padded,
 )
 from placement.gathered import Bound
 
@@ -148,16 +149,16 @@ class GatherLayer(CacheLayerMixin):
         """[B, heads, new, size] into the blocks, and [B, heads, past + new, size] out of them."""
         batch, heads, count, size = new.shape
         kv_heads = blocks.shape[2]
-        if heads % kv_heads or (count, size) != (self._batch.new, blocks.shape[3]):
+        if heads % kv_heads or count != self._batch.new or size > blocks.shape[3]:
             raise UnsupportedAttention(
                 f"a layer caches {heads} heads of size {size}, and its config promises {kv_heads} of {blocks.shape[3]}"
             )
         shared = heads // kv_heads
         flat = indexable(blocks).flatten(0, 1)
-        rows = stored(new[:, ::shared].transpose(1, 2).flatten(0, 1), blocks.dtype)
+        rows = stored(zero_padded(new[:, ::shared].transpose(1, 2).flatten(0, 1), blocks.shape[3]), blocks.dtype)
         flat.index_copy_(0, self._batch.written, indexable(rows))
         found = flat.index_select(0, self._batch.gathered).view(blocks.dtype).to(new.dtype)
-        whole = found.view(batch, -1, kv_heads, size).transpose(1, 2)
+        whole = found.view(batch, -1, *blocks.shape[2:])[..., :size].transpose(1, 2)
         return whole if shared == 1 else whole.repeat_interleave(shared, dim=1)
 
     def get_seq_length(self) -> int:

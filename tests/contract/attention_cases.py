@@ -62,6 +62,7 @@ class World:
     head_dim: int
     dtype: torch.dtype
     kv_dtype: torch.dtype
+    stored: int
     kv: list[PagedKv] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +72,7 @@ class World:
         self.values = [self._draw(draw, layer.kv_heads) for layer in self.layers]
         shape = self.bounds.num_blocks, self.bounds.block_size
         self.kv = [
-            PagedKv(*shape, layer.kv_heads, self.head_dim, self.kv_dtype, self.bounds.device) for layer in self.layers
+            PagedKv(*shape, layer.kv_heads, self.stored, self.kv_dtype, self.bounds.device) for layer in self.layers
         ]
         for cache in self.kv:
             for blocks in (cache.keys, cache.values):
@@ -161,6 +162,8 @@ class Case:
     layers: tuple[Layer, ...] = (Layer(),)
     block_size: int = 16
     head_dim: int = 128
+    stored: int | None = None
+    """Head size of the blocks; None: the same."""
     kv_dtype: torch.dtype | None = None
     """None: the compute dtype."""
     padding: int = 0
@@ -188,6 +191,7 @@ class Case:
             self.head_dim,
             dtype,
             self.kv_dtype or dtype,
+            self.stored or self.head_dim,
         )
 
     def check(self, factory: Factory, device: torch.device, dtype: torch.dtype) -> World:
@@ -244,6 +248,9 @@ CASES: dict[str, Case] = {
     "head size 64": Case(_LENGTHS, _MIXED, (Layer(2, 4),), head_dim=64),
     "head size 256": Case(_LENGTHS, _MIXED, (Layer(1, 8),), head_dim=256),
     "head size 256, no grouping": Case(_LENGTHS, _MIXED, (Layer(2, 1),), head_dim=256),
+    "heads of 80 in 128": Case(_LENGTHS, _MIXED, (Layer(2, 4),), head_dim=80, stored=128),
+    "heads of 96 in 128, no grouping": Case(_LENGTHS, _APART, (Layer(4, 1),), head_dim=96, stored=128),
+    "heads of 64 in 128, fp8 blocks": Case(_LENGTHS, _MIXED, (Layer(2, 4),), head_dim=64, stored=128, kv_dtype=FP8),
     "pages of 1": Case(_LENGTHS, _MIXED, block_size=1),
     "pages of 8": Case(_LENGTHS, _MIXED, (Layer(2, 4),), block_size=8),
     "pages of 64": Case(_LENGTHS, _MIXED, (Layer(2, 4),), block_size=64),

@@ -53,10 +53,8 @@ def make(bounds: Bounds) -> FlashInferAttention:
 
 
 def kinds(case: Case, dtype: torch.dtype) -> list[Kind]:
-    return [
-        Kind(n.kv_heads * n.group, n.kv_heads, case.head_dim, dtype, case.kv_dtype or dtype, n.window, n.softcap)
-        for n in case.layers
-    ]
+    stored, kept = case.stored or case.head_dim, case.kv_dtype or dtype
+    return [Kind(n.kv_heads * n.group, n.kv_heads, stored, dtype, kept, n.window, n.softcap) for n in case.layers]
 
 
 @pytest.fixture(scope="module", autouse=True)

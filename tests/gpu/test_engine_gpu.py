@@ -1,4 +1,4 @@
-"""The engine on CUDA as a replica runs it, for six families, teacher-forced against the plain forward."""
+"""The engine on CUDA as a replica runs it, for some families, teacher-forced against the plain forward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
+from deployments.engine.flashinfer_fit import why_not_here
 from deployments.engine.loader import load
 from placement.footprint import footprint
 from tests.gpu.teacher import LIMITS, check, plain_model, plan_on_gpus, serve
@@ -24,6 +25,7 @@ pytestmark = [
 BOUND = 0.05
 OUTPUT = 24
 _COMMON = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 1024}
+_WIDE = _COMMON | {"hidden_size": 384}
 _GLU = {**_COMMON, "intermediate_size": 512, "num_key_value_heads": 2, "max_position_embeddings": 512}
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": transformers.LlamaConfig(**_GLU, tie_word_embeddings=True),
@@ -32,6 +34,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "gemma2": transformers.Gemma2Config(**_GLU, head_dim=64, sliding_window=24),
     "opt": transformers.OPTConfig(**_COMMON, ffn_dim=512, word_embed_proj_dim=128, max_position_embeddings=512),
     "gpt_neox": transformers.GPTNeoXConfig(**_COMMON, intermediate_size=512, max_position_embeddings=512),
+    "heads_of_96": transformers.GPTNeoXConfig(**_WIDE, intermediate_size=512, max_position_embeddings=512),
 }
 
 
@@ -46,5 +49,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "bf16"])
 def test_tokens_are_the_plain_forwards_argmax(family: Path, quantization: str, stages: int) -> None:
     plan = plan_on_gpus(footprint(family, quantization=quantization), stages)
-    served = serve(load(family, plan, device_type="cuda", limits=LIMITS), plan, OUTPUT)
+    model = load(family, plan, device_type="cuda", limits=LIMITS)
+    assert model.attention == "flashinfer" or why_not_here()
+    served = serve(model, plan, OUTPUT)
     check(plain_model(family, plan), served, BOUND)

@@ -290,11 +290,19 @@ def test_an_encoder_decoder_of_gptq_is_refused_on_gpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-@pytest.mark.parametrize(("here", "head_dim", "graphs"), [(True, 64, True), (True, 16, False), (False, 64, False)])
+@pytest.mark.parametrize(
+    ("here", "head_dim", "stored"),
+    [(True, 64, 64), (True, 80, 128), (True, 16, None), (False, 64, None), (False, 80, None)],
+)
 def test_a_plan_counts_on_the_attention_of_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool, head_dim: int, graphs: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool, head_dim: int, stored: int | None
 ) -> None:
+    """With heads of the size that FlashInfer stores, and without it as they are."""
     monkeypatch.setattr(flashinfer_fit, "why_not_here", lambda: None if here else "it is not installed")
     llama(head_dim=head_dim).save_pretrained(tmp_path)
-    (stage,) = plan_pool("tiny", tmp_path, pool())[0].stages
-    assert ("graphs" in {term.name for term in stage.reserve}) == graphs
+    plan, _ = plan_pool("tiny", tmp_path, pool())
+    (stage,) = plan.stages
+    assert plan.attention == ("flashinfer" if stored else "torch")
+    assert ("graphs" in {term.name for term in stage.reserve}) == bool(stored)
+    # 4 tokens of 2 layers, keys and values of 2 heads in 2 bytes.
+    assert stage.kv_block_bytes == 4 * 2 * 2 * 2 * 2 * (stored or head_dim)

@@ -47,8 +47,8 @@ class Recorder(AttentionBackend):
         return query.transpose(1, 2).clone()
 
 
-def unused_kv(dtype: torch.dtype = torch.float32) -> PagedKv:
-    return PagedKv(5, 4, 1, HEAD_DIM, dtype, CPU)
+def unused_kv(dtype: torch.dtype = torch.float32, head_dim: int = HEAD_DIM) -> PagedKv:
+    return PagedKv(5, 4, 1, head_dim, dtype, CPU)
 
 
 @torch.inference_mode()
@@ -85,6 +85,18 @@ def test_hands_on_how_to_score() -> None:
         one_row(unused_kv())
         one_row(unused_kv(), scaling=0.3, sliding_window=24, softcap=5.0)
     assert [how for _, how in backend.asked] == [Scoring(HEAD_DIM**-0.5, None, None), Scoring(0.3, 24, 5.0)]
+
+
+def test_heads_get_zeros_up_to_the_size_of_the_blocks() -> None:
+    """The operator sees them, and nothing else does: neither the scale nor what comes out."""
+    backend = Recorder()
+    with backend.step():
+        out = one_row(unused_kv(FP8, 2 * HEAD_DIM))
+    ((key, how),) = backend.asked
+    assert key.flatten().tolist() == [1.0] * HEAD_DIM + [0.0] * HEAD_DIM
+    assert how.scale == HEAD_DIM**-0.5
+    assert out.tolist() == [[[[1.0] * HEAD_DIM]]]
+    assert out.is_contiguous()
 
 
 def test_outside_a_step_is_a_mistake() -> None:
@@ -170,11 +182,12 @@ def run_layers(layers: list[Layer], run: Callable[[Layer, Tensor], Tensor]) -> T
     return torch.cat(outs, dim=1)
 
 
+@pytest.mark.parametrize("head_dim", [HEAD_DIM, 2 * HEAD_DIM])
 @pytest.mark.parametrize("dtype", [torch.float32, FP8])
-def test_layers_compiled_share_their_code_and_compute_the_same(dtype: torch.dtype) -> None:
+def test_layers_compiled_share_their_code_and_compute_the_same(dtype: torch.dtype, head_dim: int) -> None:
     torch._dynamo.reset()
     counters.clear()
-    plain, compiled = ([Layer(unused_kv(dtype)) for _ in range(3)] for _ in range(2))
+    plain, compiled = ([Layer(unused_kv(dtype, head_dim)) for _ in range(3)] for _ in range(2))
     expected = run_layers(plain, Layer.forward)
     out = run_layers(compiled, torch.compile(Layer.forward, backend="aot_eager", fullgraph=True, dynamic=True))
     assert torch.equal(out, expected)

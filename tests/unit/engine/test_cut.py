@@ -119,6 +119,21 @@ def test_a_backend_that_is_wrong_is_not_served(tmp_path: Path, monkeypatch: pyte
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["torch", "gather cache"])
+def test_blocks_are_made_as_the_plan_counts_them_whatever_attends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    """Heads of 48 in blocks made for FlashInfer, which then can't be used; the probe compares logits."""
+    save(tmp_path, llama(head_dim=48))
+    plan = plan_of(tmp_path, quantization="fp32", max_context=64)
+    (stage,) = plan.stages
+    padded = replace(stage, kv_block_bytes=stage.kv_block_bytes * 64 // 48)
+    monkeypatch.setattr(cut, "own_attention", lambda *_: "is tried" if attention == "gather cache" else None)
+    model = load(tmp_path, replace(plan, attention="flashinfer", stages=(padded,)), device_type="cpu")
+    assert model.attention.startswith(attention)
+    assert {kv.keys.shape[-1] for kv in model.stages[0].kv} == {64}
+
+
 def test_a_model_that_is_wrong_on_both_is_refused_with_both_reasons(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

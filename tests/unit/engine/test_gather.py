@@ -146,6 +146,17 @@ def test_keys_repeated_for_query_heads_are_stored_once() -> None:
     assert torch.equal(keys[:, :, 2:], repeated)
 
 
+def test_heads_are_stored_with_zeros_behind_them() -> None:
+    """Where a plan counted on FlashInfer."""
+    cache = layer(2, 8)
+    assert cache.kv is not None
+    keys, values = cache.update(rows(2, 5), rows(2, 5, 1))
+    assert (keys.shape, values.shape) == ((1, 2, 5, 5), (1, 2, 5, 5))
+    assert torch.equal(keys[:, :, 2:], rows(2, 5))
+    assert torch.equal(values[:, :, 2:], rows(2, 5, 1))
+    assert not cache.kv.keys[..., 5:].any()
+
+
 def test_a_latent_is_one_vector() -> None:
     cache = layer(1, 24, latent=True)
     assert cache.kv is not None

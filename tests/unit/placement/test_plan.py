@@ -14,7 +14,7 @@ from placement.errors import DoesNotFit, PlacementError
 from placement.export import explain
 from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, Node, virtual_cpu_devices
-from placement.kv import LayerKv
+from placement.kv import LayerKv, stored_kv
 from placement.plan import STATE, Plan, answer, solve
 from placement.question import ask
 from placement.reserve import CUDA_CONTEXT_BYTES
@@ -198,11 +198,23 @@ def test_attention_reaches_the_reserve() -> None:
     assert plans[None] == plans["flashinfer"]
 
 
+@pytest.mark.parametrize(("head_dim", "kv_dtype", "stored"), [(80, None, 128), (96, "fp8", 128), (64, "fp8", 128)])
+def test_blocks_for_flashinfer_have_its_head_sizes(head_dim: int, kv_dtype: str | None, stored: int) -> None:
+    gpu, heads = Gpu("toy", 10**10), toy_footprint([10_000] * 4, kv=(LayerKv(2, head_dim),) * 4)
+    plans = {how: solve(heads, [gpu], **WISHES, attention=how, kv_dtype=kv_dtype) for how in (None, "torch")}
+    for plan, size in ((plans[None], stored), (plans["torch"], head_dim)):
+        token = 4 * 2 * 2 * size * (1 if kv_dtype else 2)
+        assert (plan.stages[0].kv_block_bytes, plan.sequence_bytes) == (4 * token, 32 * token)
+        assert stored_kv(heads.geometry.kv, plan.kv_dtype, plan.attention) == (LayerKv(2, size),) * 4
+    on_cpu = solve(heads, virtual_cpu_devices(("10GB",)), **WISHES, kv_dtype=kv_dtype)
+    assert on_cpu.stages[0].kv_block_bytes == plans["torch"].stages[0].kv_block_bytes
+
+
 def test_attention_that_can_not_be_is_refused() -> None:
     gpu = Gpu("toy", 10**10)
     with pytest.raises(PlacementError, match="attention 'sdpa' is not known; use one of flashinfer, torch"):
         solve(MODEL, [gpu], **WISHES, attention="sdpa")  # type: ignore[arg-type]  # wrong on purpose
-    with pytest.raises(PlacementError, match=r"does not serve toy: .* 64, 128, 256, not 1; use torch"):
+    with pytest.raises(PlacementError, match=r"does not serve toy: .* 64, 128, 256, not of 1; use torch"):
         solve(MODEL, [gpu], **WISHES, attention="flashinfer")
     with pytest.raises(PlacementError, match="attention flashinfer needs a GPU"):
         plan_on("100MB", attention="flashinfer")

@@ -20,7 +20,7 @@ from placement import reserve as terms
 from placement.arena import ALIGNMENT
 from placement.footprint import Footprint, Geometry, Module, Tensor, footprint
 from placement.hardware import DeviceType
-from placement.kv import LayerKv
+from placement.kv import LayerKv, stored_head
 from placement.reserve import CUDA_CONTEXT_BYTES, SAMPLE_ROWS, Reserve, reserve, why_not_flashinfer
 from placement.workload import CAPTURED_ROWS, Attention, Workload
 from tests.unit.placement import tiny_models
@@ -173,19 +173,25 @@ def test_flashinfer_gathers_nothing_and_torch_captures_nothing() -> None:
 
 def test_gpus_have_flashinfer_where_it_has_kernels() -> None:
     assert on(HEADS) == on(HEADS, attention="flashinfer")
-    odd = toy_footprint([10], kv=(LayerKv(2, 80),))
-    assert on(odd) == on(odd, attention="torch")
+    large = toy_footprint([10], kv=(LayerKv(2, 512),))
+    assert on(large) == on(large, attention="torch")
+
+
+def test_flashinfer_has_room_for_heads_as_they_are_stored() -> None:
+    odd, stored = (toy_footprint([10], kv=(LayerKv(2, size),)) for size in (80, 128))
+    assert on(odd) == on(stored)
+    assert on(odd, attention="torch") != on(stored, attention="torch")
 
 
 def test_why_not_flashinfer_is_what_the_engine_says() -> None:
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     stored = {**dtypes, "float8_e4m3fn": torch.float8_e4m3fn}
     for (dtype, computed), (kv_dtype, kept), head_dim in product(
-        dtypes.items(), stored.items(), (32, 64, 80, 96, 128, 192, 256, 512)
+        dtypes.items(), stored.items(), (16, 32, 64, 80, 96, 128, 192, 256, 512)
     ):
         weighed = replace(toy_footprint([10], kv=(LayerKv(2, head_dim),)), dtype=dtype)
         ours = why_not_flashinfer(weighed, replace(WORKLOAD, kv_dtype=kv_dtype))
-        theirs = why_not(Kind(2, 2, head_dim, computed, kept, None, None))
+        theirs = why_not(Kind(2, 2, stored_head(head_dim, kv_dtype), computed, kept, None, None))
         assert (ours is None) == (theirs is None), (ours, theirs)
     latent = toy_footprint([10], kv=(LayerKv(1, 64, latent=True),))
     assert why_not_flashinfer(latent, WORKLOAD) == "latent attention is computed otherwise"
