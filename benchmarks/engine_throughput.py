@@ -32,9 +32,11 @@ from benchmarks.kernel_classes import kernel_class
 from benchmarks.trace_picture import STEP
 from deployments.checkpoint import is_encoder_decoder
 from deployments.compare.throughput import Burst, Step, burst, random_prompts
+from deployments.engine.cuda_pipeline import CudaPipeline
 from deployments.engine.loader import load, quantization_config
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
+from deployments.engine.pipeline import Pipeline
 from deployments.protocol import GenerationRequest, Sampling
 from placement import probe
 from placement.footprint import Footprint, footprint
@@ -130,6 +132,7 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
             f"floor {measured.floor_ms:5.2f} ms, first token {measured.first_token_s:5.2f} s",
             flush=True,
         )
+    results["stages"] = [_stages(engine.pipeline, concurrency) for concurrency in concurrencies]
     for concurrency in _numbers(options.profile):
         _profile(engine, concurrency, options)
     engine.close()
@@ -189,6 +192,20 @@ def _run(engine: Engine, concurrency: int, options: argparse.Namespace, floor_s:
     return Measured(
         concurrency, done.tokens_per_s, done.step_ms, 1e3 * floor_s, statistics.median(done.first_token_s)
     ), done
+
+
+def _stages(pipeline: Pipeline, concurrency: int) -> list[float]:
+    """Milliseconds that each of several stages on GPUs takes for its share of the requests."""
+    if pipeline.depth == 1 or not isinstance(pipeline, CudaPipeline):
+        return []
+    share = -(-concurrency // pipeline.depth)
+    times = [time / 1e3 for time in pipeline.stage_microseconds(share)]
+    print(
+        f"{concurrency:5d} requests: a step of {share} takes its stages {', '.join(f'{ms:.2f}' for ms in times)} ms, "
+        f"together {sum(times) / max(times):.2f} times the slowest",
+        flush=True,
+    )
+    return times
 
 
 def _append(path: Path, quantization: str, steps: Sequence[Step]) -> None:

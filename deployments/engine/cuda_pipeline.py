@@ -123,6 +123,16 @@ class CudaPipeline:
                     return self._draws.launch_found(slot, found)
             return self._draws.launch(slot, last.logits(step, hidden) if step.sampled else None, draw)
 
+    def stage_microseconds(self, decodes: int) -> tuple[int, ...]:
+        """How long each stage takes for a step of so many decodes with contexts of one token, by itself; on the last
+        with the head and a greedy draw."""
+        form = next(form for form in self._lanes[0].forms if form.sequences is None and form.rows >= decodes)
+        times = []
+        for lane in self._lanes:
+            with torch.cuda.device(lane.device):
+                times.append(lane.microseconds(form) + lane.head_microseconds(form.rows))
+        return tuple(times)
+
     def close(self) -> None:
         """Wait for what was launched."""
         for lane in self._lanes:

@@ -9,9 +9,9 @@ devices the host launches for all of them, while each has a part of the layers: 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -190,18 +190,26 @@ class Lane:
         Args:
             spans: decodes of the step, which write to blocks that nobody uses yet; its other rows are padding.
         """
-        times = []
-        for _ in range(_TIMED_RUNS):
-            torch.cuda.synchronize(self.device)
-            began = time.perf_counter()
-            inputs = self._prepare_scratch(form, spans)
-            if form in self._graphs:
-                self._graphs[form].replay()
-            else:
-                self._compute(inputs, self._incoming)
-            torch.cuda.synchronize(self.device)
-            times.append(time.perf_counter() - began)
-        return round(1e6 * sorted(times)[_TIMED_RUNS // 2])
+        inputs = self._prepare_scratch(form, spans)
+        graph = self._graphs.get(form)
+        return self._timed(partial(self._compute, inputs, self._incoming) if graph is None else graph.replay)
+
+    def head_microseconds(self, rows: int) -> int:
+        """How long the head and a greedy draw take for so many rows, one of the sizes that have a graph; 0 where there
+        is none."""
+        return self._timed(partial(self._greedy.draw, rows, rows)) if self._greedy else 0
+
+    def _timed(self, queue: Callable[[], object]) -> int:
+        """Microseconds, the median of some runs, one behind the other as steps are."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(1 + _TIMED_RUNS)]
+        torch.cuda.synchronize(self.device)
+        events[0].record()
+        for event in events[1:]:
+            queue()
+            event.record()
+        torch.cuda.synchronize(self.device)
+        times: list[float] = sorted(before.elapsed_time(after) for before, after in pairwise(events))
+        return round(1e3 * times[_TIMED_RUNS // 2])
 
     def _meet(self) -> None:
         """Run what no graph holds, in a few sizes, so that requests hardly wait for what is compiled or loaded."""

@@ -89,6 +89,11 @@ class Engine:
         return self._blocks
 
     @property
+    def pipeline(self) -> Pipeline:
+        """The stages, to time while nothing runs."""
+        return self._pipeline
+
+    @property
     def scheduler(self) -> Scheduler:
         """The queues, to read."""
         return self._scheduler

@@ -23,6 +23,7 @@ def test_its_tables_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert printed.count("attention by torch, batch-invariant") == 1
     for run in runs.values():
         assert [line["concurrency"] for line in run["engine"]] == [3, 1]
+        assert run["stages"] == [[], []], "those of GPUs alone are timed"
         for line in run["engine"]:
             assert min(line["tokens_per_s"], line["floor_ms"]) > 0
             assert f"{line['tokens_per_s']:8.0f} tokens/s, step {line['step_ms']:6.2f} ms" in printed
