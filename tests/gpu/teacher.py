@@ -7,7 +7,7 @@ must be the plain forward's, but for rounding.
 Bounds are in standard deviations of the logits. They follow from what one forward rounds: of 1,053 positions of each
 model of these tests, on a CPU, in 16 bits against float32 of the same weights, the log-probabilities of the five
 likeliest tokens were off by up to 0.055 (test_engine_gpu.py), and two forwards that round otherwise can be twice as far
-apart. Faults are larger: a window of one token more or less 0.44 at least, positions off by one 2.7.
+apart. Faults are larger: a window of one token more or less 0.34 at least, positions off by one 2.8 (docs/log.md).
 """
 
 from __future__ import annotations

@@ -62,10 +62,10 @@ def test_tokens_are_the_plain_forwards_argmax(family: Path, quantization: str, s
     check(plain_model(family, plan), served, COARSE if quantization == "int8" else BOUND)
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def llama(tmp_path: Path) -> Iterator[Path]:
     """A checkpoint."""
-    yield save(tmp_path_factory.mktemp("llama"), FAMILIES["llama"], seed=0)
+    yield save(tmp_path / "plain", FAMILIES["llama"], seed=0)
     torch._dynamo.reset()
 
 
@@ -80,10 +80,11 @@ def test_other_formats(llama: Path, name: str) -> None:
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantised_checkpoint(llama: Path, quantization: str, stages: int, tmp_path: Path) -> None:
     """Saved by transformers. The oracle is the model that was saved."""
+    folder = tmp_path / "quantised"
     plain = plain_model(llama, plan_on_gpus(footprint(llama, quantization=quantization), 1))
-    plain.save_pretrained(tmp_path)
-    weighed = footprint(tmp_path)
+    plain.save_pretrained(folder)
+    weighed = footprint(folder)
     assert (weighed.quantization, weighed.prequantized) == (quantization, True)
     plan = plan_on_gpus(weighed, stages)
-    served = serve(load(tmp_path, plan, device_type="cuda", limits=LIMITS), plan)
+    served = serve(load(folder, plan, device_type="cuda", limits=LIMITS), plan)
     check(plain, served, COARSE if quantization == "int8" else BOUND)
