@@ -1,9 +1,14 @@
-"""The engine on CUDA as a replica runs it, for some families, teacher-forced against the plain forward."""
+"""The engine on CUDA as a replica runs it, teacher-forced against the plain forward: some families, and one of them in
+every format that bitsandbytes has.
+
+pytest tests/gpu/test_engine_gpu.py
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ from transformers import PreTrainedConfig
 from deployments.engine.flashinfer_fit import why_not_here
 from deployments.engine.loader import load
 from placement.footprint import footprint
-from tests.gpu.teacher import LIMITS, check, plain_model, plan_on_gpus, serve
+from tests.gpu.teacher import BOUND, COARSE, LIMITS, check, plain_model, plan_on_gpus, serve
 from tests.unit.engine.tiny import save
 
 pytestmark = [
@@ -22,8 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # FlashInfer's imports warn
 ]
 
-BOUND = 0.05
-OUTPUT = 24
 _COMMON = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 1024}
 _WIDE = _COMMON | {"hidden_size": 384}
 _GLU = {**_COMMON, "intermediate_size": 512, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -35,6 +38,15 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "opt": transformers.OPTConfig(**_COMMON, ffn_dim=512, word_embed_proj_dim=128, max_position_embeddings=512),
     "gpt_neox": transformers.GPTNeoXConfig(**_COMMON, intermediate_size=512, max_position_embeddings=512),
     "heads_of_96": transformers.GPTNeoXConfig(**_WIDE, intermediate_size=512, max_position_embeddings=512),
+}
+
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "fp4": {"quantization": "fp4"},
+    "nf4 double": {"quantization": "nf4", "double_quant": True},
+    "fp4 double": {"quantization": "fp4", "double_quant": True},
+    "nf4 float16": {"quantization": "nf4", "dtype": "float16"},
+    "int8 float16": {"quantization": "int8", "dtype": "float16"},
 }
 
 
@@ -51,5 +63,33 @@ def test_tokens_are_the_plain_forwards_argmax(family: Path, quantization: str, s
     plan = plan_on_gpus(footprint(family, quantization=quantization), stages)
     model = load(family, plan, device_type="cuda", limits=LIMITS)
     assert model.attention == "flashinfer" or why_not_here()
-    served = serve(model, plan, OUTPUT)
-    check(plain_model(family, plan), served, BOUND)
+    served = serve(model, plan)
+    check(plain_model(family, plan), served, COARSE if quantization == "int8" else BOUND)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Iterator[Path]:
+    """A checkpoint."""
+    yield save(tmp_path / "plain", FAMILIES["llama"], seed=0)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_other_formats(llama: Path, name: str) -> None:
+    plan = plan_on_gpus(footprint(llama, **FORMATS[name]), 1)
+    served = serve(load(llama, plan, device_type="cuda", limits=LIMITS), plan)
+    check(plain_model(llama, plan), served, COARSE if plan.quantization == "int8" else BOUND)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_checkpoint(llama: Path, quantization: str, stages: int, tmp_path: Path) -> None:
+    """Saved by transformers. The oracle is the model that was saved."""
+    folder = tmp_path / "quantised"
+    plain = plain_model(llama, plan_on_gpus(footprint(llama, quantization=quantization), 1))
+    plain.save_pretrained(folder)
+    weighed = footprint(folder)
+    assert (weighed.quantization, weighed.prequantized) == (quantization, True)
+    plan = plan_on_gpus(weighed, stages)
+    served = serve(load(folder, plan, device_type="cuda", limits=LIMITS), plan)
+    check(plain, served, COARSE if quantization == "int8" else BOUND)

@@ -22,7 +22,7 @@ from placement.anatomy import fused_experts
 from placement.footprint import footprint
 from placement.plan import Plan
 from placement.recipe import BLOCK
-from tests.gpu.teacher import LIMITS, check, plain_model, plan_on_gpus, serve
+from tests.gpu.teacher import BOUND, COARSE, LIMITS, check, plain_model, plan_on_gpus, serve
 from tests.gpu.waits import no_waits
 from tests.unit.engine.tiny import save
 
@@ -32,9 +32,9 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # FlashInfer's imports warn, and so does PyTorch's sync debug mode
 ]
 
-BOUND = 0.1
-"""As in test_cuda_pipeline.py."""
-OUTPUT = 16
+STRAYS = 0.08
+"""On a CPU as in teacher.py, one forward of Mixtral has up to 0.022 of the tokens over the bound, and up to 0.62 off;
+Qwen3's has none."""
 _COMMON: dict[str, Any] = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -62,6 +62,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def oracle(folder: Path, plan: Plan) -> PreTrainedModel:
     """transformers' own, its experts those that dequantising gives."""
     model = plain_model(folder, plan)
+    if not plan.experts:
+        return model
     for weight in fused_experts(model, BLOCK).values():
         packed: Any = expert_loading._quantised(weight, plan)
         kept = EightBitExperts(packed, weight.dtype) if plan.quantization == "int8" else FourBitExperts(packed)
@@ -69,12 +71,12 @@ def oracle(folder: Path, plan: Plan) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "bf16"])
 def test_tokens_are_the_plain_forwards_argmax(family: Path, quantization: str, stages: int) -> None:
-    plan = plan_on_gpus(footprint(family, quantization=quantization, experts=True), stages)
-    served = serve(load(family, plan, device_type="cuda", limits=LIMITS), plan, OUTPUT)
-    check(oracle(family, plan), served, BOUND)
+    plan = plan_on_gpus(footprint(family, quantization=quantization, experts=quantization != "bf16"), stages)
+    served = serve(load(family, plan, device_type="cuda", limits=LIMITS), plan)
+    check(oracle(family, plan), served, COARSE if quantization == "int8" else BOUND, strays=STRAYS)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4+dq", "fp4", "int8"])

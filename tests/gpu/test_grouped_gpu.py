@@ -26,10 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # FlashInfer's imports warn
 ]
 
-BOUND = 0.25
-"""As in test_cuda_pipeline.py, for logits with a standard deviation of 1.6 instead of 0.8, and weights that were
-rounded to float16 (plain) and were not (kernels)."""
-OUTPUT = 16
+BOUND = 0.3
+"""In standard deviations of the logits, as in teacher.py: of this model one forward is off by up to 0.163."""
 AWQ = Grouping(method="awq", group_size=128, symmetric=False, version="gemm")
 GROUPINGS = (
     Grouping(group_size=128),
@@ -84,6 +82,6 @@ def test_tokens_are_the_plain_forwards_argmax(grouping: Grouping, stages: int, t
     folder, plain = checkpoint(CONFIG, grouping, tmp_path)
     plan = plan_on_gpus(footprint(folder, dtype="bfloat16"), stages)
     assert (plan.quantization, len(plan.stages)) == (f"{grouping.method}-{grouping.bits}bit", stages)
-    served = serve(load(folder, plan, device_type="cuda", limits=LIMITS), plan, OUTPUT)
+    served = serve(load(folder, plan, device_type="cuda", limits=LIMITS), plan)
     torch._dynamo.reset()
     check(plain_model(plain, plan), served, BOUND)

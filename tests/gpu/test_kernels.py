@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deployments.engine.kernels import config
+from deployments.engine.kernels.repack import why_not_tiled
 from deployments.engine.kernels.weights import (
     Nested,
     Weight4,
@@ -50,6 +54,20 @@ def weight4(n: int, k: int, *, blocksize: int = 64, nested: bool = False, scale:
 def weight8(n: int, k: int, scale: float = 1.0) -> Weight8:
     codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda")
     return Weight8(n, k, codes, torch.rand(n, device="cuda") * scale)
+
+
+Format = Literal["nf4", "fp4", "nested", "int8"]
+
+
+def weight_of(kind: Format, n: int, k: int, scale: float = 1.0) -> Weight4 | Weight8:
+    """In tiles where the shape allows."""
+    if kind == "int8":
+        eight = weight8(n, k, scale)
+        return eight if why_not_tiled(n, k) else tile8(eight)
+    four = weight4(n, k, nested=kind == "nested", scale=scale)
+    if kind == "fp4":
+        four = replace(four, code=torch.tensor(FP4, device="cuda"))
+    return four if why_not_tiled(n, k, four.blocksize) else tile4(four)
 
 
 def dense(weight: Weight4 | Weight8) -> Tensor:
@@ -94,6 +112,72 @@ def test_products(n: int, k: int, dtype: torch.dtype) -> None:
             # Of few outputs the largest decides, and one rounding of it can be twice what they are on the average.
             assert error(outs[-1], expected) < 2 * BOUND[dtype], (type(weight).__name__, weight.tiled, rows)
         assert error(torch.cat(outs), torch.cat(references)) < BOUND[dtype], (type(weight).__name__, weight.tiled)
+
+
+@dataclass(frozen=True)
+class Product:
+    """Rows of activations times a weight."""
+
+    kind: Format
+    dtype: torch.dtype
+    n: int
+    k: int
+    rows: int
+    scale: float
+    """Of the weight: the largest that its blocks may have."""
+    biased: bool
+    spoilt: float | None = None
+    """What one activation is made."""
+    seed: int = 0
+
+
+SHAPES = ((16, 64), (592, 704), (2048, 1024), (33, 77), (7, 704), (1000, 77))
+"""Few, as kernels are compiled for a shape. The first three are in tiles; (33, 77) has an odd number of weights."""
+
+
+@st.composite
+def products(draw: st.DrawFn) -> Product:
+    dtype = draw(st.sampled_from((torch.bfloat16, torch.bfloat16, torch.float16)))
+    n, k = draw(st.sampled_from(SHAPES))
+    return Product(
+        draw(st.sampled_from(("nf4", "fp4", "nested", "int8"))),
+        dtype,
+        n,
+        k,
+        rows=draw(st.integers(1, 40) | st.integers(1, 1024)),
+        scale=draw(st.sampled_from((1.0, 1e-30, 1e-10, 1e20) if dtype == torch.bfloat16 else (1.0, 0.05))),
+        biased=draw(st.booleans()),
+        spoilt=draw(st.sampled_from((None, torch.nan, torch.inf, -torch.inf))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@example(Product("nf4", torch.bfloat16, 592, 704, 1024, 1.0, biased=True, spoilt=torch.nan))
+@example(Product("int8", torch.float16, 33, 77, 1, 1.0, biased=False, spoilt=torch.inf))
+@given(products())
+def test_any_product(case: Product) -> None:
+    """Right in every row; NaN and infinity reach all outputs of their row, and no other row."""
+    torch.manual_seed(case.seed)
+    weight = weight_of(case.kind, case.n, case.k, case.scale)
+    wide = dense(weight)
+    x = torch.randn(case.rows, case.k, device="cuda", dtype=case.dtype)
+    bias = (torch.randn(case.n, device="cuda") * case.scale).to(case.dtype) if case.biased else None
+    added = torch.zeros(case.n).to(wide) if bias is None else bias.double()
+    expected = x.double() @ wide.t() + added
+    size = (x.double() ** 2 @ wide.t() ** 2 + added**2).sqrt()  # of each output, whatever cancels in its sum
+    # Of few outputs the largest decides, as in `test_products`.
+    bound = BOUND[case.dtype] * (1 if case.rows * case.n >= 4096 else 2)
+    torch.full((case.rows, case.n), torch.nan, device="cuda", dtype=case.dtype)
+    assert float((product(x, weight, bias) - expected).norm() / size.norm()) < bound
+    if case.spoilt is None:
+        return
+    row = case.seed % case.rows
+    x[row, case.seed % case.k] = case.spoilt
+    off = product(x, weight, bias) - expected
+    assert not off[row].isfinite().any()
+    off[row] = 0
+    assert float(off.norm() / size.norm()) < bound
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e20])
@@ -222,10 +306,16 @@ def test_slabs(n: int, k: int, kind: config.Kind, dtype: torch.dtype) -> None:
             assert torch.equal(spoilt[clean], out[clean])
 
 
-def test_under_cuda_graphs_and_compile() -> None:
-    from deployments.engine.kernels.modules import QuantLinear8
+@pytest.mark.parametrize("kind", ["nf4", "nested", "int8"])
+def test_under_cuda_graphs_and_compile(kind: Format) -> None:
+    from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8, Saved4
 
-    module = QuantLinear8(tile8(weight8(512, 1024)), None)
+    weight = weight_of(kind, 512, 1024)
+    module: nn.Module = (
+        QuantLinear8(weight, None)
+        if isinstance(weight, Weight8)
+        else QuantLinear4(weight, None, torch.bfloat16, Saved4("nf4", torch.bfloat16))
+    )
     x = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
     expected = module(x)
     graph = torch.cuda.CUDAGraph()
@@ -235,6 +325,7 @@ def test_under_cuda_graphs_and_compile() -> None:
     graph.replay()
     assert torch.equal(out, module(x))
     assert not torch.equal(out, expected)
+    torch._dynamo.reset()
     compiled = torch.compile(lambda y: module(y) * 2, fullgraph=True)
     assert torch.equal(compiled(x), module(x) * 2)
 
