@@ -95,7 +95,7 @@ def warpgroups(device: torch.device) -> bool:
 
 @cache
 def shared_bytes(device: torch.device) -> int:
-    """Of a block of `skinny.cu`, at most: what the device grants on request, less a KiB as a margin."""
+    """Of a block, at most: what the device grants on request, less a KiB as a margin."""
     properties: Any = torch.cuda.get_device_properties(device)  # torch's annotations lack it
     return int(properties.shared_memory_per_block_optin) - 2**10
 
@@ -108,7 +108,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def table_of(device: torch.device) -> Table:
     """The device's configurations."""
-    return table_for("interpreter" if INTERPRETED else torch.cuda.get_device_name(device))
+    return table_for("interpreter") if INTERPRETED else table_for(torch.cuda.get_device_name(device), shared_bytes(device))
 
 
 def small_product(

@@ -22,6 +22,10 @@ from deployments.engine.kernels.workspace import prepare
 log = logging.getLogger(__name__)
 
 
+CAPABILITY = (8, 0)
+"""Of a GPU that the kernels run on: Ampere's, which has instructions for bfloat16 and for pairs of 16-bit numbers."""
+
+
 @dataclass(frozen=True)
 class Saved4:
     """What a checkpoint says of a 4-bit weight beside its tensors."""
@@ -194,11 +198,14 @@ def save8(weight: Weight8, destination: dict[str, Any], prefix: str) -> None:
 
 def replace_linears(model: nn.Module) -> int:
     """Put the kernels in place of bitsandbytes' linears on CUDA devices, one by one, so that memory peaks at one
-    weight more; those on a CPU stay. Returns how many were replaced."""
+    weight more; those on a CPU stay, and those on GPUs that are too old. Returns how many were replaced."""
     four, eight = bitsandbytes.nn.modules.Linear4bit, bitsandbytes.nn.modules.Linear8bitLt
     count = 0
     for name, module in list(model.named_modules()):
         if not isinstance(module, four | eight) or module.weight.device.type != "cuda":
+            continue
+        if (reason := why_not_on(module.weight.device)) is not None:
+            _stays(reason)
             continue
         new = QuantLinear4.of(module) if isinstance(module, four) else QuantLinear8.of(module)
         new.train(module.training)
@@ -221,6 +228,20 @@ def _suits(n: int, k: int, blocksize: int | None) -> bool:
     if reason is not None:
         _tell(n, k, reason)
     return reason is None
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """Why the kernels can't run on a CUDA device, as a clause; None: they can."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= CAPABILITY:
+        return None
+    name, needed = torch.cuda.get_device_name(device), "{}.{}".format(*CAPABILITY)
+    return f"{device} ({name}) has compute capability {capability[0]}.{capability[1]}, and they need {needed}"
+
+
+@cache
+def _stays(reason: str) -> None:
+    log.warning("linears stay on bitsandbytes' kernels instead of Headroom's: %s", reason)
 
 
 @cache
