@@ -98,9 +98,7 @@ def test_4bit_products_agree_with_float64(weight: Weight4, rows: int) -> None:
     x = torch.randn(rows, weight.k, dtype=torch.bfloat16)
     nested = weight.nested
     outer = (None, None, None) if nested is None else (nested.absmax, nested.code, nested.offset)
-    out = linear_4bit(
-        x, weight.packed, weight.absmax, weight.code, *outer, None, weight.n, weight.k, weight.blocksize
-    )
+    out = linear_4bit(x, weight.packed, weight.absmax, weight.code, *outer, None, weight.n, weight.k, weight.blocksize)
     expected = x.double() @ dequantise4(weight, torch.float64).t()
     assert out.shape == expected.shape
     assert float((out.double() - expected).norm()) <= 3e-3 * size(x, dequantise4(weight, torch.float64))

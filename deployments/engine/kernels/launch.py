@@ -108,7 +108,9 @@ def multiprocessors(device: torch.device) -> int:
 
 def table_of(device: torch.device) -> Table:
     """The device's configurations."""
-    return table_for("interpreter") if INTERPRETED else table_for(torch.cuda.get_device_name(device), shared_bytes(device))
+    if INTERPRETED:
+        return table_for("interpreter")
+    return table_for(torch.cuda.get_device_name(device), shared_bytes(device))
 
 
 def small_product(

@@ -61,7 +61,9 @@ def test_the_heuristic_takes_less_where_a_block_has_less_shared_memory() -> None
     small = config.table_for("Some GPU of tomorrow", L4)
     check(small)
     assert small.default["8bit"] == HEURISTIC.default["8bit"]
-    changed = {rows for rows in BUCKETS if small.default["4bit"].configs[rows] != HEURISTIC.default["4bit"].configs[rows]}
+    changed = {
+        rows for rows in BUCKETS if small.default["4bit"].configs[rows] != HEURISTIC.default["4bit"].configs[rows]
+    }
     assert changed == {64, 128}
 
 
