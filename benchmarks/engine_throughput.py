@@ -81,8 +81,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quantization",
         default="nf4",
-        help="one or several, with commas between; nf4+experts: fused experts too; nf4+invariant: batch_invariant; "
-        "gptq, awq: as the shape is packed",
+        help="one or several, with commas between; nf4+dq: double quantisation; nf4+experts: fused experts too; "
+        "nf4+invariant: batch_invariant; gptq, awq: as the shape is packed",
     )
     parser.add_argument("--concurrency", default="1,8,32,64,128,256")
     parser.add_argument("--input", type=int, default=128, help="tokens of each prompt")
@@ -103,7 +103,7 @@ def _arguments() -> argparse.ArgumentParser:
 def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     concurrencies = _numbers(options.concurrency)
     name, ways = _parse(quantization)
-    weighed = footprint(folder, **asked(options.shape, name), experts="experts" in ways)
+    weighed = footprint(folder, **asked(options.shape, name), double_quant="dq" in ways, experts="experts" in ways)
     plan = _plan(weighed, options, max(concurrencies))
     began = time.monotonic()
     limits = _limits(options, max(concurrencies), invariant="invariant" in ways)
@@ -149,8 +149,8 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
 def _parse(quantization: str) -> tuple[str, set[str]]:
     """`nf4+invariant` -> nf4, and how it is served."""
     name, *ways = quantization.split("+")
-    if unknown := set(ways) - {"experts", "invariant"}:
-        sys.exit(f"{quantization}: +{' +'.join(sorted(unknown))} is unknown; there are +experts and +invariant")
+    if unknown := set(ways) - {"dq", "experts", "invariant"}:
+        sys.exit(f"{quantization}: +{' +'.join(sorted(unknown))} is unknown; there are +dq, +experts and +invariant")
     return name, set(ways)
 
 

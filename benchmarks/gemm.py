@@ -10,6 +10,7 @@ Nothing is timed before its result agrees with a float64 product of the dequanti
 
 "headroom" is what the engine's linears call: `skinny.cu`, `wide.cu`, Triton's kernels or dequantising, as the table of
 this GPU says. "triton" and "dequantise" are these two ways alone, which `--table` needs for the crossover.
+"bitsandbytes" is in int8 LLM.int8() at threshold 0, which rounds x to 8 bits too. The report says which goals are met.
 `benchmarks.gemm_report` makes tables and the picture of several files that `--json` wrote.
 """
 
@@ -26,7 +27,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -291,7 +292,7 @@ def _time_quantised(
     wide = exact(first)
     weights = rotate(lambda: random_weight(kind, n, k), first.bytes)
     weights[0] = first
-    theirs = _bitsandbytes_weights(n, k, len(weights)) if kind == "4bit" and BITSANDBYTES in contenders else []
+    theirs = _bitsandbytes_weights(kind, n, k, len(weights)) if BITSANDBYTES in contenders else []
     points = []
     for rows in rows_list:
         x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
@@ -304,7 +305,7 @@ def _time_quantised(
             used = config if name == "triton" else None
             points.append(Point(model, linear, kind, name, rows, graph_time(over(weights, call)), floor, used))
         if theirs:
-            took = graph_time(over(theirs, partial(_bitsandbytes_product, x)))
+            took = graph_time(over(theirs, partial(_bitsandbytes_product, x if kind == "4bit" else x.half())))
             points.append(Point(model, linear, kind, BITSANDBYTES, rows, took, floor))
     return points
 
@@ -322,25 +323,34 @@ def _ways(x: Tensor, config: GemmConfig, contenders: Sequence[str]) -> dict[str,
     return {name: way for name, way in ways.items() if name in contenders}
 
 
-def _bitsandbytes_weights(n: int, k: int, count: int) -> list[Any]:
+def _bitsandbytes_weights(kind: Kind, n: int, k: int, count: int) -> list[Any]:
+    """As its products take them: bytes and their state."""
     try:
+        from bitsandbytes.autograd._functions import MatmulLtState
         from bitsandbytes.functional import QuantState
     except ImportError:
         return []
-    made = []
+    made: list[Any] = []
     for _ in range(count):
-        weight = random_weight("4bit", n, k, tiled=False)
-        state = QuantState(weight.absmax, torch.Size((n, k)), weight.code, 64, quant_type="nf4", dtype=torch.bfloat16)
+        weight = random_weight(kind, n, k, tiled=False)
+        if kind == "4bit":
+            shape = torch.Size((n, k))
+            state = QuantState(weight.absmax, shape, weight.code, 64, quant_type="nf4", dtype=torch.bfloat16)
+        else:
+            state = MatmulLtState(CB=weight.packed, SCB=weight.absmax)
+            state.is_training = state.has_fp16_weights = False
         made.append((weight.packed, state))
     return made
 
 
 def _bitsandbytes_product(x: Tensor, weight: Any) -> Tensor:
+    """In 8 bits LLM.int8() without outliers, which takes float16 and rounds it to 8 bits too."""
     import bitsandbytes as bnb
 
     packed, state = weight
-    out: Tensor = bnb.matmul_4bit(x, packed.t(), quant_state=state)
-    return out
+    if isinstance(state, bnb.functional.QuantState):
+        return cast("Tensor", bnb.matmul_4bit(x, packed.t(), quant_state=state))
+    return cast("Tensor", bnb.matmul(x, packed, state=state))
 
 
 def print_contenders(points: list[Point]) -> None:

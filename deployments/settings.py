@@ -113,7 +113,7 @@ class PoolSettings(_Strict):
     """Which kernels multiply by quantised weights on GPUs; the CPU always has bitsandbytes'."""
     tune_kernels: bool = True
     """On GPUs, measure at the start how Headroom's kernels are the fastest for weights of shapes that no table has yet,
-    and keep the answers in HEADROOM_HOME."""
+    and keep the answers in HEADROOM_HOME. Not with `batch_invariant`."""
     tune_limit_s: Annotated[float, Field(gt=0)] = 120.0
     """For how long at most; the next start goes on with what is left."""
     batch_invariant: bool = False
@@ -163,6 +163,12 @@ class PoolSettings(_Strict):
     def _limits_what_is_tuned(self) -> PoolSettings:
         if "tune_limit_s" in self.model_fields_set and not self.tune_kernels:
             raise ValueError("tune_limit_s is given, but tune_kernels is false; drop one of the two")
+        asked = {"tune_kernels", "tune_limit_s"} & self.model_fields_set
+        if self.batch_invariant and self.tune_kernels and asked:
+            raise ValueError(
+                f"{min(asked)} is given, but with batch_invariant nothing is measured, as another start may find "
+                "other kernels the fastest, whose last bits differ; drop one of the two"
+            )
         return self
 
     @model_validator(mode="after")
@@ -182,6 +188,11 @@ class PoolSettings(_Strict):
     def own_kernels(self) -> bool:
         """Whether products by quantised weights run on Headroom's kernels, where there is a GPU."""
         return self.kernels == "headroom" and not self.int8_threshold
+
+    @property
+    def tunes(self) -> bool:
+        """Whether kernels may be measured at the start."""
+        return self.tune_kernels and not self.batch_invariant
 
     @property
     def fewest_replicas(self) -> int:

@@ -167,7 +167,7 @@ def _limits(job: Job, plan: Plan, device_type: str) -> EngineLimits:
         kernels=job.pool.own_kernels,
         int8_threshold=job.pool.int8_threshold,
         batch_invariant=job.pool.batch_invariant,
-        tuning=Tuning(state_folder() / "kernels", job.pool.tune_limit_s) if job.pool.tune_kernels else None,
+        tuning=Tuning(state_folder() / "kernels", job.pool.tune_limit_s) if job.pool.tunes else None,
     )
 
 

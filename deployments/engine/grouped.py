@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from deployments.engine.grouped_stored import stored_options
+from deployments.engine.kernels.modules import CAPABILITY, why_not_on
 from deployments.errors import ConfigError
 from placement.plan import Plan
 
@@ -41,13 +42,20 @@ def check_kernels(plan: Plan, *, kernels: bool) -> None:
     """Refuse a GPU's replica of such a checkpoint that is to do without Headroom's kernels.
 
     Raises:
-        ConfigError: `kernels` is not set.
+        ConfigError: `kernels` is not set, or they can't run on one of the plan's GPUs.
     """
     if not kernels:
         raise ConfigError(
             f"{plan.model} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute with; set "
             "`kernels: headroom`"
         )
+    for stage in plan.stages:
+        if reason := why_not_on(torch.device("cuda", stage.device)):
+            raise ConfigError(
+                f"{plan.model} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute with: "
+                f"{reason}; take a GPU of capability {'{}.{}'.format(*CAPABILITY)} or above, or `device: cpu`, or "
+                "serve the unquantised model"
+            )
 
 
 def settle_grouped(model: nn.Module) -> None:

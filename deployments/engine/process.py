@@ -137,7 +137,7 @@ def limits_of(spec: EngineSpec, plan: Plan, device_type: DeviceType) -> EngineLi
 
 
 def _tuning(spec: EngineSpec) -> Tuning | None:
-    if spec.kernels_dir is None or not spec.pool.tune_kernels:
+    if spec.kernels_dir is None or not spec.pool.tunes:
         return None
     return Tuning(spec.kernels_dir, spec.pool.tune_limit_s)
 

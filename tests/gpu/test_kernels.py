@@ -74,10 +74,10 @@ def dense(weight: Weight4 | Weight8) -> Tensor:
     return dequantise4(weight, torch.float64) if isinstance(weight, Weight4) else dequantise8(weight, torch.float64)
 
 
-def product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None = None, *, invariant: bool = False) -> Tensor:
+def product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None = None) -> Tensor:
     from deployments.engine.kernels.launch import product as compute
 
-    return compute(x, weight, bias, batch_invariant=invariant)
+    return compute(x, weight, bias)
 
 
 def error(out: Tensor, expected: Tensor) -> float:
@@ -213,13 +213,22 @@ def test_the_same_call_gives_the_same_bits() -> None:
             assert all(torch.equal(product(x, weight), first) for _ in range(50))
 
 
-def test_batch_invariant_rows() -> None:
-    for weight in (tile4(weight4(4096, 1024)), tile8(weight8(4096, 1024))):
-        x = torch.randn(300, 1024, device="cuda", dtype=torch.bfloat16)
-        whole = product(x, weight, invariant=True)
-        for rows in (1, 2, 15, 16, 17, 64, 129):
-            assert torch.equal(product(x[:rows], weight, invariant=True), whole[:rows]), rows
-            assert torch.equal(product(x[300 - rows :], weight, invariant=True), whole[300 - rows :]), rows
+@pytest.mark.parametrize("tiled", [True, False])
+def test_of_16_rows_each_has_its_bits_whatever_and_wherever_the_others_are(tiled: bool) -> None:
+    """What `batch_invariant` counts on."""
+    four, eight = weight4(4096, 1024), weight8(4096, 1024)
+    for weight in (tile4(four), tile8(eight)) if tiled else (four, eight):
+        x = torch.randn(16, 1024, device="cuda", dtype=torch.bfloat16)
+        alone = product(x, weight)
+        assert torch.equal(product(x.flip(0), weight), alone.flip(0))
+        for row in range(16):
+            among = 9 * torch.randn(16, 1024, device="cuda", dtype=torch.bfloat16)
+            place = 5 * row % 16
+            among[place] = x[row]
+            assert torch.equal(product(among, weight)[place], alone[row]), row
+            padded = torch.zeros_like(x)
+            padded[0] = x[row]
+            assert torch.equal(product(padded, weight)[0], alone[row]), row
 
 
 def test_empty_input() -> None:

@@ -98,9 +98,7 @@ def test_4bit_products_agree_with_float64(weight: Weight4, rows: int) -> None:
     x = torch.randn(rows, weight.k, dtype=torch.bfloat16)
     nested = weight.nested
     outer = (None, None, None) if nested is None else (nested.absmax, nested.code, nested.offset)
-    out = linear_4bit(
-        x, weight.packed, weight.absmax, weight.code, *outer, None, weight.n, weight.k, weight.blocksize, False
-    )
+    out = linear_4bit(x, weight.packed, weight.absmax, weight.code, *outer, None, weight.n, weight.k, weight.blocksize)
     expected = x.double() @ dequantise4(weight, torch.float64).t()
     assert out.shape == expected.shape
     assert float((out.double() - expected).norm()) <= 3e-3 * size(x, dequantise4(weight, torch.float64))
@@ -117,7 +115,7 @@ def test_8bit_products_agree_with_float64(strips: int, columns: int, rows: int, 
         weight = tile8(weight)
         assert torch.equal(untile8(weight).packed.double() * (weight.absmax.double() / 127)[:, None], expected_weight)
     x = torch.randn(rows, k, dtype=torch.bfloat16)
-    out = linear_8bit(x, weight.packed, weight.absmax, None, n, k, False)
+    out = linear_8bit(x, weight.packed, weight.absmax, None, n, k)
     expected = x.double() @ expected_weight.t()
     assert float((out.double() - expected).norm()) <= 3e-3 * size(x, expected_weight)
 

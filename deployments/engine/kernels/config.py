@@ -138,7 +138,13 @@ HEURISTIC = Table(
         ),
     }
 )
-"""For GPUs with 228 KiB of shared memory per multiprocessor; correct, if not the best, on those with 100 KiB."""
+"""For GPUs that have `HEURISTIC_BYTES` of shared memory for a block: capability 8.0, 8.7, 9.0 and 10.x."""
+HEURISTIC_BYTES = 148 * 2**10
+"""Of the largest configuration, 4 bits with double quantisation and 128 rows: 116 KiB, as Triton 3.6 lays it out for
+capability 9.0, and the table of pairs."""
+_SMALLER = {64: GemmConfig(8, 2, 3, 1), 128: GemmConfig(8, 1, 3, 1)}
+"""4 bits, for GPUs with 99 KiB (capability 8.6, 8.9 and 12.x): 52 and 58 KiB and the table. The heuristic's others take
+96 KiB at most."""
 
 
 def use_folder(folder: Path) -> None:
@@ -152,9 +158,21 @@ def file_name(gpu: str) -> str:
     return gpu.lower().replace(" ", "_").replace("/", "_") + ".json"
 
 
+def fitted(table: Table, shared: int) -> Table:
+    """`table` for a GPU that has `shared` bytes of shared memory for a block: with smaller configurations in place of
+    those of the heuristic that take more. What was measured has run there, and stays."""
+    entry, heuristic = table.default["4bit"], HEURISTIC.default["4bit"]
+    if shared >= HEURISTIC_BYTES or entry != heuristic:
+        return table
+    smaller = replace(heuristic, configs=heuristic.configs | _SMALLER)
+    return replace(table, default={**table.default, "4bit": smaller})
+
+
 @cache
-def table_for(gpu: str) -> Table:
-    """The table of a GPU; the heuristic where none was measured."""
+def table_for(gpu: str, shared: int | None = None) -> Table:
+    """The table of a GPU, `fitted` to its shared memory where that is given; the heuristic where none was measured."""
+    if shared is not None:
+        return fitted(table_for(gpu), shared)
     for folder in (*_tuned, _SHIPPED):
         path = folder / file_name(gpu)
         if path.exists():

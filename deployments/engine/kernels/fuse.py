@@ -144,7 +144,6 @@ def _fuse(members: list[Any]) -> Fused:
         whole = QuantLinear4(weight, bias, first.compute_dtype, first.saved)
     else:
         whole = QuantLinear8(Weight8(n, k, packed, absmax), bias)
-    whole.batch_invariant = first.batch_invariant
     return Fused(whole, sizes)
 
 

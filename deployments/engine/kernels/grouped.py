@@ -85,7 +85,6 @@ class GroupedLinear4(QuantLinear4):
             self.out_features,
             self.in_features,
             self.blocksize,
-            self.batch_invariant,
         )
         return out.to(given)
 

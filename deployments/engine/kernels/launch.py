@@ -17,7 +17,6 @@ from torch import Tensor
 
 from deployments.engine.kernels import gemm
 from deployments.engine.kernels.config import (
-    BUCKETS,
     PANELS,
     Entry,
     GemmConfig,
@@ -41,16 +40,14 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _FLAT_BLOCK = 4096
 
 
-def product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
+def product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None) -> Tensor:
     """`x @ dequantise(weight).T + bias` for x [rows, k] -> [rows, n] in x's dtype.
 
-    batch_invariant: a row's bits do not depend on the number of rows: the small-batch kernel, in one configuration, for
-    any number of them. It reads the weight once per 16 rows.
+    How it is computed follows from the weight, the device and the number of rows alone: a row's bits are the same
+    whatever the other rows are, and `invariant.py` counts on it.
     """
     entry = _entry(x, weight)
     small = weight.tiled and x.dtype in (torch.bfloat16, torch.float16)
-    if small and batch_invariant:
-        return small_product(x, weight, bias, entry.configs[BUCKETS[0]], bucket=BUCKETS[0])
     cut = _cut(entry, weight, x.shape[0], x.device) if small else None
     if isinstance(cut, Cut):
         return skinny_product(x, weight, bias, cut)
@@ -98,7 +95,7 @@ def warpgroups(device: torch.device) -> bool:
 
 @cache
 def shared_bytes(device: torch.device) -> int:
-    """Of a block of `skinny.cu`, at most: what the device grants on request, less a KiB as a margin."""
+    """Of a block, at most: what the device grants on request, less a KiB as a margin."""
     properties: Any = torch.cuda.get_device_properties(device)  # torch's annotations lack it
     return int(properties.shared_memory_per_block_optin) - 2**10
 
@@ -111,7 +108,9 @@ def multiprocessors(device: torch.device) -> int:
 
 def table_of(device: torch.device) -> Table:
     """The device's configurations."""
-    return table_for("interpreter" if INTERPRETED else torch.cuda.get_device_name(device))
+    if INTERPRETED:
+        return table_for("interpreter")
+    return table_for(torch.cuda.get_device_name(device), shared_bytes(device))
 
 
 def small_product(

@@ -22,6 +22,10 @@ from deployments.engine.kernels.workspace import prepare
 log = logging.getLogger(__name__)
 
 
+CAPABILITY = (8, 0)
+"""Of a GPU that the kernels run on: Ampere's, which has instructions for bfloat16 and for pairs of 16-bit numbers."""
+
+
 @dataclass(frozen=True)
 class Saved4:
     """What a checkpoint says of a 4-bit weight beside its tensors."""
@@ -48,7 +52,6 @@ class QuantLinear4(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.blocksize = weight.k, weight.n, weight.blocksize
         self.compute_dtype, self.saved = compute_dtype, saved
-        self.batch_invariant = False
         nested = weight.nested
         for name, tensor in {
             "packed": weight.packed,
@@ -103,7 +106,6 @@ class QuantLinear4(nn.Module):
             self.out_features,
             self.in_features,
             self.blocksize,
-            self.batch_invariant,
         )
         return out.to(x.dtype)
 
@@ -127,7 +129,6 @@ class QuantLinear8(nn.Module):
     def __init__(self, weight: Weight8, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.k, weight.n
-        self.batch_invariant = False
         self.register_buffer("packed", weight.packed, persistent=False)
         self.register_buffer("absmax", weight.absmax, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -156,9 +157,7 @@ class QuantLinear8(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The result has x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        out: Tensor = ops.linear_8bit(
-            x, self.packed, self.absmax, bias, self.out_features, self.in_features, self.batch_invariant
-        )
+        out: Tensor = ops.linear_8bit(x, self.packed, self.absmax, bias, self.out_features, self.in_features)
         return out
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -197,16 +196,18 @@ def save8(weight: Weight8, destination: dict[str, Any], prefix: str) -> None:
     destination[prefix + "weight_format"] = torch.tensor(0, dtype=torch.uint8)  # bitsandbytes' row-major
 
 
-def replace_linears(model: nn.Module, *, batch_invariant: bool = False) -> int:
+def replace_linears(model: nn.Module) -> int:
     """Put the kernels in place of bitsandbytes' linears on CUDA devices, one by one, so that memory peaks at one
-    weight more; those on a CPU stay. Returns how many were replaced."""
+    weight more; those on a CPU stay, and those on GPUs that are too old. Returns how many were replaced."""
     four, eight = bitsandbytes.nn.modules.Linear4bit, bitsandbytes.nn.modules.Linear8bitLt
     count = 0
     for name, module in list(model.named_modules()):
         if not isinstance(module, four | eight) or module.weight.device.type != "cuda":
             continue
+        if (reason := why_not_on(module.weight.device)) is not None:
+            _stays(reason)
+            continue
         new = QuantLinear4.of(module) if isinstance(module, four) else QuantLinear8.of(module)
-        new.batch_invariant = batch_invariant
         new.train(module.training)
         model.set_submodule(name, new)
         _release(module)
@@ -227,6 +228,20 @@ def _suits(n: int, k: int, blocksize: int | None) -> bool:
     if reason is not None:
         _tell(n, k, reason)
     return reason is None
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """Why the kernels can't run on a CUDA device, as a clause; None: they can."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= CAPABILITY:
+        return None
+    name, needed = torch.cuda.get_device_name(device), "{}.{}".format(*CAPABILITY)
+    return f"{device} ({name}) has compute capability {capability[0]}.{capability[1]}, and they need {needed}"
+
+
+@cache
+def _stays(reason: str) -> None:
+    log.warning("linears stay on bitsandbytes' kernels instead of Headroom's: %s", reason)
 
 
 @cache

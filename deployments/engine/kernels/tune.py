@@ -80,6 +80,7 @@ CANDIDATES: dict[tuple[Kind, int], tuple[GemmConfig, ...]] = {
     ),
     ("4bit", 128): (
         GemmConfig(8, 1, 5, 1),
+        GemmConfig(8, 1, 3, 1),
         GemmConfig(8, 1, 4, 2, 128, rounded=True),
         GemmConfig(8, 2, 3, 1, rounded=True),
         GemmConfig(16, 2, 3, 1, rounded=True),

@@ -38,5 +38,14 @@ def test_its_tables_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_way_of_serving_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"nf4\+inva: \+inva is unknown; there are \+experts and \+invariant"):
+    with pytest.raises(SystemExit, match=r"nf4\+inva: \+inva is unknown; there are \+dq, \+experts and \+invariant"):
         main(["--shape", "tiny", "--quantization", "nf4+inva", "--folder", str(tmp_path)])
+
+
+def test_double_quantised_weights_are_fewer_bytes(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    sizes = ["--input", "4", "--output", "4", "--concurrency", "1", "--max-batch-tokens", "64"]
+    asked = ["--shape", "tiny", "--quantization", "nf4,nf4+dq", "--folder", str(tmp_path), "--json", str(found)]
+    assert main([*asked, *sizes]) == 0
+    floors = {name: run["engine"][0]["floor_ms"] for name, run in json.loads(found.read_text())["runs"].items()}
+    assert 0.8 * floors["nf4"] < floors["nf4+dq"] < floors["nf4"]

@@ -33,12 +33,29 @@ def test_a_table_for_each_model_and_kind_of_weight() -> None:
 
 
 def test_what_misses_a_goal_is_named() -> None:
-    few, few8, cublas, cublas8, theirs = goals(Lookup(POINTS))
-    assert few.endswith(": 8B qkv 50% to 50%, 1B o 33% to 33%")
-    assert few8.endswith(": 8B qkv 90% to 90%")
-    assert cublas == "NF4 slower than cublas up to 128 rows: 8B qkv at 128 rows (1.12) (of 2)"
-    assert cublas8 == "int8 slower than cublas up to 128 rows: nowhere (of 1)"
-    assert theirs == "NF4 slower than bitsandbytes: nowhere (of 2)"
+    more = [
+        Point("8B", "gate_up", "4bit", "headroom", 1, 30.0, 15.0),
+        Point("8B", "gate_up", "4bit", "headroom", 16, 27.0, 16.0),
+        Point("8B", "gate_up", "4bit", "headroom", 32, 40.0, 16.0),
+        Point("8B", "gate_up", "4bit", "bitsandbytes", 32, 20.0, 16.0),
+        Point("8B", "down", "8bit", "headroom", 8, 20.0, 14.0),
+    ]
+    few, few8, cublas, cublas8, theirs = goals(Lookup([*POINTS, *more]))
+    large = "linears of 50 million weights and more"
+    assert few == (
+        f"MISSED by 1 of 2: NF4, at least 55% of the floor up to 16 rows, {large}: 8B gate_up at 1 row (50.0%)"
+    ), "neither small linears nor more rows"
+    assert few8 == (
+        "MISSED by 1 of 2: int8, at least 75% of the floor up to 16 rows, linears of any size: "
+        "8B down at 8 rows (70.0%)"
+    )
+    assert cublas == "MISSED by 1 of 2: NF4, never slower than cublas up to 128 rows: 8B qkv at 128 rows (1.12)"
+    assert cublas8 == "met by all 1: int8, never slower than cublas up to 128 rows"
+    assert theirs == "MISSED by 1 of 3: NF4, never slower than bitsandbytes: 8B gate_up at 32 rows (2.00)"
+
+
+def test_what_was_not_measured_is_not_met() -> None:
+    assert all(line.startswith("not measured: ") for line in goals(Lookup([])))
 
 
 def test_files_become_one_report_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,3 +174,15 @@ def test_kernels_are_tuned_where_their_answers_can_be_kept(folder: Path, tmp_pat
     assert tuning(None) is None
     with pytest.raises(ValueError, match="tune_limit_s is given, but tune_kernels is false"):
         pool(tune_kernels=False, tune_limit_s=7)
+
+
+@pytest.mark.parametrize("asked", [{"tune_kernels": True}, {"tune_limit_s": 7}])
+def test_what_another_start_may_find_faster_is_nothing_for_fixed_bits(
+    asked: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    spec = EngineSpec("tiny", folder, pool(batch_invariant=True, tune_kernels=False), 1, folder, tmp_path)
+    assert process.limits_of(spec, plan_of(folder), "cuda").tuning is None
+    spec = EngineSpec("tiny", folder, pool(batch_invariant=True), 1, folder, tmp_path)
+    assert process.limits_of(spec, plan_of(folder), "cuda").tuning is None
+    with pytest.raises(ValueError, match=f"{next(iter(asked))} is given, but with batch_invariant nothing is measured"):
+        pool(batch_invariant=True, **asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from deployments.engine.grouped import check_kernels
 from deployments.engine.kernels import modules
 from deployments.engine.kernels.fuse import Part, fuse_linears
 from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8, replace_linears
 from deployments.engine.kernels.weights import dequantise4, dequantise8
+from deployments.errors import ConfigError
 
 
 def linear4(n: int, k: int, *, quant_type: str = "nf4", nested: bool = False, bias: bool = True) -> Any:
@@ -140,6 +143,36 @@ def test_linears_on_the_cpu_stay_bitsandbytes() -> None:
     block = Block(linear4)
     assert replace_linears(block) == 0
     assert isinstance(block.q_proj, bnb.nn.Linear4bit)
+
+
+def test_linears_on_a_gpu_that_is_too_old_stay_bitsandbytes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    modules._stays.cache_clear()
+    linears = [linear4(16, 64), linear8(16, 64)]
+    for linear in linears:
+        linear._parameters["weight"] = SimpleNamespace(device=torch.device("cuda", 0))
+    model = nn.Sequential(*linears)
+    with caplog.at_level(logging.WARNING):
+        assert replace_linears(model) == 0
+    assert list(model) == linears
+    assert [record.getMessage() for record in caplog.records] == [
+        "linears stay on bitsandbytes' kernels instead of Headroom's: cuda:0 (Tesla T4) has compute capability 7.5, "
+        "and they need 8.0"
+    ], "once"
+
+
+def test_grouped_checkpoints_are_refused_on_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {0: (8, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    plan: Any = SimpleNamespace(model="m", stages=[SimpleNamespace(device=0), SimpleNamespace(device=1)])
+    with pytest.raises(ConfigError, match=r"cuda:1 \(Tesla T4\) has compute capability 7.5, .* take a GPU of .* 8.0"):
+        check_kernels(plan, kernels=True)
+    capabilities[1] = (12, 0)
+    check_kernels(plan, kernels=True)
 
 
 def test_wrong_width_is_refused() -> None:

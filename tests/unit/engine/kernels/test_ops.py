@@ -11,12 +11,12 @@ from deployments.engine.kernels import ops  # noqa: F401 - registers the operato
 
 def arguments4() -> tuple[Any, ...]:
     x, packed = torch.randn(2, 3, 128), torch.randint(0, 256, (48 * 64, 1), dtype=torch.uint8)
-    return (x, packed, torch.rand(96), torch.randn(16), None, None, None, torch.randn(48), 48, 128, 64, False)
+    return (x, packed, torch.rand(96), torch.randn(16), None, None, None, torch.randn(48), 48, 128, 64)
 
 
 def arguments8() -> tuple[Any, ...]:
     codes = torch.randint(-127, 128, (48, 128), dtype=torch.int8)
-    return (torch.randn(5, 128), codes, torch.rand(48), None, 48, 128, False)
+    return (torch.randn(5, 128), codes, torch.rand(48), None, 48, 128)
 
 
 def shifted(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
