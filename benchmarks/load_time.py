@@ -30,11 +30,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.arguments import positive
 from benchmarks.checkpoint import FOLDER, SHAPES, write
 from benchmarks.page_cache import drop, resident
 from deployments.engine.loader import load, quantised_already, quantization_config
@@ -43,7 +44,7 @@ from deployments.engine.process import limits_of
 from deployments.errors import ConfigError
 from deployments.home import state_folder
 from deployments.planning import plan_pool
-from deployments.settings import PoolSettings
+from deployments.settings import PoolSettings, Quantization
 
 GOAL = 1.5
 _BLOCK_BYTES = 16 * 2**20
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = _apart(write, options.shape, options.folder)
     met = True
     try:
-        for quantization in options.quantization.split(","):
+        for quantization in options.quantization:
             pool = PoolSettings(quantization=quantization, stages=options.stages)
             for found in _measure(folder, pool, options.rounds):
                 print(found, flush=True)
@@ -128,11 +129,21 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the checkpoint is kept")
     parser.add_argument(
-        "--quantization", default="nf4,int8,bf16", help="of a pool; one or several, with commas between"
+        "--quantization",
+        type=_quantizations,
+        default="nf4,int8,bf16",
+        help="of a pool; one or several, with commas between",
     )
-    parser.add_argument("--stages", type=int, default=1, help="GPUs of the replica")
-    parser.add_argument("--rounds", type=int, default=2, help="of which the least counts")
+    parser.add_argument("--stages", type=positive, default=1, help="GPUs of the replica")
+    parser.add_argument("--rounds", type=positive, default=2, help="of which the least counts")
     return parser
+
+
+def _quantizations(text: str) -> list[str]:
+    there, asked = ("auto", *get_args(Quantization)), text.split(",")
+    if unknown := [name for name in asked if name not in there]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; there are {', '.join(there)}")
+    return asked
 
 
 def _measure(folder: Path, pool: PoolSettings, rounds: int) -> Iterator[Found]:
