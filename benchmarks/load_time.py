@@ -13,7 +13,7 @@ caches by itself is not seen; GB/s tell.
 - Loaded: the engine's own `load` of what a pool with that quantisation plans here, each time in a process of its own.
   It ends with stages whose bytes and logits are verified. Kernels that it loads count; the imports before it, CUDA's
   context, tuning, and `torch.compile` and graphs after it do not. One load is not counted: kernels that are new are
-  compiled in it. A line of the loader's own says how long each part of a load took.
+  compiled in it. Lines of the loader's own say how much was read ahead, and how long each part of a load took.
 
 On the CPU weights in 16 bits stay mapped, and the probe's first forward brings their pages: it runs there to be tried.
 Quantised ones are refused: they are quantised once, and what loads is a copy of other files (decision 0002).
@@ -41,6 +41,7 @@ from benchmarks.page_cache import drop, resident
 from deployments.engine.loader import load, quantised_already, quantization_config
 from deployments.engine.messages import EngineSpec
 from deployments.engine.process import limits_of
+from deployments.engine.read_ahead import reading_ahead
 from deployments.errors import ConfigError
 from deployments.home import state_folder
 from deployments.planning import plan_pool
@@ -191,7 +192,8 @@ def loaded(folder: Path, pool: PoolSettings, cold: bool) -> Taken:
         for stage in plan.stages:
             torch.cuda.synchronize(stage.device)  # makes the context
     logging.basicConfig(format=f"    {'cold' if cold else 'page cache'}: %(message)s", stream=sys.stdout)
-    logging.getLogger(load.__module__).setLevel(logging.INFO)
+    for module in (load.__module__, reading_ahead.__module__):
+        logging.getLogger(module).setLevel(logging.INFO)
     disable_progress_bar()
     there = _ready(_files(folder), cold)
     began = time.perf_counter()

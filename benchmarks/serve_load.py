@@ -268,9 +268,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=ROOT / "serve_config.yaml", help="what is served")
     parser.add_argument("--shape", help="serve random weights of this shape of benchmarks.checkpoint, not --config")
     parser.add_argument("--quantization", default="nf4", help="of --shape; default: %(default)s")
-    parser.add_argument(
-        "--ingress", type=positive, default=4, help="ingress replicas of --shape; default: %(default)s"
-    )
+    parser.add_argument("--ingress", type=positive, default=4, help="ingress replicas of --shape; default: %(default)s")
     parser.add_argument("--concurrency", type=_clients, default=[1, 4, 16], help="numbers of clients: 1,4,16")
     parser.add_argument("--output-tokens", type=positive, default=64, help="tokens of each answer")
     parser.add_argument("--prompt-characters", type=positive, help="of each prompt; default: as chat turns are")

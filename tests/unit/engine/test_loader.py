@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,33 @@ from tests.unit.engine.tiny import VOCAB, llama, plan_of, rows, save
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("llama"), llama())
+
+
+# Reading ahead
+
+
+@pytest.mark.parametrize(("device", "ahead"), [(0, True), ("cpu", False)])
+def test_files_are_read_ahead_of_a_gpus_load_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: int | str, ahead: bool
+) -> None:
+    said: list[object] = []
+
+    @contextmanager
+    def reading(model_dir: Path) -> Iterator[None]:
+        said.append(model_dir)
+        yield
+        said.append("ended")
+
+    class Auto:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> torch.nn.Module:
+            said.append("loads")
+            return torch.nn.Module()
+
+    monkeypatch.setattr(loader, "reading_ahead", reading)
+    monkeypatch.setattr(loader, "AutoModelForCausalLM", Auto)
+    loader._read(folder, "float32", None, {"": device})
+    assert said == ([folder, "loads", "ended"] if ahead else ["loads"])
 
 
 # Bytes against the plan
