@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,3 +51,14 @@ def test_tokens_are_the_plain_forwards_argmax(family: Path, quantization: str, s
     plan = plan_on_gpus(footprint(family, quantization=quantization), stages)
     served = serve(load(family, plan, device_type="cuda", limits=LIMITS), plan, OUTPUT)
     check(plain_model(family, plan), served, BOUND)
+
+
+def test_a_load_says_how_far_it_is_and_is_read_ahead(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save(tmp_path, FAMILIES["llama"], seed=0)
+    plan = plan_on_gpus(footprint(folder, quantization="nf4"), 1)
+    gc.collect()  # what other tests left would be freed meanwhile
+    with caplog.at_level(logging.INFO, "deployments.engine"):
+        load(folder, plan, device_type="cuda", limits=LIMITS)
+    shares = [int(share) for share in re.findall(r"loading weights: .+ of .+ \((\d+) %\)", caplog.text)]
+    assert shares[-1] >= 95
+    assert len(re.findall(r"read ahead of the load: .+ of .+ in", caplog.text)) == 1

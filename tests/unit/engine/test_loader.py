@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes
 import pytest
@@ -34,7 +34,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("llama"), llama())
 
 
-# Reading ahead
+# What goes on beside a load
+
+
+@pytest.mark.parametrize(("device_type", "shown"), [("cuda", [1, 0]), ("cpu", [])])
+def test_progress_is_logged_while_a_gpu_is_loaded_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device_type: Literal["cpu", "cuda"], shown: list[int]
+) -> None:
+    changes: list[int] = []
+
+    @contextmanager
+    def progress(_: Plan) -> Iterator[None]:
+        changes.append(1)
+        try:
+            yield
+        finally:
+            changes.append(0)
+
+    def read(*_: object) -> None:
+        assert changes == shown[:1]
+        raise OSError("no such disk")
+
+    monkeypatch.setattr(loader, "logging_progress", progress)
+    monkeypatch.setattr(loader, "_read_as_planned", read)
+    with pytest.raises(OSError, match="no such disk"):
+        load(folder, plan_of(folder), device_type=device_type)
+    assert changes == shown
 
 
 @pytest.mark.parametrize(("device", "ahead"), [(0, True), ("cpu", False)])
