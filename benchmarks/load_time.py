@@ -13,7 +13,7 @@ caches by itself is not seen; GB/s tell.
 - Loaded: the engine's own `load` of what a pool with that quantisation plans here, each time in a process of its own.
   It ends with stages whose bytes and logits are verified. Kernels that it loads count; the imports before it, CUDA's
   context, tuning, and `torch.compile` and graphs after it do not. One load is not counted: kernels that are new are
-  compiled in it. A line of the loader's own says how long each part of a load took.
+  compiled in it. Lines of the loader's own say how much was read ahead, and how long each part of a load took.
 
 On the CPU weights in 16 bits stay mapped, and the probe's first forward brings their pages: it runs there to be tried.
 Quantised ones are refused: they are quantised once, and what loads is a copy of other files (decision 0002).
@@ -30,20 +30,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.arguments import positive
 from benchmarks.checkpoint import FOLDER, SHAPES, write
 from benchmarks.page_cache import drop, resident
 from deployments.engine.loader import load, quantised_already, quantization_config
 from deployments.engine.messages import EngineSpec
 from deployments.engine.process import limits_of
+from deployments.engine.read_ahead import reading_ahead
 from deployments.errors import ConfigError
 from deployments.home import state_folder
 from deployments.planning import plan_pool
-from deployments.settings import PoolSettings
+from deployments.settings import PoolSettings, Quantization
 
 GOAL = 1.5
 _BLOCK_BYTES = 16 * 2**20
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = _apart(write, options.shape, options.folder)
     met = True
     try:
-        for quantization in options.quantization.split(","):
+        for quantization in options.quantization:
             pool = PoolSettings(quantization=quantization, stages=options.stages)
             for found in _measure(folder, pool, options.rounds):
                 print(found, flush=True)
@@ -128,11 +130,21 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the checkpoint is kept")
     parser.add_argument(
-        "--quantization", default="nf4,int8,bf16", help="of a pool; one or several, with commas between"
+        "--quantization",
+        type=_quantizations,
+        default="nf4,int8,bf16",
+        help="of a pool; one or several, with commas between",
     )
-    parser.add_argument("--stages", type=int, default=1, help="GPUs of the replica")
-    parser.add_argument("--rounds", type=int, default=2, help="of which the least counts")
+    parser.add_argument("--stages", type=positive, default=1, help="GPUs of the replica")
+    parser.add_argument("--rounds", type=positive, default=2, help="of which the least counts")
     return parser
+
+
+def _quantizations(text: str) -> list[str]:
+    there, asked = ("auto", *get_args(Quantization)), text.split(",")
+    if unknown := [name for name in asked if name not in there]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; there are {', '.join(there)}")
+    return asked
 
 
 def _measure(folder: Path, pool: PoolSettings, rounds: int) -> Iterator[Found]:
@@ -180,7 +192,8 @@ def loaded(folder: Path, pool: PoolSettings, cold: bool) -> Taken:
         for stage in plan.stages:
             torch.cuda.synchronize(stage.device)  # makes the context
     logging.basicConfig(format=f"    {'cold' if cold else 'page cache'}: %(message)s", stream=sys.stdout)
-    logging.getLogger(load.__module__).setLevel(logging.INFO)
+    for module in (load.__module__, reading_ahead.__module__):
+        logging.getLogger(module).setLevel(logging.INFO)
     disable_progress_bar()
     there = _ready(_files(folder), cold)
     began = time.perf_counter()

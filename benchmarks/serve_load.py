@@ -35,6 +35,7 @@ if not __package__:  # run as a file
 import httpx
 from tqdm import tqdm  # type: ignore[import-untyped]  # has no types
 
+from benchmarks.arguments import positive
 from benchmarks.child import ROOT, ChildFailed
 from benchmarks.client import Answer, LoadFailed, run_clients
 from benchmarks.contenders import Contenders, SequentialRun
@@ -261,28 +262,20 @@ def _clients(text: str) -> list[int]:
     return counts
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_load", description=__doc__.splitlines()[0])
     parser.add_argument("--url", help="of a Headroom that runs; default: start one on a free port")
     parser.add_argument("--config", type=Path, default=ROOT / "serve_config.yaml", help="what is served")
     parser.add_argument("--shape", help="serve random weights of this shape of benchmarks.checkpoint, not --config")
     parser.add_argument("--quantization", default="nf4", help="of --shape; default: %(default)s")
-    parser.add_argument(
-        "--ingress", type=_positive, default=4, help="ingress replicas of --shape; default: %(default)s"
-    )
+    parser.add_argument("--ingress", type=positive, default=4, help="ingress replicas of --shape; default: %(default)s")
     parser.add_argument("--concurrency", type=_clients, default=[1, 4, 16], help="numbers of clients: 1,4,16")
-    parser.add_argument("--output-tokens", type=_positive, default=64, help="tokens of each answer")
-    parser.add_argument("--prompt-characters", type=_positive, help="of each prompt; default: as chat turns are")
-    parser.add_argument("--rounds", type=_positive, default=3)
+    parser.add_argument("--output-tokens", type=positive, default=64, help="tokens of each answer")
+    parser.add_argument("--prompt-characters", type=positive, help="of each prompt; default: as chat turns are")
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--engine", action="store_true", help="compare the most clients with the engine alone")
     parser.add_argument(
-        "--steady-tokens", type=_positive, default=512, help="of the long answers of --engine; default: %(default)s"
+        "--steady-tokens", type=positive, default=512, help="of the long answers of --engine; default: %(default)s"
     )
     parser.add_argument("--no-baseline", action="store_true", help="only the load: no generate(), no bare engine")
     parser.add_argument(

@@ -22,6 +22,7 @@ from deployments.errors import ConfigError
 from deployments.home import state_folder
 from deployments.local_ray import LocalRay
 from deployments.settings import Settings
+from deployments.start_log import StartLog
 from deployments.survey import Survey
 from placement import probe
 from placement.export import table
@@ -88,7 +89,7 @@ def serve(file: ConfigFile, show_logs: bool = False, dashboard: bool = False) ->
     _print_plans(ready.survey)
     ray = LocalRay(home, cpus=probe.cpu_cores(), show_logs=show_logs, dashboard=dashboard)
     try:
-        _start(ray, file)
+        _start(ray, file, show_logs)
         _say(f"ready after {time.monotonic() - begun:.0f} s\n")
         print(_invitation(file, ready.survey, ray), flush=True)
         _watch(ray)
@@ -144,14 +145,21 @@ def check_accelerators(survey: Survey) -> None:
             )
 
 
-def _start(ray: LocalRay, file: ConfigFile) -> None:
+def _start(ray: LocalRay, file: ConfigFile, show_logs: bool) -> None:
     _say("starting Ray")
     ray.start()
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own handler there.
     preflight.check_port(file.config.http_options.host, file.config.http_options.port)  # Minutes may have passed.
     _say("starting Serve and the replicas")
     service.deploy(file)
-    service.wait_until_ready(file, lambda line: _say(f"replicas running: {line}"), lambda: _check_alive(ray))
+    log = None if show_logs else StartLog(ray.log_folder)
+
+    def check() -> None:
+        _check_alive(ray)
+        if log is not None and (line := log.news()) is not None:
+            _say(f"  {line}")
+
+    service.wait_until_ready(file, lambda line: _say(f"replicas running: {line}"), check)
 
 
 def _watch(ray: LocalRay) -> None:

@@ -43,8 +43,10 @@ from deployments.engine.head import quantise_head
 from deployments.engine.hooks import remove_hooks
 from deployments.engine.laps import Laps
 from deployments.engine.load_probe import plain_prompt, probe_ids
+from deployments.engine.load_progress import logging_progress
 from deployments.engine.messages import EngineLimits, Tuning
 from deployments.engine.odd_linears import mend_odd_linears
+from deployments.engine.read_ahead import reading_ahead
 from deployments.engine.residents import resident_bytes
 from deployments.engine.rotary import fix_frequencies
 from deployments.engine.settle import expand_segments, make_buffers, settle_layers
@@ -107,19 +109,20 @@ def load(
         ConfigError: the loaded bytes differ from the plan, or the model does not run on paged attention.
     """
     laps = Laps()
-    model, quantization = _read_as_planned(model_dir, plan, device_type, cache_dir)
-    laps.lap("read")
     devices = [
         torch.device(device_type, s.device) if device_type == "cuda" else torch.device("cpu") for s in plan.stages
     ]
-    if model.config.is_encoder_decoder:
-        untie(model, plan, devices)
-    elif len(devices) > 1:
-        _untie(model, devices)
-    if quantization is not None and plan.head:
-        quantise_head(model, quantization)
-    if plan.embeddings:
-        settle_embedding(model, plan)
+    with logging_progress(plan) if device_type == "cuda" else nullcontext():
+        model, quantization = _read_as_planned(model_dir, plan, device_type, cache_dir)
+        laps.lap("read")
+        if model.config.is_encoder_decoder:
+            untie(model, plan, devices)
+        elif len(devices) > 1:
+            _untie(model, devices)
+        if quantization is not None and plan.head:
+            quantise_head(model, quantization)
+        if plan.embeddings:
+            settle_embedding(model, plan)
     compute_as_planned(model, plan, limits.int8_threshold if limits else 0.0)
     if device_type == "cuda":
         mend_odd_linears(model)
@@ -300,15 +303,15 @@ def _read(
     devices: dict[str, int | str],
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
+    on_gpu = "cpu" not in devices.values()
     options: dict[str, Any] = (
-        grouped_options(model_dir, on_gpu="cpu" not in devices.values())
-        if quantization is None
-        else {"quantization_config": quantization}
+        grouped_options(model_dir, on_gpu=on_gpu) if quantization is None else {"quantization_config": quantization}
     )
     if config is not None:
         options["config"] = config
     auto = AutoModelForSeq2SeqLM if is_encoder_decoder(model_dir) else AutoModelForCausalLM
-    with _exact_allocations(), quantising_in_place():
+    ahead = reading_ahead(model_dir) if on_gpu else nullcontext()
+    with ahead, _exact_allocations(), quantising_in_place():
         model: PreTrainedModel = auto.from_pretrained(
             model_dir,
             local_files_only=True,

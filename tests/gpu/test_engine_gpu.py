@@ -6,6 +6,9 @@ pytest tests/gpu/test_engine_gpu.py
 
 from __future__ import annotations
 
+import gc
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,3 +96,14 @@ def test_a_quantised_checkpoint(llama: Path, quantization: str, stages: int, tmp
     plan = plan_on_gpus(weighed, stages)
     served = serve(load(folder, plan, device_type="cuda", limits=LIMITS), plan)
     check(plain, served, COARSE if quantization == "int8" else BOUND)
+
+
+def test_a_load_says_how_far_it_is_and_is_read_ahead(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save(tmp_path, FAMILIES["llama"], seed=0)
+    plan = plan_on_gpus(footprint(folder, quantization="nf4"), 1)
+    gc.collect()  # what other tests left would be freed meanwhile
+    with caplog.at_level(logging.INFO, "deployments.engine"):
+        load(folder, plan, device_type="cuda", limits=LIMITS)
+    shares = [int(share) for share in re.findall(r"loading weights: .+ of .+ \((\d+) %\)", caplog.text)]
+    assert shares[-1] >= 95
+    assert len(re.findall(r"read ahead of the load: .+ of .+ in", caplog.text)) == 1

@@ -106,6 +106,7 @@ def test_serves_until_interrupted_and_leaves_nothing(tmp_path: Path) -> None:
         command.until("until Ctrl-C")
         said = command.said()
         assert "KV capacity" in said
+        assert re.search(r"^  \S.* (on paged attention|loaded: read) ", said, re.MULTILINE), "no line of the engine's"
         curl = next(line.strip() for line in said.splitlines() if line.strip().startswith("curl "))
         answer = subprocess.run(
             ["curl", "--silent", "--fail", *shlex.split(curl)[1:]], capture_output=True, text=True, check=True

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from deployments import __version__, cli, preflight, store
+from deployments import __version__, cli, preflight, service, store
 from deployments.config_file import read_config
 from deployments.errors import ConfigError
 from deployments.settings import PoolSettings, Settings
@@ -75,6 +77,33 @@ def test_failed_preflight_is_one_line_and_starts_no_ray(
     monkeypatch.setattr(cli, "LocalRay", None)
     assert cli.main(["serve", str(config)]) == 2
     assert capsys.readouterr().err == "headroom: not today; try tomorrow\n"
+
+
+@pytest.mark.parametrize("show_logs", [False, True])
+def test_a_start_shows_the_engines_newest_line_unless_it_prints_them_all(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], show_logs: bool
+) -> None:
+    class Ray:
+        log_folder = tmp_path
+
+        def start(self) -> None:
+            (tmp_path / "worker-1.err").write_text("engine INFO attention runs on FlashInfer\n", encoding="utf-8")
+
+        def alive(self) -> bool:
+            return True
+
+    def ready_after_two_polls(_file: object, progress: Callable[[str], None], check: Callable[[], None]) -> None:
+        progress("m-default 0/1")
+        check()
+        check()
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(preflight, "check_port", lambda *_: None)
+    monkeypatch.setattr(service, "deploy", lambda _: None)
+    monkeypatch.setattr(service, "wait_until_ready", ready_after_two_polls)
+    cli._start(Ray(), read_config(config), show_logs)  # type: ignore[arg-type]  # all that is used of it
+    said = ["replicas running: m-default 0/1", *([] if show_logs else ["  attention runs on FlashInfer"])]
+    assert capsys.readouterr().out.splitlines()[2:] == said
 
 
 def test_interrupt_before_ray_is_quiet(

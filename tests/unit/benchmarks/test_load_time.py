@@ -97,3 +97,21 @@ def test_what_loads_from_a_copy_is_refused(tmp_path: Path) -> None:
     folder = write("tiny", tmp_path)
     with pytest.raises(ConfigError, match="nf4 is quantised once and read from a copy"):
         loaded(folder, PoolSettings(quantization="nf4", device="cpu"), cold=False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--rounds", "0"], "argument --rounds: '0' is no whole number from 1 on"),
+        (["--stages", "two"], "argument --stages: 'two' is no whole number from 1 on"),
+        (["--quantization", "nf4,int3"], "argument --quantization: 'int3' is unknown; there are auto, nf4, fp4, int8"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused_before_anything_is_written(
+    argv: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*argv, "--folder", str(tmp_path / "none")])
+    assert ended.value.code == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

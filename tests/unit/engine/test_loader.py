@@ -6,9 +6,11 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes
 import pytest
@@ -30,6 +32,58 @@ from tests.unit.engine.tiny import VOCAB, llama, plan_of, rows, save
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("llama"), llama())
+
+
+# What goes on beside a load
+
+
+@pytest.mark.parametrize(("device_type", "shown"), [("cuda", [1, 0]), ("cpu", [])])
+def test_progress_is_logged_while_a_gpu_is_loaded_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device_type: Literal["cpu", "cuda"], shown: list[int]
+) -> None:
+    changes: list[int] = []
+
+    @contextmanager
+    def progress(_: Plan) -> Iterator[None]:
+        changes.append(1)
+        try:
+            yield
+        finally:
+            changes.append(0)
+
+    def read(*_: object) -> None:
+        assert changes == shown[:1]
+        raise OSError("no such disk")
+
+    monkeypatch.setattr(loader, "logging_progress", progress)
+    monkeypatch.setattr(loader, "_read_as_planned", read)
+    with pytest.raises(OSError, match="no such disk"):
+        load(folder, plan_of(folder), device_type=device_type)
+    assert changes == shown
+
+
+@pytest.mark.parametrize(("device", "ahead"), [(0, True), ("cpu", False)])
+def test_files_are_read_ahead_of_a_gpus_load_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: int | str, ahead: bool
+) -> None:
+    said: list[object] = []
+
+    @contextmanager
+    def reading(model_dir: Path) -> Iterator[None]:
+        said.append(model_dir)
+        yield
+        said.append("ended")
+
+    class Auto:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> torch.nn.Module:
+            said.append("loads")
+            return torch.nn.Module()
+
+    monkeypatch.setattr(loader, "reading_ahead", reading)
+    monkeypatch.setattr(loader, "AutoModelForCausalLM", Auto)
+    loader._read(folder, "float32", None, {"": device})
+    assert said == ([folder, "loads", "ended"] if ahead else ["loads"])
 
 
 # Bytes against the plan

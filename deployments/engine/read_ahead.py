@@ -1,0 +1,71 @@
+"""A checkpoint's files, read while they are loaded so that the load finds them in the page cache.
+
+`from_pretrained` maps them, and where it quantises on the way it touches one tensor after the other on one thread: a
+disk then reads little at a time, and waits while a tensor is converted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from threading import Event
+
+from deployments.checkpoint import shards
+from deployments.engine.background import beside
+from deployments.errors import ConfigError
+from placement.errors import PlacementError
+from placement.hardware import format_bytes
+from placement.probe import available_memory
+
+log = logging.getLogger(__name__)
+
+BLOCK_BYTES = 16 * 2**20
+
+
+def reading_ahead(model_dir: Path) -> AbstractContextManager[None]:
+    """Read the files of the checkpoint in `model_dir`, in order, until the block ends. What goes wrong is logged alone:
+    the load meets it too."""
+    return beside(lambda ended: _read_ahead(model_dir, ended))
+
+
+def worth_reading(size: int, available: int) -> bool:
+    """Whether files of `size` bytes stay in the page cache until they are loaded: they may take half of the `available`
+    bytes of main memory."""
+    return 2 * size <= available
+
+
+def read_through(files: Sequence[Path], ended: Event) -> int:
+    """Read one after the other, in blocks into one buffer, until `ended` is set; the bytes that were read.
+
+    Raises:
+        OSError: a file can't be read.
+    """
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    done = 0
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while not ended.is_set() and (count := file.readinto(buffer)):
+                done += count
+    return done
+
+
+def _read_ahead(model_dir: Path, ended: Event) -> None:
+    try:
+        files, available = shards(model_dir), available_memory()
+        size = sum(path.stat().st_size for path in files)
+        if not worth_reading(size, available):
+            log.info(
+                "files of %s are not read ahead of the load: that is more than half of the main memory available, %s",
+                format_bytes(size), format_bytes(available),
+            )  # fmt: skip
+            return
+        began = time.perf_counter()
+        done = read_through(files, ended)
+    except (OSError, ConfigError, PlacementError) as error:
+        log.warning("files are not read ahead of the load: %s", error)
+    else:
+        taken = time.perf_counter() - began
+        log.info("read ahead of the load: %s of %s in %.1f s", format_bytes(done), format_bytes(size), taken)

@@ -1,0 +1,104 @@
+"""A checkpoint's files are read ahead of the load; whatever goes wrong there is not the load's concern."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from deployments.engine import read_ahead
+from deployments.engine.read_ahead import read_through, reading_ahead, worth_reading
+from placement.errors import PlacementError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files of weights, 10 and 5 kB, which are read in blocks of 4 kB, and one that isn't read."""
+    (tmp_path / "model-1.safetensors").write_bytes(bytes(10_000))
+    (tmp_path / "model-2.safetensors").write_bytes(bytes(5_000))
+    (tmp_path / "tokenizer.json").write_bytes(bytes(1_000))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(read_ahead, "BLOCK_BYTES", 4_000)
+    caplog.set_level(logging.INFO, read_ahead.__name__)
+
+
+class Polled(Event):
+    """Set once it was asked so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize(("size", "available", "worth"), [(50, 100, True), (51, 100, False), (16, 0, False)])
+def test_files_may_take_half_of_the_memory_that_is_available(size: int, available: int, worth: bool) -> None:
+    assert worth_reading(size, available) is worth
+
+
+def test_files_are_read_whole_until_the_load_ends(folder: Path) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    assert read_through(files, Event()) == 15_000
+    assert read_through(files, Polled(2)) == 8_000
+    assert read_through(files, Polled(0)) == 0
+
+
+def test_the_checkpoints_weights_are_read_beside_the_load(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with reading_ahead(folder):
+        pass
+    (line,) = caplog.messages
+    assert re.fullmatch(r"read ahead of the load: (0 B|[\d.]+ kB) of 15\.0 kB in \d+\.\d s", line)
+
+
+def test_files_of_more_than_half_of_the_memory_are_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(read_ahead, "available_memory", lambda: 29_999)
+    monkeypatch.setattr(read_ahead, "read_through", None)
+    with reading_ahead(folder):
+        pass
+    assert caplog.messages == [
+        "files of 15.0 kB are not read ahead of the load: that is more than half of the main memory available, 30.0 kB"
+    ]
+
+
+def unreadable(*_: object) -> int:
+    raise OSError("the disk is gone")
+
+
+def unknown() -> int:
+    raise PlacementError("no idea how much")
+
+
+@pytest.mark.parametrize(
+    ("name", "fails", "reason"),
+    [("read_through", unreadable, "the disk is gone"), ("available_memory", unknown, "no idea how much")],
+)
+def test_what_goes_wrong_is_logged_alone(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    fails: object,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(read_ahead, name, fails)
+    with reading_ahead(folder):
+        pass
+    assert caplog.messages == [f"files are not read ahead of the load: {reason}"]
+
+
+def test_a_folder_without_weights_is_for_the_load_to_refuse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with reading_ahead(tmp_path):
+        pass
+    assert "*.safetensors is needed" in caplog.text
