@@ -6,7 +6,6 @@ A child of `serve_load`; it plans and loads as a replica's engine does.
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from benchmarks.child import answer_lines
 from benchmarks.closed_loop import closed_loop
 from deployments.api.codec import TextCodec
+from deployments.engine.garbage import settle_garbage
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineSpec
@@ -46,8 +46,7 @@ class EngineAlone:
         model = load(spec.model_dir, plan, device_type=device_type, cache_dir=spec.cache_dir, limits=limits)
         self._engine = Engine(model, plan, limits)
         self._text = TextCodec.load(spec.model_dir, chat_template)
-        gc.collect()
-        gc.freeze()  # as the engine's process does
+        settle_garbage()
         return {"attention": model.attention}
 
     def _run(self, prompts: list[str], clients: int, output_tokens: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from benchmarks.trace_picture import STEP
 from deployments.checkpoint import is_encoder_decoder
 from deployments.compare.throughput import Burst, Step, burst, random_prompts
 from deployments.engine.cuda_pipeline import CudaPipeline
+from deployments.engine.garbage import settle_garbage
 from deployments.engine.loader import load, quantization_config
 from deployments.engine.loop import Engine
 from deployments.engine.messages import EngineLimits
@@ -110,8 +111,7 @@ def _measure(folder: Path, quantization: str, options: argparse.Namespace, bandw
     model = load(folder, plan, device_type=plan.stages[0].gpu.device_type, limits=limits)
     loaded = time.monotonic()
     engine = Engine(model, plan, limits)
-    gc.collect()
-    gc.freeze()  # as the engine's process does
+    settle_garbage()
     print(
         f"\n{quantization}, {len(plan.stages)} stages of {[b - a for a, b in (s.layers for s in plan.stages)]} layers, "
         f"attention by {model.attention}: loaded in {loaded - began:.1f} s, "

@@ -5,7 +5,6 @@ In a process of its own, so that nothing of another one is in its memory.
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from deployments.checkpoint import is_encoder_decoder
 from deployments.compare.throughput import burst
 from deployments.compare.values import Failed, Job, Level, Measured, Memory, Quality, Quantised
+from deployments.engine.garbage import settle_garbage
 from deployments.engine.loader import LoadedModel, load, quantised_already, quantization_config, quantized_copy
 from deployments.engine.loop import Engine
 from deployments.engine.memory_watch import MemoryWatch
@@ -74,8 +74,7 @@ def measure(job: Job) -> Measured | Quantised:
     scored = time.monotonic()
     engine = Engine(model, plan, limits)
     load_s = time.monotonic() - scored + loaded - began
-    gc.collect()
-    gc.freeze()  # as the engine's process does
+    settle_garbage()
     levels = _levels(engine, job)
     taken = MemoryWatch([stage.device for stage in model.stages]).taken()
     engine.close()

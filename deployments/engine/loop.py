@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, compress, islice, repeat
+from operator import add
 
 from deployments.engine.attention import RowSpan
 from deployments.engine.blocks import BlockManager
@@ -23,7 +25,7 @@ from deployments.engine.sampling_batch import Row
 from deployments.engine.scheduler import Scheduler
 from deployments.engine.stages import StepRows
 from deployments.engine.step import StepItem, StepPlan
-from deployments.protocol import FinishReason, GenerationRequest, TokenChunk
+from deployments.protocol import FinishReason, GenerationRequest, TokenChunk, TokenLogprob
 from placement.plan import Plan
 
 
@@ -31,8 +33,10 @@ from placement.plan import Plan
 class _Live:
     """A request that has not ended."""
 
-    request: GenerationRequest
+    request_id: str
     row: Row
+    max_tokens: int
+    end_ids: tuple[int, ...]
     produced: int
     """Tokens of the output, those that an earlier attempt produced included."""
     encoded: int
@@ -42,8 +46,8 @@ class _Live:
 @dataclass(frozen=True, slots=True)
 class _Launched:
     plan: StepPlan
-    sampling: list[StepItem]
-    """Of the plan's items those that sample."""
+    sampling: list[_Live]
+    """Whose items sample, in order."""
     tokens: Landing
 
 
@@ -135,9 +139,10 @@ class Engine:
                 "the prompt of an encoder-decoder is the encoder's tokens and the decoder's first, 2 at least; it has "
                 f"{request.prompt_tokens}"
             )
-        row = Row(request.sampling, request.prompt_tokens, self._vocab_size, encoded)
-        self._scheduler.add(request.request_id, request.prompt_ids, max_tokens=left, salt=request.salt)
-        self._live[request.request_id] = _Live(request, row, request.resumed_tokens, encoded)
+        name, sampling = request.request_id, request.sampling
+        row = Row(sampling, request.prompt_tokens, self._vocab_size, encoded)
+        self._scheduler.add(name, request.prompt_ids, max_tokens=left, salt=request.salt)
+        self._live[name] = _Live(name, row, sampling.max_tokens, sampling.end_ids, request.resumed_tokens, encoded)
 
     def abort(self, request_id: str) -> None:
         """End a request without another chunk; unknown ids and ended requests are left alone."""
@@ -181,65 +186,61 @@ class Engine:
         for slot in range(self._pipeline.depth):
             plan = self._scheduler.schedule(slot)
             if plan is not None:
-                sampling = [item for item in plan.items if item.samples]
-                landing = self._pipeline.launch(slot, self._rows(plan.items), self._draw(sampling))
+                items = [item for item in plan.items if item.samples]
+                sampling = [self._live[item.request_id] for item in items]
+                landing = self._pipeline.launch(slot, self._rows(plan.items), self._draw(sampling, items))
                 self._flight.append(_Launched(plan, sampling, landing))
         return len(self._flight) > before
 
     def _rows(self, items: Sequence[StepItem]) -> StepRows:
-        ids: list[int] = []
-        positions: list[int] = []
-        sampled: list[int] = []
-        spans: list[RowSpan] = []
-        for request_id, start, fed, block_table, samples in items:
-            ids += fed
-            positions += range(start, start + len(fed))
-            if samples:
-                sampled.append(len(ids) - 1)
-            encoded = self._live[request_id].encoded if self._encodes else 0
-            spans.append(RowSpan(start, len(fed), block_table, encoded))
-        return StepRows(tuple(ids), tuple(positions), tuple(spans), tuple(sampled))
+        names, starts, fed, tables, samples = zip(*items, strict=True)
+        counts = list(map(len, fed))
+        ids = tuple(chain.from_iterable(fed))
+        positions = starts  # of decodes alone
+        if len(ids) > len(items):
+            positions = tuple(chain.from_iterable(map(range, starts, map(add, starts, counts))))
+        encoded = [self._live[name].encoded for name in names] if self._encodes else repeat(0)
+        last_rows = islice(accumulate(counts, initial=-1), 1, None)
+        spans = tuple(map(RowSpan, starts, counts, tables, encoded))
+        return StepRows(ids, positions, spans, sampled=tuple(compress(last_rows, samples)))
 
-    def _draw(self, sampling: Sequence[StepItem]) -> Draw:
-        rows = [self._live[item.request_id].row for item in sampling]
-        positions = [item.end for item in sampling]
+    def _draw(self, sampling: Sequence[_Live], items: Sequence[StepItem]) -> Draw:
+        rows = [live.row for live in sampling]
+        positions = [start + len(ids) for _, start, ids, _, _ in items]
         return Draw(
             tuple(rows),
             positions=tuple(positions),
             output_counts=tuple([end - row.prompt_tokens for end, row in zip(positions, rows, strict=True)]),
-            tables=tuple([item.block_table for item in sampling]),
+            tables=tuple([item.block_table for item in items]),
         )
 
     def _land(self, step: _Launched, tokens: list[SampledToken]) -> list[TokenChunk]:
-        pairs = list(zip(step.sampling, tokens, strict=True))
-        drawn = {item.request_id: token.token_id for item, token in pairs}
-        spoiled = frozenset([item.request_id for item, token in pairs if token.bad])
-        self._scheduler.complete(step.plan, drawn, spoiled)
+        ids = [token.token_id for token in tokens]
+        spoiled = [live.request_id for live, token in zip(step.sampling, tokens, strict=True) if token.bad]
+        self._scheduler.complete(step.plan, ids, spoiled)
         return [
-            self._emit(live, item.request_id, token)
-            for item, token in pairs
-            if (live := self._live.get(item.request_id)) is not None
+            self._emit(live, *token)
+            for live, token in zip(step.sampling, tokens, strict=True)
+            if live.request_id in self._live
         ]
 
-    def _emit(self, live: _Live, request_id: str, token: SampledToken) -> TokenChunk:
-        cached = self._scheduler.sequence(request_id).cached_tokens if live.produced == 0 else 0
+    def _emit(self, live: _Live, token_id: int, bad: bool, logprob: TokenLogprob | None) -> TokenChunk:
+        name = live.request_id
+        cached = 0 if live.produced else self._scheduler.sequence(name).cached_tokens
         live.produced += 1
-        if token.bad:
-            self._end(request_id)
+        if bad:
+            self._end(name)
             error = "the model's logits were not finite, so no token could be drawn; retry, or lower logit_bias"
-            return TokenChunk(request_id, finish_reason="error", error=error, cached_tokens=cached)
-        reason = _finish_reason(live, token.token_id)
+            return TokenChunk(name, finish_reason="error", error=error, cached_tokens=cached)
+        reason: FinishReason | None = None
+        if token_id in live.end_ids:
+            reason = "stop"
+        elif live.produced >= live.max_tokens:
+            reason = "length"
         if reason is not None:
-            self._end(request_id)
-        logprobs = () if token.logprob is None else (token.logprob,)
-        return TokenChunk(request_id, (token.token_id,), logprobs, reason, cached_tokens=cached)
+            self._end(name)
+        return TokenChunk(name, (token_id,), () if logprob is None else (logprob,), reason, None, cached)
 
     def _end(self, request_id: str) -> None:
         del self._live[request_id]
         self._scheduler.finish(request_id)
-
-
-def _finish_reason(live: _Live, token_id: int) -> FinishReason | None:
-    if token_id in live.request.sampling.end_ids:
-        return "stop"
-    return "length" if live.produced >= live.request.sampling.max_tokens else None

@@ -6,7 +6,6 @@ commands, steps, and writes one report per step.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ from multiprocessing.connection import Connection
 
 from transformers.utils.logging import disable_progress_bar
 
+from deployments.engine.garbage import settle_garbage
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.memory_watch import MemoryWatch
@@ -80,9 +80,7 @@ def run(connection: Connection) -> None:
     limits = limits_of(spec, plan, device_type)
     model = load(spec.model_dir, plan, device_type=device_type, cache_dir=spec.cache_dir, limits=limits)
     engine = Engine(model, plan, limits)
-    # What is here now stays: looking through it for cycles would stop a step for a quarter of a second now and then.
-    gc.collect()
-    gc.freeze()
+    settle_garbage()
     connection.send(Started(plan, model.attention, time.monotonic() - began))
     memory = MemoryWatch([stage.device for stage in model.stages])
     while True:

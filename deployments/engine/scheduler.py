@@ -11,7 +11,7 @@ the order in which they were launched. Blocks stay held until the last step in f
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 from operator import attrgetter
 
@@ -140,28 +140,48 @@ class Scheduler:
         """
         if sum(step.slot == slot for step in self._launched) > self._lookahead:
             return None
-        items = [self._launch(s, 1) for s in self._decodes(slot) if self._make_room(s)]
-        items += self._prefill(slot, items)
+        items = self._decode(slot)
+        row = len(items)
+        for item in self._prefill(slot, items):
+            items.append(item)
+            if item.samples:
+                self._sequences[item.request_id].expect(row)
+                row += 1
         if not items:
             return None
-        for row, item in enumerate(item for item in items if item.samples):
-            self._sequences[item.request_id].expect(row)
-        self._launched.append(StepPlan(slot, next(self._steps), tuple(items)))
+        self._launched.append(StepPlan(slot, next(self._steps), tuple(items), row))
         return self._launched[-1]
 
-    def complete(self, step: StepPlan, tokens: Mapping[str, int], spoiled: frozenset[str] = frozenset()) -> None:
-        """Take back a step that ran: KV is written, and `tokens` has the id sampled for each item that samples.
+    def complete(self, step: StepPlan, tokens: Sequence[int], spoiled: Iterable[str] = ()) -> None:
+        """Take back a step that ran: KV is written, and `tokens` are the ids of the items that sample, in order.
 
-        A token of a sequence that ended meanwhile is ignored, and may be left out. The KV of `spoiled` requests (their
-        logits were not finite) is not offered to the prefix cache.
+        A token of a sequence that ended meanwhile is ignored. The KV of tokens that are known is offered to the prefix
+        cache, but not that of the `spoiled` requests: their logits were not finite.
 
         Raises:
-            ValueError: the step is not the oldest in flight, or `tokens` doesn't match its items; nothing was changed.
+            ValueError: the step is not the oldest in flight, or has not as many tokens; nothing was changed.
         """
-        self._check_tokens(step, tokens)
-        for sequence, item in self._land(step, spoiled):
-            if item.samples:
-                sequence.append(tokens[item.request_id])
+        if not self._launched or self._launched[0] is not step:
+            raise ValueError(f"step {step.step} of slot {step.slot} is not the oldest in flight")
+        if len(tokens) != step.sampled:
+            raise ValueError(f"step {step.step} of slot {step.slot} samples {step.sampled} tokens, got {len(tokens)}")
+        self._launched.popleft()
+        for request_id in spoiled:
+            self._sequences[request_id].cacheable = False
+        size, sequences, drawn = self._blocks.block_size, self._sequences, iter(tokens)
+        for item in step.items:
+            request_id, start, ids, _, samples = item
+            sequence = sequences[request_id]
+            sequence.in_flight -= 1
+            if (start + len(ids)) // size > start // size:  # a block may be full: few decodes' steps fill one
+                self._commit(sequence, item)
+            token = next(drawn) if samples else None
+            if sequence.state == "finished":
+                sequence.length -= samples
+                if not sequence.in_flight:
+                    self._release(sequence)
+            elif token is not None:
+                sequence.ids.append(token)
 
     def check_integrity(self) -> None:
         """Compare queues, slots, steps in flight and block accounts.
@@ -193,12 +213,29 @@ class Scheduler:
         if wrong := [what for what, holds in checks.items() if not holds]:
             raise IntegrityError("; ".join(wrong))
 
-    def _decodes(self, slot: int) -> list[TokenSequence]:
+    def _decode(self, slot: int) -> list[StepItem]:
+        """Launch the sequences that have one token to compute, and room for it, oldest first."""
+        items: list[StepItem] = []
+        size = self._blocks.block_size
+        for sequence in self._ready(slot):
+            start = sequence.computed
+            # The blocks of its last step mostly have room for one token more.
+            if len(sequence.block_table) * size <= start or sequence is self._yielding:
+                if not self._make_room(sequence):
+                    continue
+                self._name_blocks(sequence, start + 1)
+            ids = sequence.decode(len(items))
+            items.append(StepItem(sequence.request_id, start, ids, sequence.block_table, True))
+        return items
+
+    def _ready(self, slot: int) -> list[TokenSequence]:
         """Sequences with one token to compute, oldest first; they take turns when the budget is too small for all."""
-        for sequence in self._queues.slots[slot]:
-            if len(sequence.output_ids) >= sequence.max_tokens:
-                raise RuntimeError(f"request {sequence.request_id} has its {sequence.max_tokens} tokens: finish it")
-        ready = [s for s in self._queues.slots[slot] if s.remaining == 1]
+        running = self._queues.slots[slot]
+        ready = [s for s in running if s.length - s.computed == 1 and s.length < s.longest]
+        if len(ready) < len(running):
+            for sequence in running:
+                if len(sequence.ids) >= sequence.longest:
+                    raise RuntimeError(f"request {sequence.request_id} has its {sequence.max_tokens} tokens: finish it")
         if len(ready) <= self._max_batch_tokens:
             return ready
         picked = sorted(ready, key=attrgetter("turn"))[: self._max_batch_tokens]
@@ -251,10 +288,7 @@ class Scheduler:
         """
         if sequence.state != "running" or (sequence is self._yielding and sequence is not self._starved):
             return False
-        length = sequence.length
-        if len(sequence.block_table) * self._blocks.block_size >= length:
-            return True
-        if self._blocks.held(sequence.request_id) >= self._blocks.blocks_for(length):
+        if self._blocks.held(sequence.request_id) >= self._blocks.blocks_for(sequence.length):
             return True
         if self._starved is not None and self._starved.arrival < sequence.arrival:
             return False
@@ -318,45 +352,21 @@ class Scheduler:
         start = sequence.computed
         end = sequence.computed = start + tokens
         sequence.in_flight += 1
-        ids = tuple(sequence.ids[start:end]) or (-1 - sequence.pending_row,)
+        self._name_blocks(sequence, end)
+        ids = tuple(sequence.ids[start:end])
+        return StepItem(sequence.request_id, start, ids, sequence.block_table, end == sequence.length)
+
+    def _name_blocks(self, sequence: TokenSequence, end: int) -> None:
+        """Let its block table be that of a step that computes up to `end`."""
         blocks = self._blocks.blocks_for(end)
         if len(sequence.block_table) != blocks:
             sequence.block_table = tuple(self._blocks.table(sequence.request_id)[:blocks])
-        return StepItem(sequence.request_id, start, ids, sequence.block_table, end == sequence.length)
 
-    def _land(self, step: StepPlan, spoiled: frozenset[str]) -> list[tuple[TokenSequence, StepItem]]:
-        """Take the oldest step out of flight, and release those that ended and are named by no other.
-
-        The KV of tokens that are known is offered to the prefix cache, but not that of the `spoiled` requests.
-
-        Returns:
-            The sequences that didn't end, each with its item.
-        """
-        self._launched.popleft()
-        size = self._blocks.block_size
-        live = []
-        for item in step.items:
-            sequence = self._sequences[item.request_id]
-            sequence.in_flight -= 1
-            sequence.pending -= item.samples
-            if item.request_id in spoiled:
-                sequence.cacheable = False
-            end = min(item.end, len(sequence.ids))
-            if sequence.cacheable and end // size > item.start // size:  # a block is full: few decodes' steps fill one
-                self._blocks.commit(item.request_id, sequence.ids, end)
-            if sequence.state != "finished":
-                live.append((sequence, item))
-            elif not sequence.in_flight:
-                self._release(sequence)
-        return live
-
-    def _check_tokens(self, step: StepPlan, tokens: Mapping[str, int]) -> None:
-        if not self._launched or self._launched[0] is not step:
-            raise ValueError(f"step {step.step} of slot {step.slot} is not the oldest in flight")
-        sampling = {item.request_id for item in step.items if item.samples}
-        needed = {request_id for request_id in sampling if self._sequences[request_id].state == "running"}
-        if not needed <= tokens.keys() <= sampling:
-            raise ValueError(f"step {step.step} needs tokens of {sorted(needed)}, got those of {sorted(tokens)}")
+    def _commit(self, sequence: TokenSequence, item: StepItem) -> None:
+        """Offer the blocks that a step filled to the prefix cache, as far as their tokens are known."""
+        end, size = min(item.end, len(sequence.ids)), self._blocks.block_size
+        if sequence.cacheable and end // size > item.start // size:
+            self._blocks.commit(sequence.request_id, sequence.ids, end)
 
     def _end(self, sequence: TokenSequence) -> None:
         self._leave(sequence)

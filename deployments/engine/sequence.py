@@ -30,13 +30,14 @@ class TokenSequence:
     max_tokens: int
     arrival: int
     """Priority: the lower, the older."""
-    output_ids: list[int] = field(default_factory=list)
     ids: list[int] = field(init=False)
     """Prompt and output: every token known so far."""
-    pending: int = 0
-    """Tokens behind `ids` that steps in flight draw."""
+    length: int = field(init=False)
+    """Tokens of prompt and output, pending ones included: those behind `ids` that steps in flight draw."""
+    longest: int = field(init=False)
+    """`length` with all of `max_tokens`."""
     pending_row: int = 0
-    """Which of its step's sampled rows drew the last of them."""
+    """Which of its step's sampled rows drew the last pending one."""
     computed: int = 0
     """Leading tokens whose KV is written, or will be by the steps in flight."""
     state: Literal["waiting", "running", "finished"] = "waiting"
@@ -59,35 +60,38 @@ class TokenSequence:
 
     def __post_init__(self) -> None:
         self.ids = [*self.prompt_ids]
+        self.length = len(self.ids)
+        self.longest = self.length + self.max_tokens
 
     @property
-    def length(self) -> int:
-        """Tokens of prompt and output, pending ones included."""
-        return len(self.ids) + self.pending
+    def output_ids(self) -> list[int]:
+        """Output: every token known so far."""
+        return self.ids[len(self.prompt_ids) :]
 
     @property
-    def produced(self) -> int:
-        """Tokens of the output, pending ones included."""
-        return len(self.output_ids) + self.pending
+    def pending(self) -> int:
+        """Tokens that are drawn by steps in flight."""
+        return self.length - len(self.ids)
 
     @property
     def remaining(self) -> int:
         """Tokens to compute: 1 for a decode, more for a prefill, 0 when the last token of the output is on its way."""
-        pending = self.pending
-        if len(self.output_ids) + pending >= self.max_tokens:
-            return 0
-        return len(self.ids) + pending - self.computed
+        return self.length - self.computed if self.length < self.longest else 0
+
+    def decode(self, row: int) -> tuple[int, ...]:
+        """A launched step is fed the last token, as in `StepItem.ids`, and draws the next one as sampled row `row`."""
+        length = self.length
+        ids = (self.ids[-1] if len(self.ids) == length else -1 - self.pending_row,)
+        self.computed = length
+        self.in_flight += 1
+        self.expect(row)
+        return ids
 
     def expect(self, row: int) -> None:
         """A launched step draws the next token, as sampled row `row`."""
-        self.pending += 1
+        self.length += 1
         self.pending_row = row
         self.decodes = True
-
-    def append(self, token_id: int) -> None:
-        """The next token is known."""
-        self.output_ids.append(token_id)
-        self.ids.append(token_id)
 
     def set_back(self) -> None:
         """Its blocks were taken: it waits again, and nothing of it is computed."""

@@ -34,3 +34,5 @@ class StepPlan:
     step: int
     """Unique, rising with each step scheduled."""
     items: tuple[StepItem, ...]
+    sampled: int
+    """Items that sample."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 from deployments.protocol import LOST, REFUSED, GenerationRequest, Grant, TokenChunk
@@ -94,7 +93,7 @@ class Attempt:
             self._ended, self._over = True, chunk.error
             if not chunk.token_ids:
                 raise Lost(chunk.error or LOST)
-            return replace(chunk, finish_reason=None, error=None)
+            return chunk._replace(finish_reason=None, error=None)
         self._ended = chunk.finish_reason is not None
         return chunk
 

@@ -43,4 +43,4 @@ class Progress:
             self.produced += chunk.token_ids
             self.pool = pool
         name = self.request.request_id
-        return chunk if chunk.request_id == name else replace(chunk, request_id=name)
+        return chunk if chunk.request_id == name else chunk._replace(request_id=name)

@@ -118,7 +118,7 @@ def requests() -> list[GenerationRequest]:
 def run(engine: Engine, asked: list[GenerationRequest], per_step: int) -> dict[str, list[TokenChunk]]:
     """The chunks of each, whatever of the prompt was cached."""
     found = chunks_of(engine, asked, per_step=per_step)
-    return {key: [replace(chunk, cached_tokens=0) for chunk in chunks] for key, chunks in found.items()}
+    return {key: [chunk._replace(cached_tokens=0) for chunk in chunks] for key, chunks in found.items()}
 
 
 @pytest.mark.parametrize(

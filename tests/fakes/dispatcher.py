@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from deployments.errors import RequestError
 from deployments.metrics.board import Observation
@@ -76,7 +76,7 @@ class FakeDispatcher:
             for chunk in script.chunks:
                 await asyncio.sleep(script.step_s)
                 ended = chunk.finish_reason is not None
-                yield replace(chunk, request_id=request_id)
+                yield chunk._replace(request_id=request_id)
             if script.failure is not None:
                 raise script.failure
         finally:

@@ -166,7 +166,7 @@ class Requests:
         tokens = {
             request_id: token for request_id, token in zip(sampled, drawn, strict=True) if request_id not in self.ended
         }
-        self.scheduler.complete(plan, tokens, spoiled)
+        self.scheduler.complete(plan, drawn, spoiled)
         for request_id, token in tokens.items():
             if request_id in spoiled:
                 self.scheduler.finish(request_id)

@@ -42,10 +42,17 @@ def shapes() -> str:
         kind
         for module in (protocol, vitals)
         for _, kind in sorted(inspect.getmembers(module, inspect.isclass))
-        if is_dataclass(kind) and kind.__module__ == module.__name__
+        if (is_dataclass(kind) or issubclass(kind, tuple)) and kind.__module__ == module.__name__
     ]
-    text = "\n".join(f"{kind.__name__}: {[(f.name, f.type) for f in fields(kind)]}" for kind in [*classes, Buckets])
+    text = "\n".join(f"{kind.__name__}: {fields_of(kind)}" for kind in [*classes, Buckets])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fields_of(kind: type) -> list[tuple[str, str]]:
+    """(name, type as it is written) of a dataclass or named tuple."""
+    if is_dataclass(kind):
+        return [(field.name, str(field.type)) for field in fields(kind)]
+    return [(name, kind.__annotations__[name].__forward_arg__) for name in kind._fields]
 
 
 def of_another_version(message: Any, version: int, *, longer: bool) -> Any:

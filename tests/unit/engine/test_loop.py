@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from deployments.engine.attention import RowSpan
 from deployments.engine.loader import LoadedModel, load
 from deployments.engine.loop import Engine
+from deployments.engine.stages import StepRows
+from deployments.engine.step import StepItem
 from deployments.protocol import TokenChunk
 from placement.plan import Plan
 from tests.unit.engine.tiny import LIMITS, POISON, VOCAB, drain, generate, ids, llama, plan_of, request, save
@@ -89,6 +92,21 @@ def test_min_tokens_holds_end_ids_back(engine: Engine) -> None:
     assert 6 < len(held) < 60
     assert [token % 2 for token in held] == [1] * (len(held) - 1) + [0]
     assert len(run(engine, temperature=1.0, max_tokens=60, end_ids=even)) < 6, "else min_tokens had nothing to do"
+
+
+# What a step is to the pipeline
+
+
+def test_rows_of_decodes_and_chunks(single: Engine) -> None:
+    items = [
+        StepItem("decodes", 9, (-1,), (1, 2, 3), samples=True),
+        StepItem("begins", 4, (5, 6, 7), (4, 5), samples=False),
+        StepItem("whole", 0, (8, 9), (6,), samples=True),
+    ]
+    spans = (RowSpan(9, 1, (1, 2, 3)), RowSpan(4, 3, (4, 5)), RowSpan(0, 2, (6,)))
+    assert single._rows(items) == StepRows((-1, 5, 6, 7, 8, 9), (9, 4, 5, 6, 0, 1), spans, sampled=(0, 5))
+    assert single._rows(items[:1]) == StepRows((-1,), (9,), spans[:1], sampled=(0,))
+    assert single._rows(items[1:2]) == StepRows((5, 6, 7), (4, 5, 6), spans[1:2], sampled=())
 
 
 # Leaving

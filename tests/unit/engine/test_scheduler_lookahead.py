@@ -86,7 +86,7 @@ def test_blocks_stay_held_until_the_last_step_has_landed() -> None:
     assert scheduler._blocks.held("a") == 2
     assert list(scheduler.held()) == []
     assert scheduler.schedule(0) is None
-    scheduler.complete(second, {})
+    scheduler.complete(second, [7])
     scheduler.check_integrity()
     assert not scheduler.has_work()
     assert scheduler._blocks.held_blocks == 0
@@ -97,10 +97,10 @@ def test_an_abort_waits_for_all_steps_that_name_it() -> None:
     scheduler.add("a", prompt(4), max_tokens=9)
     first, second = plan(scheduler), plan(scheduler)
     scheduler.abort("a")
-    scheduler.complete(first, {})
+    scheduler.complete(first, [7])
     assert scheduler._blocks.held("a") == 2
     scheduler.check_integrity()
-    scheduler.complete(second, {"a": 3})
+    scheduler.complete(second, [3])
     assert scheduler._blocks.held_blocks == 0
     assert scheduler._blocks.match_prefix(prompt(5), "") == 4
 
@@ -120,8 +120,8 @@ def test_an_overrun_is_not_offered_to_the_prefix_cache() -> None:
     scheduler.add("a", prompt(7), max_tokens=9)
     first, second = plan(scheduler), plan(scheduler)
     scheduler.abort("a")
-    scheduler.complete(first, {})
-    scheduler.complete(second, {"a": 3})  # it wrote the eighth token, whose id the scheduler never learnt
+    scheduler.complete(first, [7])
+    scheduler.complete(second, [3])  # it wrote the eighth token, whose id the scheduler never learnt
     assert scheduler._blocks.match_prefix((*prompt(7), 3, 0), "") == 4
 
 
@@ -219,9 +219,9 @@ def test_who_was_held_back_goes_on_when_blocks_come_free_otherwise() -> None:
         scheduler.add(name, prompt(length, 1000 * index), max_tokens=8)
     first, second = plan(scheduler), plan(scheduler)
     scheduler.abort("old")
-    scheduler.complete(first, {"middle": 7, "young": 7})
+    scheduler.complete(first, [7, 7, 7])
     assert shape(plan(scheduler)) == [("young", 1, 1)], "old's blocks are about to come free, and do for middle"
-    scheduler.complete(second, {})
+    scheduler.complete(second, [7])
     assert shape(plan(scheduler)) == [("middle", 4, 1), ("young", 2, 1)]
     assert scheduler.preemptions == 0
 
@@ -253,7 +253,7 @@ def test_nobody_is_admitted_while_an_older_one_waits_for_a_block() -> None:
     young = plan(scheduler, 1)
     assert scheduler.schedule(0) is None, "old needs a third block"
     scheduler.abort("young")
-    scheduler.complete(young, {})
+    scheduler.complete(young, [7])
     assert scheduler._blocks.free_blocks == 2
     assert scheduler.schedule(1) is None, "new would fit, and is not admitted"
     assert shape(plan(scheduler, 0)) == [("old", 8, 1)]
@@ -299,11 +299,11 @@ def test_what_follows_a_spoiled_step_is_not_cached_either() -> None:
     scheduler = ahead()
     scheduler.add("a", prompt(7), max_tokens=9)
     first, second = plan(scheduler), plan(scheduler)
-    scheduler.complete(first, {"a": 7}, frozenset({"a"}))
+    scheduler.complete(first, [7], ["a"])
     scheduler.finish("a")
     scheduler.check_integrity()
     assert scheduler._blocks.held("a") == 2, "the token that fills the second block is being written"
-    scheduler.complete(second, {})
+    scheduler.complete(second, [7])
     assert scheduler._blocks.held_blocks == scheduler._blocks.cached_blocks == 0
     assert not scheduler.has_work()
 
@@ -314,7 +314,7 @@ def test_steps_complete_in_launch_order() -> None:
     plan(scheduler)
     second = plan(scheduler)
     with pytest.raises(ValueError, match="step 2 of slot 0 is not the oldest in flight"):
-        scheduler.complete(second, {"a": 7})
+        scheduler.complete(second, [7])
 
 
 def test_lookahead_is_one_step_at_most() -> None:
