@@ -158,14 +158,14 @@ def plot(points: Iterable[Point], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "gemm"}
     from matplotlib import pyplot
 
     found = Points(points)
     models = found.models()
     peak = max((_teraflops(p, p.microseconds) for p in found.of("bf16", CUBLAS)), default=math.inf)
     figure, axes = pyplot.subplots(
-        len(models), 4, figsize=(15, 3.2 * len(models)), sharex=True, sharey=True, squeeze=False
+        len(models), 4, figsize=(12, 2.6 * len(models)), sharex=True, sharey=True, squeeze=False
     )
     lines = (("4bit", OURS, "C0"), ("8bit", OURS, "C2"), ("4bit", BITSANDBYTES, "C3"), ("bf16", CUBLAS, "0.3"))
     for model, row in zip(models, axes, strict=True):
@@ -174,20 +174,23 @@ def plot(points: Iterable[Point], path: Path) -> None:
                 mine = [p for p in found.of(kind, contender) if (p.model, p.linear) == (model, linear)]
                 mine.sort(key=lambda p: p.rows)
                 rows, label = [p.rows for p in mine], f"{NAMES.get(kind, kind)} {contender}"
-                axis.plot(rows, [_teraflops(p, p.microseconds) for p in mine], color=colour, marker=".", label=label)
+                axis.plot(rows, [_teraflops(p, p.microseconds) for p in mine], color=colour, label=label)
                 if contender != BITSANDBYTES:
                     roof = [min(peak, _teraflops(p, p.floor)) for p in mine]
                     axis.plot(rows, roof, color=colour, linestyle=":", linewidth=1)
             axis.set_title("{} {} {}x{}".format(model, linear, *SHAPES[model][linear]), fontsize=9)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            axis.minorticks_off()
+            axis.xaxis.set_major_formatter("{x:.0f}")
+            axis.yaxis.set_major_formatter("{x:.0f}")
     for axis in axes[-1]:
         axis.set_xlabel("rows of x")
     for axis in axes[:, 0]:
         axis.set_ylabel("TFLOP/s")
     axes[0][0].legend(fontsize=7, title="dotted: their roofs", title_fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Date": None})
     pyplot.close(figure)
 
 

@@ -70,3 +70,5 @@ def test_files_become_one_report_and_a_picture(tmp_path: Path, capsys: pytest.Ca
     drawn = picture.read_text()
     for name in ("8B qkv 6144x4096", "1B o 2048x2048", "NF4 headroom", "bf16 cublas"):
         assert name in drawn
+    assert main([*map(str, files), "--plot", str(picture)]) == 0
+    assert picture.read_text() == drawn, "nothing in it changes by itself"
