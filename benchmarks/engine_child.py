@@ -32,7 +32,7 @@ class EngineChild:
         self._load = {
             "name": subject.model.name,
             "path": str(subject.path),
-            "pool": subject.pool.model_dump(mode="json"),
+            "pool": subject.pool.model_dump(mode="json", exclude_unset=True),
             "replicas": sum(pool.most_replicas for model in subject.settings.models for pool in model.pools),
             "home": str(subject.cache_dir.parent),
             "chat_template": subject.model.chat_template,

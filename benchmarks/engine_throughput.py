@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.steps.write_text("quantization,ms,tokens,running\n")
     for quantization in options.quantization.split(","):
         results["runs"][quantization] = _measure(folder, quantization, options, bandwidth)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
     return 0
 
 

@@ -81,7 +81,21 @@ def _gpus(pool: PoolSettings) -> tuple[Gpu, ...]:
             f"pool {pool.name}: quantize_head on GPUs needs `kernels: headroom` and no int8_threshold; "
             "bitsandbytes' kernels would dequantise the whole head at once; change one of the two"
         )
+    if pool.quantize_head and gpus and (reason := _why_not_own_kernels(pool.stage_count)):
+        raise ConfigError(
+            f"pool {pool.name}: quantize_head on GPUs needs Headroom's kernels: {reason}; bitsandbytes' would "
+            "dequantise the whole head at once; leave it out"
+        )
     return gpus[: pool.stage_count]
+
+
+def _why_not_own_kernels(gpus: int) -> str | None:
+    """Why Headroom's kernels can't run on one of the first GPUs, as a clause; None: they can."""
+    import torch
+
+    from deployments.engine.kernels.modules import why_not_on
+
+    return next(filter(None, (why_not_on(torch.device("cuda", index)) for index in range(gpus))), None)
 
 
 def _check_kernels(name: str, pool: PoolSettings, weighed: Footprint, device_type: DeviceType) -> None:
@@ -95,6 +109,11 @@ def _check_kernels(name: str, pool: PoolSettings, weighed: Footprint, device_typ
         raise ConfigError(
             f"pool {pool.name}: {name} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute "
             "with; leave `kernels` out"
+        )
+    if weighed.grouped is not None and device_type == "cuda" and (reason := _why_not_own_kernels(pool.stage_count)):
+        raise ConfigError(
+            f"pool {pool.name}: {name} is quantised by GPTQ or AWQ, which on GPUs Headroom's kernels alone compute "
+            f"with: {reason}; take other GPUs, or `device: cpu`, or serve the unquantised model"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from deployments.metrics.vitals import IngressVitals, ReplicaVitals
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised when any of these classes changes shape (`tests/unit/test_protocol.py` knows the shapes of this version)."""
 
 REFUSED = "not taken up: "

@@ -38,9 +38,12 @@ class StartLog:
 
 def _newest(folder: Path) -> tuple[Path, str] | None:
     """The file that was written last of those with lines of an engine, and the last of them."""
-    for path in sorted(folder.glob("worker-*.err"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            if lines := _LINE.findall(file.read()):
-                return path, lines[-1].decode(errors="replace")
+    try:
+        for path in sorted(folder.glob("worker-*.err"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+                if lines := _LINE.findall(file.read()):
+                    return path, lines[-1].decode(errors="replace")
+    except FileNotFoundError:  # Ray moves those of workers that have ended; the next look finds the others
+        pass
     return None

@@ -115,6 +115,10 @@ def kv_dtype_bytes(dtype: str) -> int:
     return KV_DTYPE_BYTES[kv_dtype_name(dtype)]
 
 
+_FLASHINFER_THREADS = 1024
+"""Most threads of a CUDA block: each writes eight elements of a token's heads."""
+
+
 def flashinfer_heads(kv_dtype: str) -> tuple[int, ...]:
     """Head sizes that FlashInfer has kernels for. Its prefill kernel does not read 8 bits with heads of 64."""
     return (128, 256) if kv_dtype_bytes(kv_dtype) == 1 else (64, 128, 256)
@@ -127,11 +131,17 @@ def stored_head(head_dim: int, kv_dtype: str) -> int:
     return next(sizes, head_dim)
 
 
-def why_no_heads(stored: int, kv_dtype: str) -> str | None:
-    """Why FlashInfer has no kernels for heads that are stored at a size, as the end of a sentence; None: it has."""
-    sizes = flashinfer_heads(kv_dtype)
-    known = ", ".join(map(str, sizes))
-    return None if stored in sizes else f"it has kernels for {kv_dtype} KV with heads of {known}, not of {stored}"
+def why_no_heads(heads: int, kv_heads: int, stored: int, kv_dtype: str) -> str | None:
+    """Why FlashInfer has no kernels for so many query and KV heads that are stored at a size, as the end of a sentence;
+    None: it has."""
+    if stored not in flashinfer_heads(kv_dtype):
+        known = ", ".join(map(str, flashinfer_heads(kv_dtype)))
+        return f"it has kernels for {kv_dtype} KV with heads of {known}, not of {stored}"
+    if heads % kv_heads:
+        return f"{heads} query heads do not share {kv_heads} KV heads evenly"
+    if kv_heads * stored // 8 > _FLASHINFER_THREADS:
+        return f"{kv_heads} KV heads of size {stored} are more than one block of threads writes"
+    return None
 
 
 def stored_kv(layers: Sequence[LayerKv], kv_dtype: str, attention: Attention) -> tuple[LayerKv, ...]:

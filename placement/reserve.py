@@ -173,7 +173,7 @@ def why_not_flashinfer(footprint: Footprint, workload: Workload) -> str | None:
     for kv in stored_kv(footprint.geometry.kv, kv_dtype, "flashinfer"):
         if kv.latent:
             return "latent attention is computed otherwise"
-        if kv.kv_heads and (reason := why_no_heads(kv.head_dim, kv_dtype)):
+        if kv.kv_heads and (reason := why_no_heads(footprint.geometry.heads, kv.kv_heads, kv.head_dim, kv_dtype)):
             return reason
     return None
 

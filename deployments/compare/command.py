@@ -112,7 +112,7 @@ def in_child(job: Job) -> Row:
 def _ask(job: Job) -> Answer:
     with tempfile.TemporaryDirectory(prefix="headroom-compare-") as folder:
         question, answer = Path(folder, "job.json"), Path(folder, "answer.json")
-        question.write_text(job.model_dump_json(), encoding="utf-8")
+        question.write_text(job.model_dump_json(exclude_unset=True), encoding="utf-8")
         command = [sys.executable, "-m", "deployments.compare.child", str(question), str(answer)]
         done = subprocess.run(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,

@@ -244,7 +244,7 @@ def paged_attention(
         reason = ", ".join(unknown) or ("a prebuilt mask" if attention_mask is not None else "dropout")
         raise UnsupportedAttention(f"{type(module).__name__} passes {reason}, which paged attention does not compute")
     kv: PagedKv = module.headroom_kv  # type: ignore[assignment]  # as `attach_kv` left it
-    size, scale = query.shape[-1], query.shape[-1] ** -0.5 if scaling is None else scaling
+    size, scale = value.shape[-1], query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (zero_padded(rows, kv.head_dim) for rows in (query, key, value))
     key, value = stored(key, kv.keys.dtype), stored(value, kv.values.dtype)
     out: Tensor = torch.ops.headroom.paged_attention(

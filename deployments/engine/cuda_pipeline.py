@@ -9,6 +9,7 @@ all of them work.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
 from typing import Protocol
@@ -84,14 +85,13 @@ class CudaPipeline:
             )
         self._draws = Draws(sampler, self._returns, slots=self.depth)
         self._warm()
-        with torch.cuda.device(self._lanes[0].device):
-            self.chunks = measure_chunks(
-                self._lanes[0],
-                block_size=block_size,
-                max_batch_tokens=max_batch_tokens,
-                max_sequences=max_sequences,
-                max_context=max_context,
-            )
+        self.chunks = measure_chunks(
+            self._lanes[0],
+            block_size=block_size,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            max_context=max_context,
+        )
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
 
     def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
@@ -124,14 +124,8 @@ class CudaPipeline:
             return self._draws.launch(slot, last.logits(step, hidden) if step.sampled else None, draw)
 
     def stage_microseconds(self, decodes: int) -> tuple[int, ...]:
-        """How long each stage takes for a step of so many decodes with contexts of one token, by itself; on the last
-        with the head and a greedy draw."""
-        form = next(form for form in self._lanes[0].forms if form.sequences is None and form.rows >= decodes)
-        times = []
-        for lane in self._lanes:
-            with torch.cuda.device(lane.device):
-                times.append(lane.microseconds(form) + lane.head_microseconds(form.rows))
-        return tuple(times)
+        """See `stage_times`."""
+        return stage_times(self._lanes, decodes)
 
     def close(self) -> None:
         """Wait for what was launched."""
@@ -145,7 +139,11 @@ class CudaPipeline:
 
 
 class TimesSteps(Protocol):
-    """What `measure_chunks` asks of a lane."""
+    """What `measure_chunks` and `stage_times` ask of a lane."""
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Of its graphs, the smaller before the larger."""
 
     @property
     def mixed(self) -> tuple[Form, ...]:
@@ -157,6 +155,20 @@ class TimesSteps(Protocol):
 
     def microseconds(self, form: Form, spans: tuple[RowSpan, ...] = ()) -> int:
         """How long a step of a form takes, over the scratch block but for the decodes of `spans`."""
+
+    def head_microseconds(self, rows: int) -> int:
+        """How long the head and a greedy draw take; 0 where there is none."""
+
+
+def stage_times(lanes: Iterable[TimesSteps], decodes: int) -> tuple[int, ...]:
+    """Microseconds that each lane takes by itself for a step of so many decodes, or of the most that there may be, with
+    contexts of one token; on the last with the head and a greedy draw."""
+    times = []
+    for lane in lanes:
+        decoding = [form for form in lane.forms if form.sequences is None]
+        form = next((form for form in decoding if form.rows >= decodes), decoding[-1])
+        times.append(lane.microseconds(form) + lane.head_microseconds(form.rows))
+    return tuple(times)
 
 
 def measure_chunks(

@@ -20,8 +20,6 @@ TENSOR_CORE_GROUP = 4
 """Query heads per KV head from which a decode runs on tensor cores. (On CUDA cores only 1, 2, 3, 4 and 8 exist.)"""
 
 _FP8 = torch.float8_e4m3fn
-_THREADS = 1024
-"""Most threads of a CUDA block."""
 _CTAS_PER_SM = 2
 """What FlashInfer's scheduler counts on for a prefill."""
 _MOST_CTAS_PER_SM = 16
@@ -120,13 +118,7 @@ def why_not(kind: Kind) -> str | None:
         return f"its kernels compute in 16 bits, not {dtype}"
     if kind.kv_dtype not in (kind.dtype, _FP8):
         return f"beside {dtype} its kernels read KV in {dtype} or {dtype_name(_FP8)}, not {kv_dtype}"
-    if reason := why_no_heads(kind.head_dim, kv_dtype):
-        return reason
-    if kind.heads % kind.kv_heads:
-        return f"{kind.heads} query heads do not share {kind.kv_heads} KV heads evenly"
-    if kind.kv_heads * kind.head_dim // 8 > _THREADS:
-        return f"{kind.kv_heads} KV heads of size {kind.head_dim} are more than one block of threads writes"
-    return None
+    return why_no_heads(kind.heads, kind.kv_heads, kind.head_dim, kv_dtype)
 
 
 def why_not_here() -> str | None:

@@ -190,14 +190,16 @@ class Lane:
         Args:
             spans: decodes of the step, which write to blocks that nobody uses yet; its other rows are padding.
         """
-        inputs = self._prepare_scratch(form, spans)
-        graph = self._graphs.get(form)
-        return self._timed(partial(self._compute, inputs, self._incoming) if graph is None else graph.replay)
+        with self._current:
+            inputs = self._prepare_scratch(form, spans)
+            graph = self._graphs.get(form)
+            return self._timed(partial(self._compute, inputs, self._incoming) if graph is None else graph.replay)
 
     def head_microseconds(self, rows: int) -> int:
         """How long the head and a greedy draw take for so many rows, one of the sizes that have a graph; 0 where there
         is none."""
-        return self._timed(partial(self._greedy.draw, rows, rows)) if self._greedy else 0
+        with self._current:
+            return self._timed(partial(self._greedy.draw, rows, rows)) if self._greedy else 0
 
     def _timed(self, queue: Callable[[], object]) -> int:
         """Microseconds, the median of some runs, one behind the other as steps are."""

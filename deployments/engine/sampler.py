@@ -103,7 +103,11 @@ class Drawn:
     """When the host has them; None where nothing runs ahead of it."""
 
     def read(self) -> list[SampledToken]:
-        """The draws on the host, one per row. Waits for this step alone."""
+        """The draws on the host, one per row. Waits for this step alone.
+
+        Raises:
+            RuntimeError: a row has what no draw leaves, so the host has not read what the device drew.
+        """
         if self.ready is not None:
             self.ready.synchronize()
         ids: list[int] = self._host_ids.tolist()
@@ -111,9 +115,15 @@ class Drawn:
         for part in self._logprobs:
             logprobs |= part.read(ids)
         return [
-            SampledToken(0, True, None) if token < 0 else SampledToken(token, False, logprobs.get(row))
+            SampledToken(token, False, logprobs.get(row)) if token >= 0 else _bad(row, token)
             for row, token in enumerate(ids)
         ]
+
+
+def _bad(row: int, token: int) -> SampledToken:
+    if token != -1:
+        raise RuntimeError(f"row {row} of a step drew {token}, which is neither an id nor the mark of a bad row")
+    return SampledToken(0, True, None)
 
 
 class Sampler:

@@ -293,6 +293,10 @@ def test_nothing_fell_back(served: Served) -> None:
     layers = [end - start for start, end in (stage.layers for stage in served.model.stages)]
     assert sum(layers) == 4
     assert not served.case.layers or tuple(layers) == served.case.layers
+    *before, last = served.pipeline.stage_microseconds(8)
+    assert min(*before, last) > 0
+    assert last > served.pipeline._lanes[-1].head_microseconds(8) > 0
+    assert all(lane.head_microseconds(8) == 0 for lane in served.pipeline._lanes[:-1])
 
 
 def test_graphs_compute_what_eager_steps_do(served: Served) -> None:

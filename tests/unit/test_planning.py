@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from deployments import gptqmodel_fit
@@ -37,6 +38,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "cuda_gpus", lambda: (A_GPU, A_GPU))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
 
 
 def pool(**options: Any) -> PoolSettings:
@@ -306,3 +308,14 @@ def test_a_plan_counts_on_the_attention_of_this_machine(
     assert ("graphs" in {term.name for term in stage.reserve}) == bool(stored)
     # 4 tokens of 2 layers, keys and values of 2 heads in 2 bytes.
     assert stage.kv_block_bytes == 4 * 2 * 2 * 2 * 2 * (stored or head_dim)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_quantised_head_on_a_gpu_that_is_too_old_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' kernels would dequantise it whole, and the plan does not count that."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if device.index == 0 else (7, 5))
+    pool = PoolSettings.model_validate({"device": "cuda", "quantization": "nf4", "quantize_head": True})
+    plan_pool("tiny", folder, pool)
+    with pytest.raises(ConfigError, match=r"cuda:1 \(Tesla T4\) has compute capability 7\.5, and they need 8\.0"):
+        plan_pool("tiny", folder, pool.model_copy(update={"stages": 2}))

@@ -27,8 +27,8 @@ from deployments.protocol import (
 from deployments.routing.dispatch import error_of
 from tests.unit.routing.worlds import ledger, state, wish
 
-SHAPES = {2: "918f04889a9a31b3"}
-"""Version -> digest of the fields of everything that crosses processes."""
+SHAPES = {3: "9df75c3e15806813"}
+"""Version -> digest of the fields of everything that crosses processes, and of whether it is a dataclass or a tuple."""
 MESSAGES = [
     wish("a"),
     GenerationRequest("a", (1, 2), Sampling(max_tokens=1, seed=1)),
@@ -44,7 +44,7 @@ def shapes() -> str:
         for _, kind in sorted(inspect.getmembers(module, inspect.isclass))
         if (is_dataclass(kind) or issubclass(kind, tuple)) and kind.__module__ == module.__name__
     ]
-    text = "\n".join(f"{kind.__name__}: {fields_of(kind)}" for kind in [*classes, Buckets])
+    text = "\n".join(f"{kind.__name__}: {is_dataclass(kind)} {fields_of(kind)}" for kind in [*classes, Buckets])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,24 @@ def job(tmp_path: Path, quantization: str = "nf4") -> Job:
     return Job(
         model="m", folder=tmp_path, text=command.TEXT, pool=pool, workload=models.WORKLOAD, cache=tmp_path / "cache"
     )
+
+
+@pytest.mark.parametrize("given", [{"batch_invariant": True}, {"tune_kernels": False}])
+def test_a_job_travels_with_the_settings_that_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, bool]
+) -> None:
+    """Those that were not must not count as given: some contradict each other."""
+    asked = job(tmp_path)
+    asked = asked.model_copy(update={"pool": PoolSettings.model_validate({"device": "cpu"} | given)})
+
+    def answers(arguments: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        arrived = Job.model_validate_json(Path(arguments[-2]).read_text(encoding="utf-8"))
+        assert arrived == asked
+        Path(arguments[-1]).write_text(Failed(quantization="nf4", reason="seen").model_dump_json(), encoding="utf-8")
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(subprocess, "run", answers)
+    assert command._ask(asked) == Failed(quantization="nf4", reason="seen")
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from deployments.engine.attention import RowSpan
 from deployments.engine.budget import CHUNK_SLOWDOWN, LEAST_CHUNK
-from deployments.engine.cuda_pipeline import measure_chunks
+from deployments.engine.cuda_pipeline import measure_chunks, stage_times
 from deployments.engine.forms import Form, forms, mixed
 from deployments.engine.stages import StepRows
 
@@ -26,12 +26,18 @@ class Clock:
         token_ms: float = 0.0,
         blocks: int = 0,
         lanes: int = 1,
+        last: bool = False,
     ) -> None:
+        self.last = last
+        self.forms = forms(max_batch_tokens=tokens, max_sequences=sequences, lanes=lanes)
         self.mixed = mixed(max_batch_tokens=tokens, max_sequences=sequences, lanes=lanes, beyond=True)
         self.timed_blocks = blocks
         self.timed: list[Form] = []
         self.spans: list[RowSpan] = []
         self._fixed_ms, self._row_ms, self._token_ms = fixed_ms, row_ms, token_ms
+
+    def head_microseconds(self, rows: int) -> int:
+        return 10 * rows * self.last
 
     def microseconds(self, form: Form, spans: tuple[RowSpan, ...] = ()) -> int:
         self.timed.append(form)
@@ -145,3 +151,10 @@ def rows_of(decodes: int, chunk: int) -> StepRows:
     spans = tuple(RowSpan(0, count, (0,)) for count in counts)
     positions = tuple(p for count in counts for p in range(count))
     return StepRows((0,) * sum(counts), positions, spans, tuple(range(decodes)))
+
+
+def test_stages_are_timed_by_the_graph_that_a_step_fits() -> None:
+    """60 decodes run as 64; of more than there may be, the most are timed. The last has the head."""
+    lanes = [Clock(sequences=200, fixed_ms=ms, row_ms=0.01, last=ms == 2.0) for ms in (1.0, 2.0)]
+    assert stage_times(lanes, 60) == (1640, 2640 + 640)
+    assert stage_times(lanes, 4096) == (3000, 4000 + 2000)

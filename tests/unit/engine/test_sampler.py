@@ -255,6 +255,10 @@ class TestLikeliest:
         bad = SampledToken(0, True, None)
         assert drawn.read() == [SampledToken(3, False, None), bad, SampledToken(5, False, None)]
 
+    def test_what_no_draw_leaves_is_no_bad_row(self) -> None:
+        with pytest.raises(RuntimeError, match="row 1 of a step drew -7"):
+            sampler(10).take(torch.tensor([[3, 4], [3, -7]])).read()
+
 
 class TestRefusals:
     def test_logits_must_match_the_draw(self) -> None:

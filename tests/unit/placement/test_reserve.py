@@ -193,6 +193,14 @@ def test_why_not_flashinfer_is_what_the_engine_says() -> None:
         ours = why_not_flashinfer(weighed, replace(WORKLOAD, kv_dtype=kv_dtype))
         theirs = why_not(Kind(2, 2, stored_head(head_dim, kv_dtype), computed, kept, None, None))
         assert (ours is None) == (theirs is None), (ours, theirs)
+    kinds = product((96, 64, 6), (96, 64, 4), (64, 80), ("bfloat16", "float8_e4m3fn"))
+    for heads, kv_heads, head_dim, kv_dtype in kinds:
+        weighed = replace(toy_footprint([10], kv=(LayerKv(kv_heads, head_dim),)), dtype="bfloat16")
+        weighed = replace(weighed, geometry=replace(weighed.geometry, heads=heads))
+        ours = why_not_flashinfer(weighed, replace(WORKLOAD, kv_dtype=kv_dtype))
+        kind = Kind(heads, kv_heads, stored_head(head_dim, kv_dtype), torch.bfloat16, stored[kv_dtype], None, None)
+        assert ours == why_not(kind)
+        assert (ours is None) == (heads % kv_heads == 0 and kind.kv_heads * kind.head_dim <= 8192)
     latent = toy_footprint([10], kv=(LayerKv(1, 64, latent=True),))
     assert why_not_flashinfer(latent, WORKLOAD) == "latent attention is computed otherwise"
 
