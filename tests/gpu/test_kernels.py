@@ -315,6 +315,36 @@ def test_slabs(n: int, k: int, kind: config.Kind, dtype: torch.dtype) -> None:
             assert torch.equal(spoilt[clean], out[clean])
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs warpgroups' products"
+)
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_slabs_give_the_same_bits_thousands_of_times(kind: config.Kind) -> None:
+    """One product of several thousand was wrong where barriers lay under the sums."""
+    from deployments.engine.kernels.slab import Slab
+    from deployments.engine.kernels.wide import wide_product
+
+    table = config.table_for("NVIDIA H200")
+    entries = [entry for (of, _, _), entry in table.shapes.items() if of == kind]
+    slabs = {cut for entry in entries for cut in entry.cuts.values() if isinstance(cut, Slab)}
+    assert len(slabs) >= 8
+    weight = tile4(weight4(6144, 4096)) if kind == "4bit" else tile8(weight8(6144, 4096))
+    for slab in slabs:
+        x = torch.randn(3 * slab.rows - 5, 4096, device="cuda", dtype=torch.bfloat16)
+        expected = wide_product(x, weight, None, slab)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = [wide_product(x, weight, None, slab) for _ in range(16)]
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(250):
+            for out in found:
+                out.fill_(torch.nan)
+            graph.replay()
+            for out in found:
+                wrong += (out != expected).any()
+        assert int(wrong) == 0, slab
+
+
 @pytest.mark.parametrize("kind", ["nf4", "nested", "int8"])
 def test_under_cuda_graphs_and_compile(kind: Format) -> None:
     from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8, Saved4

@@ -50,9 +50,10 @@ class Slab:
         return -(-n // (PANEL * self.across)) * -(-rows // self.rows) * self.cluster
 
     def shared_bytes(self, bits: int) -> int:
-        """The table, what lies before it and the ring, or the sums at the end, whichever is larger."""
-        inputs = (2 * TABLE_BYTES if bits == 4 else 2**10) + self.slots * (self.along * self.rows * 128 + 16)
-        return max(inputs, 4 * self.along * self.rows * (PANEL * self.across + 4))
+        """The table, what lies before it and the ring, or the sums at the end, whichever is larger, and behind both the
+        ring's barriers."""
+        inputs = (2 * TABLE_BYTES if bits == 4 else 2**10) + self.slots * self.along * self.rows * 128
+        return max(inputs, 4 * self.along * self.rows * (PANEL * self.across + 4)) + 16 * self.slots
 
     def registers(self, bits: int) -> int:
         """Of a lane, about: sums, looked-up weights, weights on their way, and addresses."""

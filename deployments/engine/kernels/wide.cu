@@ -23,6 +23,7 @@ typedef unsigned long long u64;
 #define SUMS (ROWS / 2)             // of a lane
 #define SLICE_BYTES (ROWS * 128)    // 64 columns of x
 #define SLOT_BYTES (ALONG * SLICE_BYTES)
+#define SUM_BYTES (4u * ALONG * ROWS * SUM_STRIDE)
 #define AHEAD (SLOTS - 2)
 
 // Operands of one wgmma, counted from the first.
@@ -167,8 +168,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
 #if BITS == 4
     const float entry = __ldg(code + thread % 16);
 #endif
-    // A slot is full when its copies are there, and empty when all warps have computed with it.
-    const u32 ring = base + table + TABLE_BYTES, full = ring + SLOTS * SLOT_BYTES, empty = full + SLOTS * 8;
+    // A slot is full when its copies are there, and empty when all warps have computed with it. The sums at the end lie over
+    // the ring, but not over its barriers: an arrival may still be on its way when all threads have met.
+    const u32 ring = base + table + TABLE_BYTES, behind = table + TABLE_BYTES + SLOTS * SLOT_BYTES;
+    const u32 full = base + (behind > SUM_BYTES ? behind : SUM_BYTES), empty = full + SLOTS * 8;
     const u32 mine = base + table + lane * 4;
     if (thread == 0) {
         for (int s = 0; s < SLOTS; ++s) {

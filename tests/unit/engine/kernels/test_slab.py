@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from deployments.engine.kernels import config
 from deployments.engine.kernels.config import CUT_ROWS, cut_rows_of
 from deployments.engine.kernels.cut import MOST_ROWS, SHARED_BYTES, Cut
-from deployments.engine.kernels.slab import PANEL, Slab, candidates, choose_slab, ranked_slabs
+from deployments.engine.kernels.slab import BLOCK_ROWS, PANEL, Slab, candidates, choose_slab, ranked_slabs
 from tests.unit.engine.kernels.test_cut import LINEARS
 
 ROWS = [rows for rows in CUT_ROWS if rows >= MOST_ROWS]
@@ -50,6 +51,19 @@ def test_little_shared_memory_leaves_none() -> None:
     slab = choose_slab(4096, 4096, 8, 32, 132, 64 * 2**10)
     assert slab is not None
     assert slab.shared_bytes(8) <= 64 * 2**10
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_ring_s_barriers_lie_behind_the_sums_too(bits: int) -> None:
+    """They must not be overwritten: an arrival may be on its way when the sums are."""
+    for across, along, rows, slots in product((1, 2, 3, 4), (1, 2, 4), BLOCK_ROWS, (4, 5, 6)):
+        slab = Slab(rows, 2, across, along, slots=slots)
+        ring, sums = slots * along * rows * 128, 4 * along * rows * (64 * across + 4)
+        barriers = slab.shared_bytes(bits) - 16 * slots
+        assert barriers >= sums
+        assert barriers >= ring + (32 * 2**10 if bits == 4 else 0), "in front of it a table, and what aligns it"
+    overlapped = Slab(128, 2, 4, slots=6, buffers=1)
+    assert overlapped.shared_bytes(8) == 4 * 128 * 260 + 16 * 6, "of these sums are more than the ring"
 
 
 def test_weights_beyond_the_kernel_s_offsets_have_none() -> None:
