@@ -10,9 +10,10 @@ from deployments.errors import ConfigError
 from deployments.settings import PoolSettings
 from placement import probe
 from placement.errors import PlacementError
+from placement.flashinfer import stored_kv
 from placement.footprint import Footprint, footprint
 from placement.hardware import DeviceType, Gpu, virtual_cpu_devices
-from placement.kv import kv_dtype_name, stored_kv, why_not_served
+from placement.kv import kv_dtype_name, why_not_served
 from placement.plan import Plan, solve
 from placement.recipe import Grouped, read_recipe
 from placement.source import Source, find_source

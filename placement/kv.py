@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from placement.errors import PlacementError
-from placement.workload import Attention
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of one element, by torch's name of the dtype."""
@@ -59,7 +58,7 @@ class LayerKv:
 
     kv_heads: int = 0
     head_dim: int = 0
-    """As the model has it, or as its blocks have it: see `stored_kv`."""
+    """As the model has it, or as its blocks have it: see `placement.flashinfer`."""
     window: int | None = None
     """Tokens that a sliding-window layer looks back on. It lowers no byte of a plan: the engine stores all tokens of
     every layer; see `sequence_bytes` for what a cache that frees blocks behind the window would hold."""
@@ -113,43 +112,6 @@ def kv_dtype_name(dtype: str) -> str:
 def kv_dtype_bytes(dtype: str) -> int:
     """Bytes of one element of the KV cache."""
     return KV_DTYPE_BYTES[kv_dtype_name(dtype)]
-
-
-_FLASHINFER_THREADS = 1024
-"""Most threads of a CUDA block: each writes eight elements of a token's heads."""
-
-
-def flashinfer_heads(kv_dtype: str) -> tuple[int, ...]:
-    """Head sizes that FlashInfer has kernels for. Its prefill kernel does not read 8 bits with heads of 64."""
-    return (128, 256) if kv_dtype_bytes(kv_dtype) == 1 else (64, 128, 256)
-
-
-def stored_head(head_dim: int, kv_dtype: str) -> int:
-    """The size at which FlashInfer's blocks hold heads of `head_dim`: the next that it has kernels for, where that is
-    twice as large at most. Behind the model's elements are zeros, which change no score."""
-    sizes = (size for size in flashinfer_heads(kv_dtype) if head_dim <= size <= 2 * head_dim)
-    return next(sizes, head_dim)
-
-
-def why_no_heads(heads: int, kv_heads: int, stored: int, kv_dtype: str) -> str | None:
-    """Why FlashInfer has no kernels for so many query and KV heads that are stored at a size, as the end of a sentence;
-    None: it has."""
-    if stored not in flashinfer_heads(kv_dtype):
-        known = ", ".join(map(str, flashinfer_heads(kv_dtype)))
-        return f"it has kernels for {kv_dtype} KV with heads of {known}, not of {stored}"
-    if heads % kv_heads:
-        return f"{heads} query heads do not share {kv_heads} KV heads evenly"
-    if kv_heads * stored // 8 > _FLASHINFER_THREADS:
-        return f"{kv_heads} KV heads of size {stored} are more than one block of threads writes"
-    return None
-
-
-def stored_kv(layers: Sequence[LayerKv], kv_dtype: str, attention: Attention) -> tuple[LayerKv, ...]:
-    """What each layer caches, with the head size that its blocks have under an attention backend. Plans count it and
-    the engine allocates it."""
-    if attention == "torch":
-        return tuple(layers)
-    return tuple(replace(kv, head_dim=stored_head(kv.head_dim, kv_dtype)) for kv in layers)
 
 
 def why_not_served(layers: Sequence[LayerKv]) -> str | None:

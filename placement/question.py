@@ -10,10 +10,11 @@ from typing import Literal, Required, TypedDict, Unpack, get_args
 
 from placement.cards import runs_flashinfer
 from placement.errors import PlacementError
+from placement.flashinfer import gpu_attention, stored_kv, why_not_flashinfer
 from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, format_bytes, parse_bytes
-from placement.kv import LayerKv, kv_dtype_name, stored_kv
-from placement.reserve import CUDA_CONTEXT_BYTES, gpu_attention, why_not_flashinfer
+from placement.kv import LayerKv, kv_dtype_name
+from placement.reserve import CUDA_CONTEXT_BYTES
 from placement.workload import Attention, Workload
 
 Order = Literal["given", "best"]

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from placement import arena, gathered
 from placement import encoder_decoder as cross
 from placement.experts import dequantised_bytes, largest_fused, waiting_bytes
+from placement.flashinfer import gpu_attention, stored_kv
 from placement.footprint import Footprint, Module, Tensor
 from placement.gathered import Room
 from placement.hardware import DeviceType, format_bytes
-from placement.kv import dtype_bytes, kv_dtype_bytes, stored_kv, why_no_heads
-from placement.workload import Attention, Workload
+from placement.kv import dtype_bytes, kv_dtype_bytes
+from placement.workload import Workload
 
 SAMPLE_ROWS = 64
 """Rows of logits that the sampler works on at once."""
@@ -157,32 +158,6 @@ class Reserve:
     def _above_activations(self) -> int:
         """Of sampling, which comes when the layers' activations are gone."""
         return max(0, self.logits - self.activations)
-
-
-def why_not_flashinfer(footprint: Footprint, workload: Workload) -> str | None:
-    """Why FlashInfer can't compute a model's attention on any GPU, as the end of a sentence; None: it can."""
-    dtype, kv_dtype = footprint.dtype, workload.kv_dtype
-    if footprint.geometry.own_attention:
-        return footprint.geometry.own_attention
-    if cross.encodes(footprint):
-        return "an encoder-decoder attends to what is gathered from the blocks"
-    if dtype_bytes(dtype) != 2:
-        return f"its kernels compute in 16 bits, not {dtype}"
-    if kv_dtype != dtype and kv_dtype_bytes(kv_dtype) != 1:
-        return f"beside {dtype} its kernels read KV in {dtype} or fp8, not {kv_dtype}"
-    for kv in stored_kv(footprint.geometry.kv, kv_dtype, "flashinfer"):
-        if kv.latent:
-            return "latent attention is computed otherwise"
-        if kv.kv_heads and (reason := why_no_heads(footprint.geometry.heads, kv.kv_heads, kv.head_dim, kv_dtype)):
-            return reason
-    return None
-
-
-def gpu_attention(footprint: Footprint, workload: Workload) -> Attention:
-    """What computes a model's attention on GPUs."""
-    if footprint.geometry.own_attention is not None:
-        return "torch"
-    return workload.attention or ("torch" if why_not_flashinfer(footprint, workload) else "flashinfer")
 
 
 def reserve(footprint: Footprint, workload: Workload, *, device_type: DeviceType, devices: int = 1) -> Reserve:

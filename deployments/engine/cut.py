@@ -25,8 +25,9 @@ from deployments.engine.messages import EngineLimits
 from deployments.engine.stages import Stage, detach_kv, find_decoder, find_layers
 from deployments.errors import ConfigError
 from placement.anatomy import own_attention
+from placement.flashinfer import stored_kv
 from placement.gathered import EXPANDS, Bound, bound
-from placement.kv import LayerKv, layer_kv, stored_kv
+from placement.kv import LayerKv, layer_kv
 from placement.plan import Plan
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from deployments.engine.attention_tables import Shape
-from placement.kv import why_no_heads
+from placement.flashinfer import why_no_heads
 
 VERSION = "0.6.14"
 TENSOR_CORE_GROUP = 4

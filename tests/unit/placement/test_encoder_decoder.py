@@ -14,10 +14,11 @@ from deployments.engine.loader import load
 from deployments.engine.stages import StepRows
 from placement import encoder_decoder as cross
 from placement.errors import PlacementError
+from placement.flashinfer import why_not_flashinfer
 from placement.footprint import Footprint, footprint
 from placement.hardware import parse_gpus, virtual_cpu_devices
 from placement.plan import solve
-from placement.reserve import reserve, why_not_flashinfer
+from placement.reserve import reserve
 from placement.workload import Workload
 from tests.unit.engine.memory import PeakBytes
 

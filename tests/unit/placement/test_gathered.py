@@ -16,11 +16,12 @@ from deployments.engine.loader import load
 from deployments.engine.stages import StepRows
 from placement import gathered
 from placement.anatomy import own_attention
+from placement.flashinfer import why_not_flashinfer
 from placement.footprint import Footprint, Tensor, footprint
 from placement.hardware import virtual_cpu_devices
 from placement.kv import LayerKv
 from placement.plan import solve
-from placement.reserve import reserve, why_not_flashinfer
+from placement.reserve import reserve
 from placement.workload import Workload
 from tests.contract.families import FAMILIES, PAGED, Family
 from tests.contract.greedy import save

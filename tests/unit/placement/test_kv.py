@@ -19,8 +19,6 @@ from placement.kv import (
     kv_dtype_name,
     layer_kv,
     sequence_bytes,
-    stored_head,
-    stored_kv,
     why_not_served,
 )
 
@@ -111,21 +109,6 @@ def test_a_window_lowers_no_byte_of_the_plan() -> None:
     assert layers == (LayerKv(8, 32, 64), LayerKv(8, 32, None))
     assert layers[0].elements_per_token == layers[1].elements_per_token == 512
     assert [kv.window for kv in layer_kv({**BASE, "sliding_window": 64})] == [64, 64]
-
-
-@pytest.mark.parametrize(
-    ("kv_dtype", "stored"),
-    [
-        ("bfloat16", {16: 16, 32: 64, 64: 64, 80: 128, 96: 128, 112: 128, 128: 128, 160: 256, 256: 256, 512: 512}),
-        ("float8_e4m3fn", {32: 32, 48: 48, 64: 128, 80: 128, 128: 128, 192: 256}),
-    ],
-)
-def test_heads_are_stored_at_the_next_size_that_flashinfer_has(kv_dtype: str, stored: dict[int, int]) -> None:
-    """Of twice their own at most."""
-    assert {size: stored_head(size, kv_dtype) for size in stored} == stored
-    layers = tuple(LayerKv(8, size, window=9) for size in stored)
-    assert stored_kv(layers, kv_dtype, "flashinfer") == tuple(LayerKv(8, size, window=9) for size in stored.values())
-    assert stored_kv(layers, kv_dtype, "torch") == layers
 
 
 def test_what_a_window_aware_cache_would_hold() -> None:

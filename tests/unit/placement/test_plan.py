@@ -12,9 +12,10 @@ import pytest
 
 from placement.errors import DoesNotFit, PlacementError
 from placement.export import explain
+from placement.flashinfer import stored_kv
 from placement.footprint import Footprint
 from placement.hardware import Gpu, Inventory, Node, virtual_cpu_devices
-from placement.kv import LayerKv, stored_kv
+from placement.kv import LayerKv
 from placement.plan import STATE, Plan, answer, solve
 from placement.question import ask
 from placement.reserve import CUDA_CONTEXT_BYTES

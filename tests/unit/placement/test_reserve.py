@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from deployments.engine.attention_flashinfer import Limits
-from deployments.engine.flashinfer_fit import Kind, Room, why_not
+from deployments.engine.flashinfer_fit import Kind, Room
 from deployments.engine.forms import forms
 from deployments.engine.residents import move_to_arena
 from deployments.engine.sampler import SCRATCH_BYTES
@@ -18,10 +17,11 @@ from deployments.engine.sampling import weight_table
 from deployments.engine.sampling_batch import padded
 from placement import reserve as terms
 from placement.arena import ALIGNMENT
+from placement.flashinfer import why_not_flashinfer
 from placement.footprint import Footprint, Geometry, Module, Tensor, footprint
 from placement.hardware import DeviceType
-from placement.kv import LayerKv, stored_head
-from placement.reserve import CUDA_CONTEXT_BYTES, SAMPLE_ROWS, Reserve, reserve, why_not_flashinfer
+from placement.kv import LayerKv
+from placement.reserve import CUDA_CONTEXT_BYTES, SAMPLE_ROWS, Reserve, reserve
 from placement.workload import CAPTURED_ROWS, Attention, Workload
 from tests.unit.placement import tiny_models
 from tests.unit.placement.tiny_models import save
@@ -181,28 +181,6 @@ def test_flashinfer_has_room_for_heads_as_they_are_stored() -> None:
     odd, stored = (toy_footprint([10], kv=(LayerKv(2, size),)) for size in (80, 128))
     assert on(odd) == on(stored)
     assert on(odd, attention="torch") != on(stored, attention="torch")
-
-
-def test_why_not_flashinfer_is_what_the_engine_says() -> None:
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    stored = {**dtypes, "float8_e4m3fn": torch.float8_e4m3fn}
-    for (dtype, computed), (kv_dtype, kept), head_dim in product(
-        dtypes.items(), stored.items(), (16, 32, 64, 80, 96, 128, 192, 256, 512)
-    ):
-        weighed = replace(toy_footprint([10], kv=(LayerKv(2, head_dim),)), dtype=dtype)
-        ours = why_not_flashinfer(weighed, replace(WORKLOAD, kv_dtype=kv_dtype))
-        theirs = why_not(Kind(2, 2, stored_head(head_dim, kv_dtype), computed, kept, None, None))
-        assert (ours is None) == (theirs is None), (ours, theirs)
-    kinds = product((96, 64, 6), (96, 64, 4), (64, 80), ("bfloat16", "float8_e4m3fn"))
-    for heads, kv_heads, head_dim, kv_dtype in kinds:
-        weighed = replace(toy_footprint([10], kv=(LayerKv(kv_heads, head_dim),)), dtype="bfloat16")
-        weighed = replace(weighed, geometry=replace(weighed.geometry, heads=heads))
-        ours = why_not_flashinfer(weighed, replace(WORKLOAD, kv_dtype=kv_dtype))
-        kind = Kind(heads, kv_heads, stored_head(head_dim, kv_dtype), torch.bfloat16, stored[kv_dtype], None, None)
-        assert ours == why_not(kind)
-        assert (ours is None) == (heads % kv_heads == 0 and kind.kv_heads * kind.head_dim <= 8192)
-    latent = toy_footprint([10], kv=(LayerKv(1, 64, latent=True),))
-    assert why_not_flashinfer(latent, WORKLOAD) == "latent attention is computed otherwise"
 
 
 def test_layers_without_attention_do_not_matter_to_flashinfer() -> None:
