@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.checkpoint import FOLDER, SHAPES, asked, write
 from benchmarks.kernel_classes import kernel_class
+from benchmarks.products import copy_bandwidth
 from benchmarks.trace_picture import STEP
 from deployments.checkpoint import is_encoder_decoder
 from deployments.compare.throughput import Burst, Step, burst, random_prompts
@@ -229,27 +230,6 @@ def _encoder_bytes(plan: Plan, weighed: Footprint) -> list[int]:
     """Of each stage: its encoder layers."""
     sizes = {layer.name: layer.bytes for layer in weighed.layers if layer.stack == "encoder"}
     return [sum(sizes.get(name, 0) for name in stage.modules) for stage in plan.stages]
-
-
-def copy_bandwidth() -> float:
-    """Bytes/s of a large copy on the first device, read and written bytes counted."""
-    if not torch.cuda.is_available():
-        source = torch.empty(64 * 2**20, dtype=torch.uint8)
-        target = torch.empty_like(source)
-        began = time.perf_counter()
-        for _ in range(8):
-            target.copy_(source)
-        return 16 * source.nbytes / (time.perf_counter() - began)
-    source = torch.empty(4 * 2**30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    target.copy_(source)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(8):
-        target.copy_(source)
-    end.record()
-    end.synchronize()
-    return 16 * source.nbytes / (start.elapsed_time(end) / 1e3)
 
 
 def _profile(engine: Engine, concurrency: int, options: argparse.Namespace) -> None:

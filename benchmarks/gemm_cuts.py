@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from benchmarks.gemm import BOUND, copy_bandwidth, exact, floor_us, random_weight, relative_error, rotate
 from benchmarks.gemm_report import SHAPES
+from benchmarks.products import BOUND, copy_bandwidth, exact, floor_us, random_weight, relative_error, rotate
 from deployments.engine.kernels import cut, slab
 from deployments.engine.kernels.config import Kind, Table, cut_rows_of, parse_table
 from deployments.engine.kernels.cut import MOST_ROWS, Cut, groups_of
