@@ -70,7 +70,8 @@ def weights4(draw: st.DrawFn, tiled: bool) -> Weight4:
     scale = 10.0 ** draw(st.integers(-20, 20))
     code = torch.randn(16)
     if draw(st.booleans()):
-        nested = Nested(torch.rand(-(-blocks // 256)) * scale, torch.randn(256), torch.rand(1) * scale)
+        parts = draw(st.sampled_from([parts for parts in (1, 2, 3, 4) if n % (16 * parts) == 0])) if tiled else 1
+        nested = Nested(torch.rand(-(-blocks // 256)) * scale, torch.randn(256), torch.rand(parts) * scale)
         return Weight4(n, k, blocksize, packed, torch.randint(0, 256, (blocks,), dtype=torch.uint8), code, nested)
     return Weight4(n, k, blocksize, packed, torch.rand(blocks) * scale, code)
 
