@@ -6,6 +6,7 @@ On the CPU, where the linears hold the same bytes as on a GPU; `tests/gpu/test_k
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,21 @@ def repack(model: Any) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "head", "fused"),
+    ("name", "hidden", "kind", "head", "fused"),
     [
-        ("Llama", "nf4", False, 4),
-        ("Qwen2", "int8", True, 4),
-        ("Qwen2", "fp4, double", True, 0),
-        ("Gemma 2", "nf4", True, 4),
+        ("Llama", 64, "nf4", False, 4),
+        ("Qwen2", 64, "int8", True, 4),
+        ("Qwen2", 64, "fp4, double", True, 0),  # its linears have fewer than 256 scales
+        ("Qwen2", 256, "fp4, double", True, 4),
+        ("Gemma 2", 64, "nf4", True, 4),
     ],
 )
 def test_a_repacked_model_saves_bitsandbytes_checkpoint(
-    name: str, kind: str, head: bool, fused: int, tmp_path: Path
+    name: str, hidden: int, kind: str, head: bool, fused: int, tmp_path: Path
 ) -> None:
-    plain = save(CONFIGS[name], tmp_path / "plain")
+    sized = deepcopy(CONFIGS[name])
+    sized.hidden_size = hidden
+    plain = save(sized, tmp_path / "plain")
     config = BitsAndBytesConfig(**KINDS[kind])
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, quantization_config=config)
     if head:

@@ -78,9 +78,12 @@ def llama(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_other_formats(llama: Path, name: str) -> None:
+def test_other_formats(llama: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     plan = plan_on_gpus(footprint(llama, **FORMATS[name]), 1)
-    served = serve(load(llama, plan, device_type="cuda", limits=LIMITS), plan)
+    with caplog.at_level(logging.INFO, "deployments.engine"):
+        model = load(llama, plan, device_type="cuda", limits=LIMITS)
+    assert "28 linears on Headroom's kernels, 8 groups of linears fused" in caplog.text
+    served = serve(model, plan)
     check(plain_model(llama, plan), served, COARSE if plan.quantization == "int8" else BOUND)
 
 

@@ -39,14 +39,17 @@ FP4 = (
 )  # fmt: skip
 
 
-def weight4(n: int, k: int, *, blocksize: int = 64, nested: bool = False, scale: float = 1.0) -> Weight4:
+def weight4(
+    n: int, k: int, *, blocksize: int = 64, nested: bool = False, parts: int = 1, scale: float = 1.0
+) -> Weight4:
+    """`parts`: of rows with an offset each, where nested; more than one in tiles alone."""
     packed = torch.randint(0, 256, ((n * k + 1) // 2, 1), dtype=torch.uint8, device="cuda")
     blocks = -(-n * k // blocksize)
     code = torch.tensor(FP4 if nested else NF4, device="cuda")
     if nested:
         absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda")
         outer = torch.rand(-(-blocks // 256), device="cuda") * scale
-        inner = Nested(outer, torch.randn(256, device="cuda"), torch.rand(1, device="cuda") * scale)
+        inner = Nested(outer, torch.randn(256, device="cuda"), torch.rand(parts, device="cuda") * scale)
         return Weight4(n, k, blocksize, packed, absmax, code, inner)
     return Weight4(n, k, blocksize, packed, torch.rand(blocks, device="cuda") * scale, code)
 
@@ -64,10 +67,11 @@ def weight_of(kind: Format, n: int, k: int, scale: float = 1.0) -> Weight4 | Wei
     if kind == "int8":
         eight = weight8(n, k, scale)
         return eight if why_not_tiled(n, k) else tile8(eight)
-    four = weight4(n, k, nested=kind == "nested", scale=scale)
+    native = why_not_tiled(n, k, 64) is not None
+    four = weight4(n, k, nested=kind == "nested", parts=1 if native else n // 16, scale=scale)
     if kind == "fp4":
         four = replace(four, code=torch.tensor(FP4, device="cuda"))
-    return four if why_not_tiled(n, k, four.blocksize) else tile4(four)
+    return four if native else tile4(four)
 
 
 def dense(weight: Weight4 | Weight8) -> Tensor:
@@ -90,7 +94,8 @@ def variants(n: int, k: int) -> list[Weight4 | Weight8]:
     if k % 256 == 0:
         native += [weight4(n, k, blocksize=128), weight4(n, k, blocksize=256, nested=True)]
     if n % 16 == 0 and k % 64 == 0:
-        return native + [tile4(w) if isinstance(w, Weight4) else tile8(w) for w in native]
+        tiled = [tile4(w) if isinstance(w, Weight4) else tile8(w) for w in native]
+        return [*native, *tiled, tile4(weight4(n, k, nested=True, parts=n // 16))]
     return native
 
 
@@ -271,7 +276,7 @@ def test_cuts(n: int, k: int, kind: config.Kind) -> None:
     from deployments.engine.kernels.skinny import skinny_product
 
     bits = 4 if kind == "4bit" else 8
-    weight = tile4(weight4(n, k, nested=n == 592)) if kind == "4bit" else tile8(weight8(n, k))
+    weight = tile4(weight4(n, k, nested=n == 592, parts=n // 16)) if kind == "4bit" else tile8(weight8(n, k))
     bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
     for groups in GROUPS:
         some = list(candidates(n, k, bits, groups, shared_bytes(bias.device)))
@@ -295,7 +300,7 @@ def test_slabs(n: int, k: int, kind: config.Kind, dtype: torch.dtype) -> None:
     from deployments.engine.kernels.slab import candidates
     from deployments.engine.kernels.wide import wide_product
 
-    weight = tile4(weight4(n, k, nested=n == 592)) if kind == "4bit" else tile8(weight8(n, k))
+    weight = tile4(weight4(n, k, nested=n == 592, parts=n // 16)) if kind == "4bit" else tile8(weight8(n, k))
     bias = torch.randn(n, device="cuda", dtype=dtype)
     for rows in (1, 32, 50, 64, 100, 300):
         some = list(candidates(n, k, 4 if kind == "4bit" else 8, rows, shared_bytes(bias.device)))
@@ -428,7 +433,7 @@ def test_in_place_of_bitsandbytes(quantization: str) -> None:
     ours = model(x).double()
     bound = 3e-2 if quantization == "int8" else 1e-2  # LLM.int8() quantises activations too
     assert error(ours, theirs) < bound
-    assert fuse_linears(model) == (0 if "nested" in quantization else 1)
+    assert fuse_linears(model) == 1
     assert error(model(x), ours) < 1e-2
     after = model.state_dict()
     assert after.keys() == saved.keys()

@@ -9,7 +9,7 @@ import random
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deployments.engine import attention_decodes
 from deployments.engine.attention import RowSpan
@@ -17,16 +17,19 @@ from deployments.engine.attention_tables import Tables, pack
 from deployments.engine.flashinfer_fit import Kind
 from deployments.engine.kernels import launch
 from deployments.engine.kernels.config import GemmConfig
+from deployments.engine.kernels.fuse import Part, fuse_linears
+from deployments.engine.kernels.modules import QuantLinear4, Saved4
 from deployments.engine.kernels.weights import Nested, Weight4, Weight8, dequantise4, dequantise8, tile4, tile8
 
 BOUND = 1e-3
 
 
-def weight4(draw: random.Random, n: int, k: int, blocksize: int) -> Weight4:
+def weight4(draw: random.Random, n: int, k: int, blocksize: int, parts: int = 1) -> Weight4:
+    """`parts`: of rows with an offset each, where double-quantised; more than one in tiles alone."""
     packed = torch.randint(0, 256, ((n * k + 1) // 2, 1), dtype=torch.uint8)
     blocks = -(-n * k // blocksize)
     if draw.random() < 0.5:
-        nested = Nested(torch.rand(-(-blocks // 256)), torch.rand(256), torch.rand(1))
+        nested = Nested(torch.rand(-(-blocks // 256)), torch.rand(256), torch.rand(parts))
         return Weight4(
             n, k, blocksize, packed, torch.randint(0, 256, (blocks,), dtype=torch.uint8), torch.randn(16), nested
         )
@@ -51,8 +54,9 @@ def product(draw: random.Random, seed: int) -> None:
         rounded=draw.random() < 0.5,
     )
     native: Weight4 | Weight8
+    parts = draw.choice((1, n // 16))
     if draw.random() < 0.6:
-        native = weight4(draw, n, k, blocksize)
+        native = weight4(draw, n, k, blocksize, parts)
         tiled: Weight4 | Weight8 = tile4(native)
         dense = dequantise4(native, torch.float64)
     else:
@@ -66,7 +70,7 @@ def product(draw: random.Random, seed: int) -> None:
     close(out, expected, f"{type(native).__name__} {n}x{k} rows {rows} {config}")
     assert torch.equal(out, launch.small_product(x, tiled, bias, config, bucket=16)), "not repeatable"
     assert not launch.prepare(x.device).arrivals.any(), "counters are left over"
-    for weight in (native, tiled):
+    for weight in (native, tiled) if parts == 1 else (tiled,):
         rest = torch.full((n, k), torch.nan)
         launch.dequantise_rows(weight, 0, rest)
         close(rest, dense, "dequantised")
@@ -74,6 +78,28 @@ def product(draw: random.Random, seed: int) -> None:
     out = launch.small_product(x, tiled, bias, config, bucket=16)
     assert out[0].isnan().all(), "NaN is lost"
     assert not out[1:].isnan().any(), "NaN spreads"
+
+
+def fused(draw: random.Random, seed: int) -> None:
+    """Double-quantised linears of one input as one, each with an offset of its own."""
+    torch.manual_seed(seed)
+    apart = nn.Module()
+    for name, n in (("q_proj", 128), ("k_proj", 64), ("v_proj", draw.choice((16, 48)))):
+        packed, absmax = torch.randint(0, 256, (n * 128, 1), dtype=torch.uint8), torch.randint(0, 256, (n * 4,))
+        nested = Nested(torch.rand(-(-n * 4 // 256)), torch.linspace(-1, 1, 256), torch.rand(1))
+        weight = Weight4(n, 256, 64, packed, absmax.to(torch.uint8), torch.linspace(-1, 1, 16), nested)
+        setattr(apart, name, QuantLinear4(tile4(weight), None, torch.float16, Saved4("nf4", torch.float16)))
+    weights = [child.quantised for child in apart.children() if isinstance(child, QuantLinear4)]
+    assert fuse_linears(apart) == 1
+    whole = next(child.fused.whole.quantised for child in apart.children() if isinstance(child, Part))
+    x, config = torch.randn(5, 256, dtype=torch.float16), GemmConfig(4, 1, 2, 1, rounded=draw.random() < 0.5)
+    out = launch.small_product(x, whole, None, config, bucket=16)
+    expected = torch.cat([launch.small_product(x, weight, None, config, bucket=16) for weight in weights], dim=1)
+    close(out, expected.double(), "fused")
+    dense = torch.cat([dequantise4(weight, torch.float32) for weight in weights])
+    rest = torch.empty_like(dense)
+    launch.dequantise_rows(whole, 0, rest)
+    close(rest, dense.double(), "fused and dequantised")
 
 
 def decodes(draw: random.Random, seed: int) -> None:
@@ -123,6 +149,8 @@ def main() -> None:
     draw = random.Random(7)
     for seed in range(14):
         product(draw, seed)
+    for seed in range(2):
+        fused(draw, seed)
     for seed in range(8):
         decodes(draw, seed)
     print("all agree")

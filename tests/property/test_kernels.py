@@ -27,6 +27,9 @@ from deployments.engine.kernels.weights import (
     untile8,
 )
 
+BOUND = 4e-3
+"""Of a product in bfloat16: one output alone may be rounded by 2^-8 of itself."""
+
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
@@ -70,7 +73,8 @@ def weights4(draw: st.DrawFn, tiled: bool) -> Weight4:
     scale = 10.0 ** draw(st.integers(-20, 20))
     code = torch.randn(16)
     if draw(st.booleans()):
-        nested = Nested(torch.rand(-(-blocks // 256)) * scale, torch.randn(256), torch.rand(1) * scale)
+        parts = draw(st.sampled_from([parts for parts in (1, 2, 3, 4) if n % (16 * parts) == 0])) if tiled else 1
+        nested = Nested(torch.rand(-(-blocks // 256)) * scale, torch.randn(256), torch.rand(parts) * scale)
         return Weight4(n, k, blocksize, packed, torch.randint(0, 256, (blocks,), dtype=torch.uint8), code, nested)
     return Weight4(n, k, blocksize, packed, torch.rand(blocks) * scale, code)
 
@@ -101,7 +105,7 @@ def test_4bit_products_agree_with_float64(weight: Weight4, rows: int) -> None:
     out = linear_4bit(x, weight.packed, weight.absmax, weight.code, *outer, None, weight.n, weight.k, weight.blocksize)
     expected = x.double() @ dequantise4(weight, torch.float64).t()
     assert out.shape == expected.shape
-    assert float((out.double() - expected).norm()) <= 3e-3 * size(x, dequantise4(weight, torch.float64))
+    assert float((out.double() - expected).norm()) <= BOUND * size(x, dequantise4(weight, torch.float64))
 
 
 @settings(deadline=None, max_examples=40)
@@ -117,7 +121,7 @@ def test_8bit_products_agree_with_float64(strips: int, columns: int, rows: int, 
     x = torch.randn(rows, k, dtype=torch.bfloat16)
     out = linear_8bit(x, weight.packed, weight.absmax, None, n, k)
     expected = x.double() @ expected_weight.t()
-    assert float((out.double() - expected).norm()) <= 3e-3 * size(x, expected_weight)
+    assert float((out.double() - expected).norm()) <= BOUND * size(x, expected_weight)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, whose interpreter runs on a CPU")

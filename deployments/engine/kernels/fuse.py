@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from itertools import pairwise
+from math import gcd
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from deployments.engine.kernels.grouped import NOT_SAVED, GroupedLinear4
 from deployments.engine.kernels.modules import QuantLinear4, QuantLinear8, save4, save8
-from deployments.engine.kernels.weights import Weight4, Weight8, untile4, untile8
+from deployments.engine.kernels.weights import NESTED_BLOCK, Nested, Weight4, Weight8, untile4, untile8
 
 log = logging.getLogger(__name__)
 
@@ -116,12 +117,23 @@ def _why_not(members: list[Any]) -> str | None:
     if not all(member.quantised.tiled for member in members):
         return "their shapes don't suit tiles"
     if isinstance(first, QuantLinear4):
-        if any(member.nested_absmax is not None for member in members):
-            return "double quantisation has an offset per linear"
         if any(m.blocksize != first.blocksize or m.saved != first.saved for m in members):
             return "they differ in blocksize, code or dtype"
+        if (reason := _why_scales_not_joined([member.quantised for member in members])) is not None:
+            return reason
     if isinstance(first, GroupedLinear4):
         return next((reason for member in members if (reason := first.why_not_fused(member))), None)
+    return None
+
+
+def _why_scales_not_joined(weights: list[Weight4]) -> str | None:
+    nested = [weight.nested for weight in weights if weight.nested is not None]
+    if len(nested) not in (0, len(weights)):
+        return "some are double-quantised"
+    if any(not torch.equal(a.code, b.code) for a, b in pairwise(nested)):
+        return "their scales are quantised by different codes"
+    if nested and any(weight.absmax.numel() % NESTED_BLOCK for weight in weights[:-1]):
+        return f"a block of {NESTED_BLOCK} scales would be of two linears (double quantisation)"
     return None
 
 
@@ -140,11 +152,21 @@ def _fuse(members: list[Any]) -> Fused:
         shift = None if first.shift is None else torch.cat([member.shift for member in members])
         whole = GroupedLinear4(weight, bias, first.compute_dtype, first.saved, order=first.order, shift=shift)
     elif isinstance(first, QuantLinear4):
-        weight = Weight4(n, k, first.blocksize, packed, absmax, first.code)
+        nested = _join_nested([member.quantised for member in members])
+        weight = Weight4(n, k, first.blocksize, packed, absmax, first.code, nested)
         whole = QuantLinear4(weight, bias, first.compute_dtype, first.saved)
     else:
         whole = QuantLinear8(Weight8(n, k, packed, absmax), bias)
     return Fused(whole, sizes)
+
+
+def _join_nested(weights: list[Weight4]) -> Nested | None:
+    nested = [(weight.nested, weight.n) for weight in weights if weight.nested is not None]
+    if not nested:
+        return None
+    rows = gcd(*(n for _, n in nested))  # as many to each offset, so that kernels find one by dividing
+    offset = torch.cat([part.offset.expand(n // rows) for part, n in nested])
+    return Nested(torch.cat([part.absmax for part, _ in nested]), nested[0][0].code, offset)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -159,7 +181,15 @@ def _rows4(weight: Weight4, rows: slice) -> Weight4:
     packed = weight.packed[rows.start // 16 : rows.stop // 16]
     absmax = weight.absmax[:, rows]
     code = weight.code.clone()  # a checkpoint's tensors share no memory: `save_pretrained` refuses such
-    return Weight4(rows.stop - rows.start, weight.k, weight.blocksize, packed, absmax, code)
+    nested = _rows_nested(weight, weight.nested, rows) if weight.nested else None
+    return Weight4(rows.stop - rows.start, weight.k, weight.blocksize, packed, absmax, code, nested)
+
+
+def _rows_nested(weight: Weight4, nested: Nested, rows: slice) -> Nested:
+    start, stop = (row * weight.k // weight.blocksize for row in (rows.start, rows.stop))
+    absmax = nested.absmax[start // NESTED_BLOCK : -(-stop // NESTED_BLOCK)]
+    part = rows.start // weight.offset_rows
+    return Nested(absmax, nested.code.clone(), nested.offset[part : part + 1])
 
 
 def _rows8(weight: Weight8, rows: slice) -> Weight8:

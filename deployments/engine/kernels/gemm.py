@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from deployments.engine.kernels.decode import decode_4bit, decode_8bit, fill_pairs
 
-_ANY = ("rows", "columns", "units", "steps")
+_ANY = ("rows", "columns", "units", "steps", "offset_rows")
 """Integers whose values (1, multiples of 16) don't make another kernel."""
 
 
@@ -78,14 +78,14 @@ def _settle_all(begin, end, steps, units, bias, out, partials, arrivals, rows, n
 
 
 @triton.jit
-def _scales(absmax, nested_absmax, nested_code, offset, block, blocks, row, n, live):
-    """float32 scales of one block column for the rows `row`; `live`: which to read."""
+def _scales(absmax, nested_absmax, nested_code, shift, block, blocks, row, n, live):
+    """float32 scales of one block column for the rows `row`; `shift`: their offsets; `live`: which to read."""
     if nested_absmax is None:
         scale = tl.load(absmax + block * n + row, mask=live, other=0.0)
     else:
         code = tl.load(absmax + block * n + row, mask=live, other=0).to(tl.int32)
         outer = tl.load(nested_absmax + (row * blocks + block) // 256, mask=live, other=0.0)
-        scale = tl.load(nested_code + code) * outer + tl.load(offset)
+        scale = tl.load(nested_code + code) * outer + shift
     return scale
 
 
@@ -165,7 +165,7 @@ def linear_4bit_kernel(
     absmax,  # float32, or uint8 where nested: [k/blocksize, n]
     nested_absmax,  # float32 [blocks/256], or None
     nested_code,  # float32 [256], or None
-    offset,  # float32 [1], or None
+    offset,  # float32 [n/offset_rows], or None
     code,  # float32 [16]
     bias,  # [n], or None
     out,  # [rows, n]
@@ -177,6 +177,7 @@ def linear_4bit_kernel(
     stride,  # elements between rows of x
     units,  # schedule.units
     steps,  # schedule.steps
+    offset_rows,  # rows of the weight that share an offset
     PER_SCALE: tl.constexpr,  # blocksize / 64
     BM: tl.constexpr,
     STRIPS: tl.constexpr,
@@ -198,6 +199,7 @@ def linear_4bit_kernel(
         first = tl.maximum(begin - panel * steps, 0)
         last = tl.minimum(end - panel * steps, steps)
         row = panel * BN + tl.arange(0, BN)
+        shift = None if offset is None else tl.load(offset + row // offset_rows, mask=row < n, other=0.0)
         acc = tl.zeros((BN, BM), dtype=tl.float32)
         if AHEAD:
             ahead = _load_step(tiles, panel, first, columns, n, STRIPS, BLOCKS, EVEN)
@@ -214,7 +216,7 @@ def linear_4bit_kernel(
                 else:
                     words = _load_block(tiles, panel, column, columns, n, STRIPS, 128, EVEN)
                 scale = _scales(
-                    absmax, nested_absmax, nested_code, offset, column // PER_SCALE, columns // PER_SCALE, row, n, live
+                    absmax, nested_absmax, nested_code, shift, column // PER_SCALE, columns // PER_SCALE, row, n, live
                 )
                 if ROUNDED:
                     acc = tl.dot(decode_4bit(words, lane, code, scale, dtype, STRIPS, PTX), tl.trans(xs), acc)
@@ -271,7 +273,7 @@ def linear_8bit_kernel(
 
 @triton.jit
 def dequantise_4bit_tiles_kernel(
-    tiles, absmax, nested_absmax, nested_code, offset, code, out, n, columns, row0, PER_SCALE: tl.constexpr
+    tiles, absmax, nested_absmax, nested_code, offset, code, out, n, columns, row0, offset_rows, PER_SCALE: tl.constexpr
 ):
     """A 16-row strip by 256 columns of a tiled weight -> out [.., 64 * columns], whose first row is row0."""
     strip = row0 // 16 + tl.program_id(0)
@@ -285,8 +287,9 @@ def dequantise_4bit_tiles_kernel(
     )
     packed = packed.to(tl.int32)
     row = strip * 16 + local
+    shift = None if offset is None else tl.load(offset + strip * 16 // offset_rows)
     scale = _scales(
-        absmax, nested_absmax, nested_code, offset,
+        absmax, nested_absmax, nested_code, shift,
         (column // PER_SCALE)[None, :], columns // PER_SCALE, row[:, None], n, live[None, :] & (row < n)[:, None],
     )  # fmt: skip
     both = tl.join(tl.load(code + (packed >> 4)) * scale, tl.load(code + (packed & 15)) * scale)
@@ -337,5 +340,6 @@ def dequantise_4bit_flat_kernel(
     byte = tl.load(packed + at // 2, mask=live, other=0).to(tl.int32)
     nibble = tl.where(at % 2 == 0, byte >> 4, byte & 15)
     block = at // BLOCKSIZE
-    scale = _scales(absmax, nested_absmax, nested_code, offset, 0, 1, block, 1, live)
+    shift = None if offset is None else tl.load(offset)
+    scale = _scales(absmax, nested_absmax, nested_code, shift, 0, 1, block, 1, live)
     tl.store(out + at - start, (tl.load(code + nibble) * scale).to(out.dtype.element_ty), mask=live)

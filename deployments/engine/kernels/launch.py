@@ -172,6 +172,7 @@ def _launch(
             bias,
             *sums,
             *sizes,
+            weight.offset_rows,
             PER_SCALE=weight.blocksize // TILE_COLUMNS,
             ROUNDED=config.rounded,
             AHEAD=config.ahead,
@@ -221,7 +222,7 @@ def dequantise_rows(weight: Weight4 | Weight8, start: int, out: Tensor) -> None:
     if weight.tiled:
         per_scale = weight.blocksize // TILE_COLUMNS
         gemm.dequantise_4bit_tiles_kernel[grid](
-            weight.packed, *scales, out, weight.n, columns, start, PER_SCALE=per_scale
+            weight.packed, *scales, out, weight.n, columns, start, weight.offset_rows, PER_SCALE=per_scale
         )
     else:
         flat = (triton.cdiv(count * k, _FLAT_BLOCK),)

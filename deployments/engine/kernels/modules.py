@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deployments.engine.kernels import ops, repack
-from deployments.engine.kernels.weights import Nested, Weight4, Weight8, tile4, tile8, untile4, untile8
+from deployments.engine.kernels.weights import NESTED_BLOCK, Nested, Weight4, Weight8, tile4, tile8, untile4, untile8
 from deployments.engine.kernels.workspace import prepare
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,9 @@ def save4(weight: Weight4, saved: Saved4, destination: dict[str, Any], prefix: s
     """Add an untiled weight to a state dict under bitsandbytes' names."""
     make: Any = bitsandbytes.functional.QuantState
     nested = weight.nested
-    inner = None if nested is None else make(nested.absmax, code=nested.code, blocksize=256, dtype=torch.float32)
+    inner = None
+    if nested is not None:
+        inner = make(nested.absmax, code=nested.code, blocksize=NESTED_BLOCK, dtype=torch.float32)
     state = make(
         weight.absmax,
         shape=torch.Size((weight.n, weight.k)),

@@ -79,12 +79,12 @@ __device__ __forceinline__ void compute(
 extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     const u16* __restrict__ x, const u8* __restrict__ tiles, const void* __restrict__ absmax,
     const float* __restrict__ nested_absmax, const float* __restrict__ nested_code, const float* __restrict__ offset,
-    const float* __restrict__ code, const u16* __restrict__ bias, u16* __restrict__ out,
+    int offset_rows, const float* __restrict__ code, const u16* __restrict__ bias, u16* __restrict__ out,
     int rows, int n, int columns, int stride, int x_stride /* bytes of a row of x in shared memory */) {
     extern __shared__ __align__(1024) u8 shared[];
     const int thread = threadIdx.x, lane = thread % 32, across = thread / 32 / ALONG, along = thread / 32 % ALONG;
     const u32 rank = cluster_rank();
-    const Weight weight = {tiles, absmax, nested_absmax, nested_code, offset, (u32)n, (u32)columns};
+    const Weight weight = {tiles, absmax, nested_absmax, nested_code, offset, (u32)offset_rows, (u32)n, (u32)columns};
     // The last block starts earlier rather than end late: some rows are computed twice, to the same bits.
     const int block_strip = min(blockIdx.x / CLUSTER * BLOCK_STRIPS, n / 16 - BLOCK_STRIPS);
     const int first_strip = block_strip + across * STRIPS, begin = rank * columns / CLUSTER;
@@ -93,6 +93,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     const u32 table = BITS == 4 ? (TABLE_BYTES - base % 32768) % 32768 : 0;  // where it begins
 
     // Weights do not depend on the kernel before this one; nothing else is read or written until it is done.
+    float offsets[STRIPS];
+#pragma unroll
+    for (int i = 0; i < STRIPS; ++i) offsets[i] = offset_of(weight, (first_strip + i) * 16);
     Tile tile[DEPTH][STRIPS];
     const u32 strip_bytes = columns * TILE_BYTES, first = first_strip * strip_bytes + lane * 16;
 #pragma unroll
@@ -100,7 +103,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
         const int column = begin + d * ALONG + along;
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i)
-            load(tile[d][i], weight, first + i * strip_bytes + column * TILE_BYTES, row, i * 16, column, column < end);
+            load(tile[d][i], weight, first + i * strip_bytes + column * TILE_BYTES, row, i * 16, offsets[i], column,
+                 column < end);
     }
 #if BITS == 4
     const float entry = __ldg(code + thread % 16);
@@ -145,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) {
                 const Tile now = tile[d][i];
-                load(tile[d][i], weight, at + i * strip_bytes, row, i * 16, next, next < end);
+                load(tile[d][i], weight, at + i * strip_bytes, row, i * 16, offsets[i], next, next < end);
 #if SCALE_AFTER
                 float part[GROUPS][4] = {};
                 compute(part, now, 0, b[0], mine);
@@ -168,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) {
                     compute(sum[i], tile[d][i], half, b, mine);
-                    if (half) load(tile[d][i], weight, at + i * strip_bytes, row, i * 16, next, next < end);
+                    if (half) load(tile[d][i], weight, at + i * strip_bytes, row, i * 16, offsets[i], next, next < end);
                 }
             }
 #endif

@@ -33,7 +33,7 @@ def skinny_product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, cu
         cut.threads,
         cut.cluster,
         shared,
-        [ctypes.c_void_p(x.data_ptr()), *addresses(weight, bias, out), *map(ctypes.c_int, numbers)],
+        [ctypes.c_void_p(x.data_ptr()), *operands(weight, bias, out), *map(ctypes.c_int, numbers)],
     )
     return out
 
@@ -77,10 +77,15 @@ def aligned(x: Tensor) -> Tensor:
     return x
 
 
-def addresses(weight: Weight4 | Weight8, bias: Tensor | None, out: Tensor) -> list[ctypes.c_void_p]:
-    """Of the operands but x, in the kernels' order."""
+def operands(weight: Weight4 | Weight8, bias: Tensor | None, out: Tensor) -> list[driver.Argument]:
+    """Those after x, in the kernels' order."""
     four = weight if isinstance(weight, Weight4) else None
     nested = None if four is None else four.nested
     extra = (None, None, None) if nested is None else (nested.absmax, nested.code, nested.offset)
-    tensors = (weight.packed, weight.absmax, *extra, None if four is None else four.code, bias, out)
-    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+    code, offset_rows = (None, weight.n) if four is None else (four.code, four.offset_rows)
+    scales = map(_address, (weight.packed, weight.absmax, *extra))
+    return [*scales, ctypes.c_int(offset_rows), *map(_address, (code, bias, out))]
+
+
+def _address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -111,19 +111,25 @@ struct Weight {
     const void* absmax;          // 4 bits: float, or u8 where nested, [k / blocksize, n]; 8 bits: float [n]
     const float* nested_absmax;  // [blocks / 256]
     const float* nested_code;    // [256]
-    const float* offset;         // [1]
+    const float* offset;         // [n / offset_rows]
+    u32 offset_rows;             // a multiple of 16
     u32 n, columns;              // columns: k / 64
 };
 
+// Of the strip of 16 rows that `row` lies in.
+__device__ __forceinline__ float offset_of(const Weight& w, u32 row) {
+    return NESTED ? __ldg(w.offset + row / w.offset_rows) : 0;
+}
+
 // Of row `row + below` in one block column; `below` is known when this is compiled, so that addresses are shared.
-__device__ __forceinline__ float scale_of(const Weight& w, u32 row, int below, u32 column, bool live) {
+__device__ __forceinline__ float scale_of(const Weight& w, u32 row, int below, float offset, u32 column, bool live) {
     const u32 block = column / PER_SCALE;
     const size_t at = block * w.n + row;
 #if NESTED
     if (!live) return 0;
     const u8 code = __ldg((const u8*)w.absmax + at + below);
     const float outer = __ldg(w.nested_absmax + ((row + below) * (w.columns / PER_SCALE) + block) / 256);
-    return __fmaf_rn(__ldg(w.nested_code + code), outer, __ldg(w.offset));
+    return __fmaf_rn(__ldg(w.nested_code + code), outer, offset);
 #else
     return read((const float*)w.absmax + at + below, live);
 #endif
@@ -133,12 +139,12 @@ __device__ __forceinline__ float scale_of(const Weight& w, u32 row, int below, u
 
 // The lane's part of the tile that begins `at` bytes after the first; a weight has less than 4 GiB.
 __device__ __forceinline__ void load(
-    Tile& tile, const Weight& w, u32 at, u32 row, int below, u32 column, bool live) {
+    Tile& tile, const Weight& w, u32 at, u32 row, int below, float offset, u32 column, bool live) {
 #pragma unroll
     for (int part = 0; part < BITS / 4; ++part) read(tile.words[part], w.tiles + at + part * 512, live);
 #if BITS == 4
-    tile.scale[0] = scale_of(w, row, below, column, live);
-    tile.scale[1] = scale_of(w, row, below + 8, column, live);
+    tile.scale[0] = scale_of(w, row, below, offset, column, live);
+    tile.scale[1] = scale_of(w, row, below + 8, offset, column, live);
 #endif
 }
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from deployments.engine.kernels import repack
 
+NESTED_BLOCK = 256
+"""Scales that share a second one under double quantisation."""
+
 
 @dataclass(frozen=True)
 class Nested:
@@ -23,7 +26,7 @@ class Nested:
     code: Tensor
     """float32 [256]."""
     offset: Tensor
-    """float32, one element."""
+    """float32: one, or where linears are fused (in tiles) several, each of as many rows, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Weight4:
     def tiled(self) -> bool:
         """Whether the small-batch kernel can read it."""
         return self.packed.dtype == torch.int32
+
+    @property
+    def offset_rows(self) -> int:
+        """Rows that share an offset: all where not nested. Tiled: a multiple of 16."""
+        return self.n if self.nested is None else self.n // self.nested.offset.numel()
 
     @property
     def bytes(self) -> int:
@@ -108,8 +116,9 @@ def dequantise4(weight: Weight4, dtype: torch.dtype) -> Tensor:
     scales = weight.absmax
     if weight.nested is not None:
         nested = weight.nested
-        outer = nested.absmax.repeat_interleave(256)[: scales.numel()]
-        scales = nested.code[scales.long()] * outer + nested.offset
+        outer = nested.absmax.repeat_interleave(NESTED_BLOCK)[: scales.numel()]
+        offset = nested.offset.repeat_interleave(scales.numel() // nested.offset.numel())
+        scales = nested.code[scales.long()] * outer + offset
     packed = weight.packed.view(-1)
     nibbles = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[: weight.n * weight.k]
     spread = scales.to(compute).repeat_interleave(weight.blocksize)[: nibbles.numel()]

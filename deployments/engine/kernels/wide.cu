@@ -141,13 +141,13 @@ __device__ __forceinline__ void copy_slot(const TensorMap& x, int first_m, int c
 extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
     const __grid_constant__ TensorMap x, const u8* __restrict__ tiles, const void* __restrict__ absmax,
     const float* __restrict__ nested_absmax, const float* __restrict__ nested_code, const float* __restrict__ offset,
-    const float* __restrict__ code, const u16* __restrict__ bias, u16* __restrict__ out,
+    int offset_rows, const float* __restrict__ code, const u16* __restrict__ bias, u16* __restrict__ out,
     int rows, int n, int columns, int row_blocks) {
     extern __shared__ __align__(1024) u8 shared[];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % 4, group = thread / 128;
     const int across = group / ALONG, along = group % ALONG;
     const u32 rank = cluster_rank();
-    const Weight weight = {tiles, absmax, nested_absmax, nested_code, offset, (u32)n, (u32)columns};
+    const Weight weight = {tiles, absmax, nested_absmax, nested_code, offset, (u32)offset_rows, (u32)n, (u32)columns};
     // Blocks over the same rows of the weight follow each other, so that one of them takes it from memory.
     const int unit = blockIdx.x / CLUSTER, first_m = unit % row_blocks * ROWS;
     // The last block starts earlier rather than end late: some rows are computed twice, to the same bits.
@@ -158,12 +158,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
     const u32 table = BITS == 4 ? (TABLE_BYTES - base % 32768) % 32768 : (1024 - base % 1024) % 1024;
 
     // Weights do not depend on the kernel before this one; nothing else is read or written until it is done.
+    const float strip_offset = offset_of(weight, row);
     Tile tile[DEPTH];
     const u32 first = (u32)(block_row / 16 + across * 4 + warp) * (u32)columns * TILE_BYTES + lane * 16;
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
         const int column = begin + d * ALONG + along;
-        load(tile[d], weight, first + column * TILE_BYTES, row, 0, column, column < end);
+        load(tile[d], weight, first + column * TILE_BYTES, row, 0, strip_offset, column, column < end);
     }
 #if BITS == 4
     const float entry = __ldg(code + thread % 16);
@@ -214,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
 #endif
             decode(weights, tile[d], column < end, mine);
             keep(weights);
-            load(tile[d], weight, first + next * TILE_BYTES, row, 0, next, next < end);
+            load(tile[d], weight, first + next * TILE_BYTES, row, 0, strip_offset, next, next < end);
 
             wait(full + slot * 8, parity);
             const u64 matrix = matrix_at(ring + slot * SLOT_BYTES + along * SLICE_BYTES);

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deployments.engine.kernels import driver
 from deployments.engine.kernels.cubin import compiled
-from deployments.engine.kernels.skinny import addresses, aligned, format_of
+from deployments.engine.kernels.skinny import aligned, format_of, operands
 from deployments.engine.kernels.slab import Slab
 from deployments.engine.kernels.weights import Weight4, Weight8
 
@@ -34,7 +34,7 @@ def wide_product(x: Tensor, weight: Weight4 | Weight8, bias: Tensor | None, slab
         slab.threads,
         slab.cluster,
         shared,
-        [driver.tensor_map(x, slab.rows), *addresses(weight, bias, out), *map(ctypes.c_int, numbers)],
+        [driver.tensor_map(x, slab.rows), *operands(weight, bias, out), *map(ctypes.c_int, numbers)],
     )
     return out
 

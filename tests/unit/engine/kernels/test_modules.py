@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,22 +90,32 @@ def test_shapes_without_tiles_are_logged_once(caplog: pytest.LogCaptureFixture) 
 
 
 class Block(nn.Module):
-    def __init__(self, make: Any) -> None:
+    def __init__(self, make: Any, rows: tuple[int, int, int] = (256, 128, 64)) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = make(64, 128), make(32, 128), make(32, 128)
-        self.gate_proj, self.up_proj = make(48, 128), make(48, 128)
+        self.q_proj, self.k_proj, self.v_proj = (make(n, 128) for n in rows)
+        self.gate_proj, self.up_proj = make(128, 128), make(128, 128)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [self.q_proj(x), self.k_proj(x), self.v_proj(x), self.gate_proj(x) * self.up_proj(x)]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_fused_siblings_compute_and_save_the_same(bits: int) -> None:
-    make = linear4 if bits == 4 else linear8
+NESTED = partial(linear4, nested=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "shared"),
+    [
+        (linear4, 3 * 64),  # five linears' tables of 16 float32 became two
+        # And those of 256; three offsets and two became, one for each 64 and 128 rows, seven and two.
+        (NESTED, 3 * (64 + 1024) - 4 * 4),
+        (linear8, 0),
+    ],
+)
+def test_fused_siblings_compute_and_save_the_same(make: Any, shared: int) -> None:
     block = Block(make)
     saved = block.state_dict()
     for name, child in list(block.named_children()):
-        setattr(block, name, QuantLinear4.of(child) if bits == 4 else QuantLinear8.of(child))
+        setattr(block, name, QuantLinear8.of(child) if make is linear8 else QuantLinear4.of(child))
     dtype = torch.bfloat16
     x = torch.randn(3, 128, dtype=dtype)
     apart = block(x)
@@ -113,8 +124,7 @@ def test_fused_siblings_compute_and_save_the_same(bits: int) -> None:
     assert isinstance(block.v_proj, Part)
     for ours, theirs in zip(block(x), apart, strict=True):
         assert torch.equal(ours, theirs)
-    shared_codes = 3 * 64 if bits == 4 else 0  # five linears' tables of 16 float32 became two
-    assert sum(buffer.nbytes for buffer in block.buffers()) == held - shared_codes
+    assert sum(buffer.nbytes for buffer in block.buffers()) == held - shared
     ours = block.state_dict()
     assert ours.keys() == saved.keys()
     for name, tensor in saved.items():
@@ -133,10 +143,31 @@ def test_fused_parts_follow_their_input() -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_double_quantised_siblings_stay_apart() -> None:
-    block = Block(lambda n, k: QuantLinear4.of(linear4(n, k, nested=True)))
-    assert fuse_linears(block) == 0
-    assert isinstance(block.q_proj, QuantLinear4)
+def test_fused_offsets_are_those_of_their_rows() -> None:
+    block = Block(lambda n, k: QuantLinear4.of(NESTED(n, k)))
+    a, b, c = (float(linear.offset) for linear in (block.q_proj, block.k_proj, block.v_proj))
+    assert len({a, b, c}) == 3
+    fuse_linears(block)
+    whole: Any = block.q_proj.fused.whole
+    assert whole.offset.tolist() == [a, a, a, a, b, b, c]
+    assert whole.quantised.offset_rows == 64
+
+
+def test_double_quantised_siblings_that_stay_apart(caplog: pytest.LogCaptureFixture) -> None:
+    def make(n: int, k: int, nested: bool = True) -> QuantLinear4:
+        return QuantLinear4.of(linear4(n, k, nested=nested))
+
+    mixed, coded = Block(make), Block(make)
+    mixed.k_proj = make(128, 128, nested=False)
+    coded.k_proj.nested_code = -coded.k_proj.nested_code
+    with caplog.at_level(logging.INFO):
+        assert [fuse_linears(block) for block in (Block(make, (64, 128, 64)), mixed, coded)] == [1, 1, 1]
+    assert [record.getMessage().partition("apart: ")[2] for record in caplog.records if "apart" in record.msg] == [
+        "a block of 256 scales would be of two linears (double quantisation)",
+        "some are double-quantised",
+        "their scales are quantised by different codes",
+    ]
+    assert isinstance(mixed.q_proj, QuantLinear4)
 
 
 def test_linears_on_the_cpu_stay_bitsandbytes() -> None:

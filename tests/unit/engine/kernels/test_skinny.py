@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 from deployments.engine.kernels import cubin, driver, skinny, wide
 from deployments.engine.kernels.cut import Cut
 from deployments.engine.kernels.slab import Slab
-from deployments.engine.kernels.weights import Weight8
+from deployments.engine.kernels.weights import Nested, Weight4, Weight8
 
 CUT = Cut(1, 1, 4, 4, 2)
 FORMAT = {"BITS": 4, "HALF": 0, "PER_SCALE": 1, "NESTED": 0}
@@ -115,12 +116,40 @@ def test_one_that_never_loads_is_an_error(compiler: list[list[str]], monkeypatch
     assert len(compiler) == 2, "once more, not for ever"
 
 
-def test_x_that_is_not_aligned_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The arguments of each."""
     seen: list[Any] = []
     monkeypatch.setattr(skinny, "_kernel", lambda *_: ctypes.c_void_p())
     monkeypatch.setattr(wide, "_kernel", lambda *_: ctypes.c_void_p())
-    monkeypatch.setattr(driver, "launch", lambda *arguments: seen.append(arguments[-1][0]))
+    monkeypatch.setattr(driver, "launch", lambda *arguments: seen.append(arguments[-1]))
     monkeypatch.setattr(driver, "tensor_map", lambda x, _rows: ctypes.c_void_p(x.data_ptr()))
+    return seen
+
+
+def parameters(name: str) -> list[str]:
+    source = Path(cubin.__file__).with_name(f"{name}.cu").read_text(encoding="utf-8")
+    found = re.search(rf"\) {name}\((.*?)\) {{", re.sub(r"/\*.*?\*/", "", source), re.DOTALL)
+    assert found is not None
+    return [parameter.split()[-1] for parameter in found[1].split(",")]
+
+
+def test_a_launch_has_the_kernels_parameters(launches: list[Any]) -> None:
+    nested = Nested(torch.rand(1), torch.rand(256), torch.rand(2))
+    packed, scales = torch.zeros(4, 2, 128, dtype=torch.int32), torch.zeros(2, 64, dtype=torch.uint8)
+    weight, x = Weight4(64, 128, 64, packed, scales, torch.rand(16), nested), torch.zeros(3, 128, dtype=torch.bfloat16)
+    skinny.skinny_product(x, weight, None, CUT)
+    wide.wide_product(x, weight, None, Slab(32, 4, 1))
+    tensors = {"tiles": packed, "absmax": scales, "code": weight.code}
+    tensors |= {"nested_absmax": nested.absmax, "nested_code": nested.code, "offset": nested.offset}
+    for name, arguments in zip(("skinny", "wide"), launches, strict=True):
+        given = {key: argument.value for key, argument in zip(parameters(name), arguments, strict=True)}
+        assert {key: given[key] for key in tensors} == {key: tensor.data_ptr() for key, tensor in tensors.items()}
+        numbers = {"offset_rows": 32, "rows": 3, "n": 64, "columns": 2, "bias": None}
+        assert {key: given[key] for key in numbers} == numbers
+
+
+def test_x_that_is_not_aligned_is_copied(monkeypatch: pytest.MonkeyPatch, launches: list[Any]) -> None:
     weight = Weight8(64, 128, torch.zeros(4, 2, 256, dtype=torch.int32), torch.ones(64))
     whole = torch.arange(2 * 128 + 8).to(torch.bfloat16)
     kept: list[torch.Tensor] = []
@@ -131,8 +160,9 @@ def test_x_that_is_not_aligned_is_copied(monkeypatch: pytest.MonkeyPatch) -> Non
         skinny.skinny_product(x, weight, None, CUT)
         wide.wide_product(x, weight, None, Slab(32, 4, 1))
     assert shifted.is_contiguous()
-    assert [address.value for address in seen[:2]] == [aligned.data_ptr()] * 2
-    assert [address.value for address in seen[2:]] == [copy.data_ptr() for copy in kept]
+    seen = [arguments[0].value for arguments in launches]
+    assert seen[:2] == [aligned.data_ptr()] * 2
+    assert seen[2:] == [copy.data_ptr() for copy in kept]
     assert len(kept) == 2
     assert all(copy.data_ptr() % 16 == 0 and torch.equal(copy, shifted) for copy in kept)
 
