@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
 
 from benchmarks.client import LoadFailed
 from benchmarks.client_processes import ClientProcesses, client_processes, default_processes, divide
+from benchmarks.serve_load import Benchmark, _parse
 from tests.unit.benchmarks.test_serve_load import stream_body
 
 TOKENS = 3
@@ -96,8 +99,10 @@ def serving(server: Server) -> Iterator[Server]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        http.daemon_threads = True
+    class Http(ThreadingHTTPServer):
+        request_queue_size = 64  # With the default of 5 the kernel resets some of the connections made at once.
+
+    with Http(("127.0.0.1", 0), Handler) as http:
         server.url = f"http://127.0.0.1:{http.server_port}"
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield server
@@ -156,3 +161,16 @@ def test_a_service_that_is_not_ready_gets_no_load() -> None:
     server = Server(ready=False)
     with serving(server), pytest.raises(LoadFailed, match="503"), client_processes(1, server.url, "m"):
         pass
+
+
+@pytest.mark.parametrize(("chosen", "processes"), [(["--client-processes", "2"], 2), ([], 1)])
+def test_serve_load_runs_as_many_as_chosen_and_reports_them(tmp_path: Path, chosen: list[str], processes: int) -> None:
+    subject = MagicMock(cores=4)
+    subject.model.name = "m"
+    with serving(Server(takes_s=0.1)) as server:
+        arguments = ["--url", server.url, "--no-baseline", "--concurrency", "1,16", "--rounds", "1", *chosen]
+        report = Benchmark(_parse([*arguments, "--output-tokens", str(TOKENS)]), subject, tmp_path).measure()
+    assert report.setup["client_processes"] == processes
+    assert [sum(map(len, level.rounds)) for level in report.levels] == [8, 32]
+    [part] = report.cpu
+    assert (part.role, part.processes) == ("clients", processes), "where the service's processes are is not known"
