@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.client import Answer, rate
+from benchmarks.cpu_meter import Part
 from benchmarks.overhead import GOAL_RATE, GOAL_STEP, Overhead
 
 GOAL_MANY = 4.0
@@ -125,6 +126,8 @@ class Report:
     """Client's less the bare engine's time to the first token, prompt by prompt, in the order of the field above."""
     overhead: Overhead | None = None
     """Against the engine alone at the most clients; None when it was not measured."""
+    cpu: tuple[Part, ...] = ()
+    """Of clients and service, at the most clients; empty when they were not measured."""
 
     def level(self, clients: int) -> Level | None:
         """The level of that many clients, if it was run."""
@@ -173,6 +176,7 @@ class Report:
             "engine_first_token_s": list(self.engine_first_token_s),
             "added_s": list(self.added_s),
             "overhead": None if self.overhead is None else asdict(self.overhead),
+            "cpu": [asdict(part) for part in self.cpu],
             "goals": [{**asdict(goal), "met": goal.met} for goal in self.goals()],
         }
 
@@ -183,13 +187,23 @@ class Report:
         if self.baseline:
             totals = [_milliseconds(percentile(self.baseline.seconds, p)) for p in PERCENTILES]
             rows.append(["generate()", f"{self.baseline.tokens_per_s:.1f}", *[""] * 2 * len(PERCENTILES), *totals])
-        lines = [heads, *rows]
-        widths = [max(len(row[i]) for row in lines) for i in range(len(heads))]
-        return "\n".join(" ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in lines)
+        return _aligned([heads, *rows])
+
+    def cpu_table(self) -> str:
+        """Plain text, one row per part; CPU time in milliseconds per request."""
+        clients = max(level.clients for level in self.levels)
+        heads = [f"CPU at {clients} clients", "processes", "ms/request", "busiest, cores"]
+        rows = [
+            [part.role, str(part.processes), f"{1e3 * part.per_request_s:.1f}", f"{part.busiest:.2f}"]
+            for part in self.cpu
+        ]
+        return _aligned([heads, *rows])
 
     def __str__(self) -> str:
         setup = ", ".join(f"{name}: {value}" for name, value in self.setup.items())
         parts = [setup, "", self.table(), ""]
+        if self.cpu:
+            parts += [self.cpu_table(), ""]
         if self.baseline:
             sweep = ", ".join(f"{threads}: {rate:.1f}" for threads, rate in self.baseline.sweep.items())
             same, compared = self.baseline.same_text
@@ -205,6 +219,11 @@ class Report:
                 "the machine was busy with something else and the ratios mean nothing; stop that, and run again"
             )
         return "\n".join(parts)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(" ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in lines)
 
 
 def _cells(summary: dict[str, Any]) -> list[str]:

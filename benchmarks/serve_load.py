@@ -11,6 +11,9 @@ twice more with no server beside it (before it starts, after it stops), and the 
 Prompts are chat turns that no cache has seen, answered greedily and with `ignore_eos`, so that all answers are equally
 long.
 
+Clients run in --client-processes processes, because one process of Python is soon the bottleneck; the CPU time of each
+part of a service that is started here, under the most clients, is in the report.
+
 With --engine the engine alone is measured before the server starts, as the two would not fit on a GPU together: the
 largest number of clients, and then as many long answers at once, whose common time gives the time of a step. The
 service gets the same loads after its rounds.
@@ -19,26 +22,27 @@ service gets the same loads after its rounds.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import httpx
 from tqdm import tqdm  # type: ignore[import-untyped]  # has no types
 
 from benchmarks.arguments import positive
 from benchmarks.child import ROOT, ChildFailed
-from benchmarks.client import Answer, LoadFailed, run_clients
+from benchmarks.client import Answer, LoadFailed
+from benchmarks.client_processes import ClientProcesses, client_processes, default_processes
 from benchmarks.contenders import Contenders, SequentialRun
+from benchmarks.cpu_meter import CpuMeter, Part
 from benchmarks.engine_child import EngineChild, EngineRun
 from benchmarks.overhead import Overhead, overhead
 from benchmarks.report import Baseline, Level, Report, plot
@@ -95,8 +99,12 @@ class Benchmark:
         self._alone: list[tuple[EngineRun, int]] = []
         """The engine's runs of the two loads, and the tokens of their prompts."""
         self._overhead: Overhead | None = None
+        self._client_processes = options.client_processes or default_processes(self._most, subject.cores)
+        self._first_clients = max(4, self._client_processes)
+        """So that no process has its first stream under a load that counts."""
+        self._cpu: tuple[Part, ...] = ()
         baseline_answers = (options.rounds + 2 * (options.url is None)) * CYCLE * (not options.no_baseline)
-        served_answers = CYCLE + options.rounds * sum(map(_requests, options.concurrency))
+        served_answers = _requests(self._first_clients) + options.rounds * sum(map(_requests, options.concurrency))
         engine_answers = 2 * sum(map(len, self._engine_loads())) * options.engine
         self._bar = tqdm(total=served_answers + baseline_answers + engine_answers, unit="answer")
 
@@ -110,8 +118,12 @@ class Benchmark:
             self._run_alone("before")
             self._run_engine()
             self._bar.set_description("starting the server")
-            with _serving(self._options, self._logs) as url:
-                asyncio.run(self._run_rounds(url))
+            model = self._subject.model.name
+            with (
+                _serving(self._options, self._logs) as (url, service),
+                client_processes(self._client_processes, url, model) as processes,
+            ):
+                self._run_rounds(processes, CpuMeter(processes.pids, service))
             self._run_alone("after")
             return self._report()
         finally:
@@ -149,10 +161,10 @@ class Benchmark:
     def _engine_outputs(self) -> tuple[int, int]:
         return self._options.output_tokens, self._options.steady_tokens
 
-    async def _run_engine_loads(self, http: httpx.AsyncClient) -> None:
+    def _run_engine_loads(self, processes: ClientProcesses) -> None:
         served: list[list[Answer]] = []
         for texts, tokens in zip(self._engine_loads(), self._engine_outputs(), strict=True):
-            served.append(await self._load(http, texts, clients=self._most, output_tokens=tokens))
+            served.append(self._load(processes, texts, clients=self._most, output_tokens=tokens))
         for answers, (_, prompt_tokens) in zip(served, self._alone, strict=True):
             _check_prompts(sum(answer.prompt_tokens for answer in answers), prompt_tokens)
         (first, _), (second, _) = self._alone
@@ -161,46 +173,41 @@ class Benchmark:
     def _prompts(self, tag: str, count: int) -> list[str]:
         return prompts(tag, count, self._options.prompt_characters)
 
-    async def _run_rounds(self, url: str) -> None:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600), limits=limits) as http:
-            await self._load(http, self._prompts("first", CYCLE), clients=4)
-            for i in range(self._options.rounds):
-                for clients in self._options.concurrency:
-                    texts = self._prompts(f"r{i}c{clients}", _requests(clients))
-                    if clients == 1 and self._contenders:
-                        answers = await self._alternate(http, texts, self._contenders)
-                    else:
-                        answers = await self._load(http, texts, clients=clients)
-                    self._tally.levels[clients].append(tuple(answers))
-            if self._options.engine:
-                await self._run_engine_loads(http)
+    def _run_rounds(self, processes: ClientProcesses, meter: CpuMeter) -> None:
+        first = self._prompts("first", _requests(self._first_clients))
+        self._load(processes, first, clients=self._first_clients)
+        for i in range(self._options.rounds):
+            for clients in self._options.concurrency:
+                texts = self._prompts(f"r{i}c{clients}", _requests(clients))
+                if clients == 1 and self._contenders:
+                    answers = self._alternate(processes, texts, self._contenders)
+                else:
+                    with meter.over(len(texts)) if clients == self._most else nullcontext():
+                        answers = self._load(processes, texts, clients=clients)
+                self._tally.levels[clients].append(tuple(answers))
+        self._cpu = meter.parts()
+        if self._options.engine:
+            self._run_engine_loads(processes)
 
-    async def _load(
-        self, http: httpx.AsyncClient, texts: Sequence[str], *, clients: int, output_tokens: int | None = None
+    def _load(
+        self, processes: ClientProcesses, texts: Sequence[str], *, clients: int, output_tokens: int | None = None
     ) -> list[Answer]:
         self._bar.set_description(f"{clients} clients" if clients > 1 else "1 client")
-        return await run_clients(
-            http,
-            self._subject.model.name,
-            texts,
-            clients=clients,
-            output_tokens=output_tokens or self._options.output_tokens,
-            done=self._bar.update,
-        )
+        tokens = output_tokens or self._options.output_tokens
+        return processes.run(texts, clients=clients, output_tokens=tokens, done=self._bar.update)
 
-    async def _alternate(self, http: httpx.AsyncClient, texts: Sequence[str], contenders: Contenders) -> list[Answer]:
+    def _alternate(self, processes: ClientProcesses, texts: Sequence[str], contenders: Contenders) -> list[Answer]:
         """Each prompt through HTTP, `generate()` and the bare engine, one at a time."""
         tally = self._tally
         answers: list[Answer] = []
         seconds: list[float] = []
         for text in texts:
-            [answer] = await self._load(http, [text], clients=1)
-            await asyncio.sleep(PAUSE_S)
+            [answer] = self._load(processes, [text], clients=1)
+            time.sleep(PAUSE_S)
             [first] = contenders.first_tokens([text])
-            await asyncio.sleep(PAUSE_S)
+            time.sleep(PAUSE_S)
             run = contenders.generate([text])
-            await asyncio.sleep(PAUSE_S)
+            time.sleep(PAUSE_S)
             tally.compare(answer, run)
             tally.engine.append(first)
             tally.added.append(answer.ttft - first)
@@ -224,6 +231,7 @@ class Benchmark:
             "machine": platform.platform(),
             "output_tokens": self._options.output_tokens,
             "rounds": self._options.rounds,
+            "client_processes": self._client_processes,
         }
         baseline = None
         if self._contenders:
@@ -235,7 +243,7 @@ class Benchmark:
                 same_text=(tally.same, tally.compared),
             )
         levels = tuple(Level(clients, tuple(rounds)) for clients, rounds in tally.levels.items())
-        return Report(setup, levels, baseline, tuple(tally.engine), tuple(tally.added), self._overhead)
+        return Report(setup, levels, baseline, tuple(tally.engine), tuple(tally.added), self._overhead, self._cpu)
 
 
 def _requests(clients: int) -> int:
@@ -244,13 +252,14 @@ def _requests(clients: int) -> int:
 
 
 @contextmanager
-def _serving(options: argparse.Namespace, logs: Path) -> Iterator[str]:
+def _serving(options: argparse.Namespace, logs: Path) -> Iterator[tuple[str, int | None]]:
+    """URL, and the pid of `headroom serve` where it is started here."""
     if options.url is not None:
-        yield options.url
+        yield options.url, None
         return
     server = OwnServer(options.config, logs / "server.log")
     try:
-        yield server.url
+        yield server.url, server.pid
     finally:
         server.stop()
 
@@ -270,6 +279,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantization", default="nf4", help="of --shape; default: %(default)s")
     parser.add_argument("--ingress", type=positive, default=4, help="ingress replicas of --shape; default: %(default)s")
     parser.add_argument("--concurrency", type=_clients, default=[1, 4, 16], help="numbers of clients: 1,4,16")
+    parser.add_argument(
+        "--client-processes",
+        type=positive,
+        help="that the clients run in; default: one for each 8 clients, at most a quarter of the cores",
+    )
     parser.add_argument("--output-tokens", type=positive, default=64, help="tokens of each answer")
     parser.add_argument("--prompt-characters", type=positive, help="of each prompt; default: as chat turns are")
     parser.add_argument("--rounds", type=positive, default=3)

@@ -50,6 +50,11 @@ class OwnServer:
             self.stop()
             raise
 
+    @property
+    def pid(self) -> int:
+        """Of `headroom serve`."""
+        return self._process.pid
+
     def _wait_until_ready(self) -> None:
         limit = time.monotonic() + START_LIMIT_S
         while not _ready(self.url):

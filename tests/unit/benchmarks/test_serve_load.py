@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from benchmarks.child import Child, ChildFailed
 from benchmarks.client import Answer, LoadFailed, rate, run_clients
+from benchmarks.cpu_meter import Part
 from benchmarks.report import Baseline, Level, Report, percentile, plot
 from benchmarks.workload import CYCLE, prompts
 
@@ -166,6 +168,17 @@ class TestOutput:
         assert written["levels"][1]["ttft_s"]["p50"] == pytest.approx(0.1)
         assert written["baseline"]["rate"] == 10.0
         assert [goal["met"] for goal in written["goals"]] == [True, True, True]
+
+    def test_cpu_of_each_part_is_a_table_of_its_own(self) -> None:
+        assert "CPU" not in str(self.run)
+        parts = (Part("engine", 2, 0.0104, 0.87), Part("clients", 8, 0.0023, 0.31))
+        measured = replace(self.run, cpu=parts)
+        heads, *rows = measured.cpu_table().splitlines()
+        assert heads.startswith("CPU at 16 clients")
+        assert [row.split() for row in rows] == [["engine", "2", "10.4", "0.87"], ["clients", "8", "2.3", "0.31"]]
+        assert measured.cpu_table() in str(measured)
+        written = json.loads(json.dumps(measured.as_json()))["cpu"]
+        assert written[1] == {"role": "clients", "processes": 8, "per_request_s": 0.0023, "busiest": 0.31}
 
     @pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
     def test_plot_is_an_image(self, tmp_path: Path, suffix: str, begins: bytes) -> None:
