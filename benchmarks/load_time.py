@@ -4,10 +4,10 @@
     python -m benchmarks.load_time --quantization nf4 --rounds 3
     python -m benchmarks.load_time --shape tiny --quantization bf16     on the CPU, to try it
 
-Of each quantisation the least of `--rounds`, read and loaded by turns, cold and then from the page cache. The goal is
-for cold files: loaded within 1.5 times the time to read them. Exit code 1 where it is missed, or where the files can't
-be shown to be cold: the kernel is asked which of their pages it still has. What a disk or a virtual machine's host
-caches by itself is not seen; GB/s tell.
+Of each quantisation the least of `--rounds`, read and loaded by turns, cold and then from the page cache; each read and
+load is printed as it is done. The goal is for cold files: loaded within 1.5 times the time to read them. Exit code 1
+where it is missed, or where the files can't be shown to be cold: the kernel is asked which of their pages it still has.
+What a disk or a virtual machine's host caches by itself is not seen; GB/s tell.
 
 - Read: the safetensors files one after the other, by one thread, in blocks of 16 MiB into one buffer.
 - Loaded: the engine's own `load` of what a pool with that quantisation plans here, each time in a process of its own.
@@ -84,12 +84,8 @@ class Found:
         return not self.cold or (self._as_asked() and self.ratio <= GOAL)
 
     def __str__(self) -> str:
-        parts = (self._part("read", self.reads), self._part("loaded", self.loads))
+        parts = (_pace("read", self.size, _least(self.reads)), _pace("loaded", self.size, _least(self.loads)))
         return f"{self.quantization}, {self._where()}: {', '.join(parts)}: {self.ratio:.2f} times{self._verdict()}"
-
-    def _part(self, done: str, taken: tuple[Taken, ...]) -> str:
-        seconds = _least(taken)
-        return f"{done} in {seconds:.2f} s ({self.size / 1e9 / seconds:.2f} GB/s)"
 
     def _where(self) -> str:
         if self._as_asked():
@@ -112,6 +108,7 @@ class Found:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; exit code 1 where a goal is missed, or can't be judged."""
     options = _arguments().parse_args(argv)
+    print(f"the checkpoint is kept in {options.folder}, and written first where it is not there yet", flush=True)
     folder = _apart(write, options.shape, options.folder)
     met = True
     try:
@@ -152,14 +149,26 @@ def _measure(folder: Path, pool: PoolSettings, rounds: int) -> Iterator[Found]:
     files = _files(folder)
     size = sum(path.stat().st_size for path in files)
     print(f"\n{pool.quantization}: files of {size / 1e9:.2f} GB; the first load does not count", flush=True)
-    _apart(loaded, folder, pool, False)
+    _shown("loaded", False, size, _apart(loaded, folder, pool, False))
     taken: dict[bool, list[tuple[Taken, Taken]]] = {True: [], False: []}
     for _ in range(rounds):
         for cold, pairs in taken.items():
-            pairs.append((read(files, cold), _apart(loaded, folder, pool, cold)))
+            done = _shown("read", cold, size, read(files, cold))
+            pairs.append((done, _shown("loaded", cold, size, _apart(loaded, folder, pool, cold))))
     for cold, pairs in taken.items():
         reads, loads = zip(*pairs, strict=True)
         yield Found(pool.quantization, cold, size, reads, loads)
+
+
+def _shown(done: str, cold: bool, size: int, taken: Taken) -> Taken:
+    """What was taken, printed at once: a run that is cut short has said what it found."""
+    where, there = "cold" if cold else "page cache", f"{100 * taken.resident:.0f} % of the files were cached before"
+    print(f"  {where}: {_pace(done, size, taken.seconds)}, {there}", flush=True)
+    return taken
+
+
+def _pace(done: str, size: int, seconds: float) -> str:
+    return f"{done} in {seconds:.2f} s ({size / 1e9 / seconds:.2f} GB/s)"
 
 
 def read(files: Sequence[Path], cold: bool) -> Taken:

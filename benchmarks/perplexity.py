@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import hashlib
 import logging
 import re
 import sys
@@ -186,6 +187,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # LLM.int8() logs each product
     folder = store.fetch(options.model, home=state_folder(), progress=lambda line: print(line, file=sys.stderr)).path
     ids = text_ids(folder, options.text)[: options.tokens]
+    for file in options.text:
+        print(f"{file.name}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")
     wrong = [line for rows in options.rows.split(",") for line in compare(folder, ids, int(rows), options)]
     print("\n".join(wrong) or "all within bounds")
     return 1 if wrong else 0
@@ -235,7 +238,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on GPUs, float32 on the CPU"
     )
-    parser.add_argument("--text", type=Path, nargs="+", default=[TEXT], metavar="FILE", help="default: a page of docs")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", default=[TEXT], metavar="FILE", help="default: 10 kB of Darwin, 1859"
+    )
     parser.add_argument("--tokens", type=int, metavar="N", help="of the text; default: all")
     parser.add_argument("--rows", default="0", metavar="NUMBERS", help="tokens of a step; 0: whole windows (default)")
     parser.add_argument("--window", type=int, default=1024, metavar="TOKENS")

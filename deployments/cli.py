@@ -152,7 +152,8 @@ def _start(ray: LocalRay, file: ConfigFile, show_logs: bool) -> None:
     preflight.check_port(file.config.http_options.host, file.config.http_options.port)  # Minutes may have passed.
     _say("starting Serve and the replicas")
     service.deploy(file)
-    log = None if show_logs else StartLog(ray.log_folder)
+    pools = [pool for model in file.config.application.args.models for pool in model.pools]
+    log = None if show_logs else StartLog(ray.log_folder, sum(pool.fewest_replicas for pool in pools))
 
     def check() -> None:
         _check_alive(ray)

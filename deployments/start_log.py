@@ -6,10 +6,13 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 EVERY_S = 3.0
-_TAIL_BYTES = 8192
+_HEAD_BYTES, _TAIL_BYTES = 1024, 8192
 _LINE = re.compile(rb"^engine (?:INFO|WARNING) (.+)\n", re.MULTILINE)
+_ACTOR = re.compile(rb"^:actor_name:ServeReplica:[^:\n]*:(.+)\n", re.MULTILINE)
+"""What Ray writes first: the application and the deployment of the file's replica."""
 
 
 class StartLog:
@@ -17,12 +20,15 @@ class StartLog:
 
     Args:
         folder: where Ray keeps them.
+        replicas: how many start; where it is more than one, each line says which of them logged it.
         clock: seconds, never going back.
     """
 
-    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._folder, self._clock = folder, clock
-        self._said: tuple[Path, str] | None = None
+    def __init__(self, folder: Path, replicas: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder, self._replicas, self._clock = folder, replicas, clock
+        self._shown: dict[str, list[Path]] = {}
+        """Files of each deployment, in the order in which their lines were shown first."""
+        self._said: _Line | None = None
         self._said_at = -EVERY_S
 
     def news(self) -> str | None:
@@ -33,17 +39,36 @@ class StartLog:
         if newest is None or newest == self._said:
             return None
         self._said, self._said_at = newest, self._clock()
-        return newest[1]
+        return f"{self._replica(newest)}: {newest.text}" if self._replicas > 1 else newest.text
+
+    def _replica(self, line: _Line) -> str:
+        """Which one logged it: its deployment, which is named after model and pool, and a number."""
+        files = self._shown.setdefault(line.deployment, [])
+        if line.path not in files:
+            files.append(line.path)
+        return f"{line.deployment} {files.index(line.path) + 1}"
 
 
-def _newest(folder: Path) -> tuple[Path, str] | None:
-    """The file that was written last of those with lines of an engine, and the last of them."""
+class _Line(NamedTuple):
+    path: Path
+    deployment: str
+    text: str
+
+
+def _newest(folder: Path) -> _Line | None:
+    """The last line of an engine in the file that was written last of those with such lines."""
     try:
         for path in sorted(folder.glob("worker-*.err"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
             with path.open("rb") as file:
+                head = file.read(_HEAD_BYTES)
                 file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
                 if lines := _LINE.findall(file.read()):
-                    return path, lines[-1].decode(errors="replace")
+                    actor = _ACTOR.search(head)
+                    return _Line(path, _text(actor[1]) if actor else "replica", _text(lines[-1]))
     except FileNotFoundError:  # Ray moves those of workers that have ended; the next look finds the others
         pass
     return None
+
+
+def _text(line: bytes) -> str:
+    return line.decode(errors="replace")

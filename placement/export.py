@@ -15,8 +15,9 @@ from placement.hardware import DeviceType, format_bytes
 from placement.plan import Plan
 from placement.reserve import CONTEXT
 
-SCHEMA: Literal["headroom.plan/1"] = "headroom.plan/1"
-"""Its number is raised when the JSON changes shape; a reader refuses one it does not know."""
+SCHEMA: Literal["headroom.plan/2"] = "headroom.plan/2"
+"""Its number is raised when the JSON changes shape; a reader refuses one it does not know. 2: with `attention`."""
+_AGAIN = "write it again with `headroom plan MODEL --json`"
 
 
 def device_map(plan: Plan, device_type: DeviceType = "cuda") -> dict[str, int | str]:
@@ -65,7 +66,7 @@ class PlanDocument(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
-    schema_: Literal["headroom.plan/1"] = Field(alias="schema")
+    schema_: Literal["headroom.plan/2"] = Field(alias="schema")
     """Name and version of this form."""
     plan: Plan
     """Where each layer goes and what every byte is for. All sizes are bytes."""
@@ -102,14 +103,15 @@ def from_json(text: str) -> Plan:
     if not isinstance(data, dict) or "schema" not in data:
         raise PlacementError(f'this is not a plan\'s JSON: there is no "schema": "{SCHEMA}"')
     if data["schema"] != SCHEMA:
-        raise PlacementError(f"plan JSON has schema {data['schema']!r}, this reader knows {SCHEMA!r}; plan again")
+        raise PlacementError(f"plan JSON has schema {data['schema']!r}, this reader knows {SCHEMA!r}; {_AGAIN}")
     try:
         document = PlanDocument.model_validate_json(text)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise PlacementError(f"this is not a plan's JSON: {wrong}") from None
-    if document != PlanDocument.of(document.plan):
-        raise PlacementError("device_map, max_memory or serve_options do not follow from the plan; plan again")
+    if data != json.loads(to_json(document.plan)):  # pydantic fills in what has a default
+        wrong = "a field is missing, or device_map, max_memory or serve_options do not follow from the plan"
+        raise PlacementError(f"this is not a plan's JSON: {wrong}; {_AGAIN}")
     return document.plan
 
 

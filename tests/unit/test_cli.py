@@ -79,15 +79,29 @@ def test_failed_preflight_is_one_line_and_starts_no_ray(
     assert capsys.readouterr().err == "headroom: not today; try tomorrow\n"
 
 
-@pytest.mark.parametrize("show_logs", [False, True])
+@pytest.mark.parametrize(
+    ("replicas", "show_logs", "shown"),
+    [
+        (1, False, ["  attention runs on FlashInfer"]),
+        (2, False, ["  m-default 1: attention runs on FlashInfer"]),
+        (2, True, []),
+    ],
+)
 def test_a_start_shows_the_engines_newest_line_unless_it_prints_them_all(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], show_logs: bool
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    replicas: int,
+    show_logs: bool,
+    shown: list[str],
 ) -> None:
     class Ray:
         log_folder = tmp_path
 
         def start(self) -> None:
-            (tmp_path / "worker-1.err").write_text("engine INFO attention runs on FlashInfer\n", encoding="utf-8")
+            lines = ":actor_name:ServeReplica:headroom:m-default\nengine INFO attention runs on FlashInfer\n"
+            (tmp_path / "worker-1.err").write_text(lines, encoding="utf-8")
 
         def alive(self) -> bool:
             return True
@@ -101,9 +115,10 @@ def test_a_start_shows_the_engines_newest_line_unless_it_prints_them_all(
     monkeypatch.setattr(preflight, "check_port", lambda *_: None)
     monkeypatch.setattr(service, "deploy", lambda _: None)
     monkeypatch.setattr(service, "wait_until_ready", ready_after_two_polls)
+    pools = f"pools: [{{name: default, quantization: nf4, replicas: {replicas}}}]"
+    config.write_text(CONFIG.replace("source: demo", f"source: demo, {pools}"), encoding="utf-8")
     cli._start(Ray(), read_config(config), show_logs)  # type: ignore[arg-type]  # all that is used of it
-    said = ["replicas running: m-default 0/1", *([] if show_logs else ["  attention runs on FlashInfer"])]
-    assert capsys.readouterr().out.splitlines()[2:] == said
+    assert capsys.readouterr().out.splitlines()[2:] == ["replicas running: m-default 0/1", *shown]
 
 
 def test_interrupt_before_ray_is_quiet(

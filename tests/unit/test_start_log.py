@@ -13,9 +13,9 @@ from deployments.start_log import EVERY_S, StartLog
 class Logs:
     """A folder of log files whose times are set, and a clock."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, replicas: int = 1) -> None:
         self.folder, self.now, self.writes = folder, 0.0, 0
-        self.start = StartLog(folder, lambda: self.now)
+        self.start = StartLog(folder, replicas, lambda: self.now)
 
     def write(self, text: str, name: str = "worker-a-01-7.err") -> None:
         self.writes += 1
@@ -73,3 +73,23 @@ def test_only_a_files_end_is_read(logs: Logs) -> None:
     assert logs.news() is None
     logs.write("engine INFO now\n")
     assert logs.news() == "now"
+
+
+def test_of_several_replicas_each_line_says_which_one_logged_it(tmp_path: Path) -> None:
+    logs = Logs(tmp_path, replicas=3)
+    for worker, pool in (("a", "llama3:8b-nf4"), ("b", "llama3:8b-nf4"), ("c", "opt-default")):
+        who = f":job_id:01000000\n:actor_name:ServeReplica:headroom:{pool}\n"
+        logs.write(who + "a line of transformers\n" * 500, f"worker-{worker}-01-7.err")
+    assert logs.news() is None
+    said = []
+    for worker in "baca":
+        logs.write("engine INFO loading\n", f"worker-{worker}-01-7.err")
+        said.append(logs.news())
+    numbered = ["llama3:8b-nf4 1", "llama3:8b-nf4 2", "opt-default 1", "llama3:8b-nf4 2"]
+    assert said == [f"{replica}: loading" for replica in numbered]
+
+
+def test_a_file_that_names_no_replica_is_still_shown(tmp_path: Path) -> None:
+    logs = Logs(tmp_path, replicas=2)
+    logs.write("engine INFO loading\n")
+    assert logs.news() == "replica 1: loading"

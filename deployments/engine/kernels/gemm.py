@@ -19,6 +19,12 @@ _ANY = ("rows", "columns", "units", "steps", "offset_rows")
 
 
 @triton.jit
+def _vector(scalar):
+    """A scalar as int32 [1]. Comparisons of two scalars are no masks for the interpreter of Triton 3.9."""
+    return tl.full((1,), scalar, tl.int32)
+
+
+@triton.jit
 def _write(acc, panel, bias, out, rows, n, BM: tl.constexpr, BN: tl.constexpr):
     """A panel's whole sum [BN, BM], and the bias, to `out`."""
     m = tl.arange(0, BM)
@@ -60,7 +66,7 @@ def _settle(panel, steps, units, bias, out, partials, arrivals, rows, n, BM: tl.
             for i in tl.static_range(AT_ONCE):
                 program = group + i
                 part = _part_of(program, program * units // programs, panel, steps, partials, BM, BN)
-                total += tl.load(part, mask=program <= last, other=0.0, cache_modifier=".cg")
+                total += tl.load(part, mask=_vector(program) <= last, other=0.0, cache_modifier=".cg")
         _write(total, panel, bias, out, rows, n, BM, BN)
         tl.store(arrivals + panel, 0)
 
@@ -101,7 +107,7 @@ def _load_block(tiles, panel, column, columns, n, STRIPS: tl.constexpr, WORDS: t
     if EVEN:  # noqa: SIM108 - a constexpr branch: only one side is compiled
         words = tl.load(at)
     else:
-        words = tl.load(at, mask=(strip < n // 16)[:, None] & (column < columns), other=0)
+        words = tl.load(at, mask=(strip < n // 16)[:, None] & (_vector(column) < columns), other=0)
     return words
 
 
@@ -148,14 +154,14 @@ def _begin(units, OVERLAP: tl.constexpr):
 @triton.jit
 def _activations(x_at, column, columns, m, rows, EVEN: tl.constexpr):
     """x in one block column, [BM, 64]."""
-    inside = (m < rows)[:, None] if EVEN else (m < rows)[:, None] & (column < columns)
+    inside = (m < rows)[:, None] if EVEN else (m < rows)[:, None] & (_vector(column) < columns)
     return tl.load(x_at + column * 64, mask=inside, other=0.0)
 
 
 @triton.jit
 def _live(row, n, column, columns, BN: tl.constexpr, EVEN: tl.constexpr):
     """Which rows of a panel are the weight's, [BN]."""
-    return tl.full((BN,), True, tl.int1) if EVEN else (row < n) & (column < columns)
+    return tl.full((BN,), True, tl.int1) if EVEN else (row < n) & (_vector(column) < columns)
 
 
 @triton.jit(do_not_specialize=_ANY)

@@ -17,6 +17,9 @@ from deployments.settings import PoolSettings
 LINE = re.compile(
     r"bf16, .+: read in ([\d.]+) s \([\d.]+ GB/s\), loaded in ([\d.]+) s \([\d.]+ GB/s\): ([\d.]+) times(.*)"
 )
+DONE = re.compile(
+    r"  (cold|page cache): (read|loaded) in ([\d.]+) s \([\d.]+ GB/s\), \d+ % of the files were cached before"
+)
 
 
 def found(load_s: float, *, cold: bool = True, shares: tuple[float, float] = (0.0, 0.0)) -> Found:
@@ -65,10 +68,20 @@ def test_the_least_is_judged_where_the_files_were_cold(measured: Found, met: boo
 def test_it_measures_cold_and_from_the_page_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["--shape", "tiny", "--quantization", "bf16", "--rounds", "1", "--folder", str(tmp_path)])
 
-    lines = [match for line in capsys.readouterr().out.splitlines() if (match := LINE.fullmatch(line))]
+    printed = capsys.readouterr().out.splitlines()
+    lines = [match for line in printed if (match := LINE.fullmatch(line))]
     assert ["goal" in line[4] for line in lines] == [True, False]
     assert all(float(line[2]) > float(line[1]) for line in lines), "a tiny model loads for longer than its files"
     assert status == 1
+    done = [match.groups() for line in printed if (match := DONE.fullmatch(line))]
+    assert [(where, what) for where, what, _ in done] == [
+        ("page cache", "loaded"),  # which does not count
+        ("cold", "read"),
+        ("cold", "loaded"),
+        ("page cache", "read"),
+        ("page cache", "loaded"),
+    ]
+    assert [seconds for _, _, seconds in done[1:]] == [lines[0][1], lines[0][2], lines[1][1], lines[1][2]]
 
 
 def test_files_are_read_whole_and_dropped_where_they_are_read_cold(

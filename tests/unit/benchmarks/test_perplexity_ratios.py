@@ -88,6 +88,8 @@ def test_several_texts_in_steps_of_rows(folder: Path, tmp_path: Path, capsys: py
     asked = ["--quantization", "nf4", "--device", "cpu", "--rows", "0,3", "--text", *map(str, texts)]
     assert main([str(folder), *asked]) == 0
     printed = capsys.readouterr().out
+    sha256 = "1a989ea86150171c687b0727f218eedbb94c4665a7da9b0add1bf5de607f2bf1"  # of the words, by sha256sum
+    assert printed.startswith(f"one.txt: sha256 {sha256}\ntwo.txt: sha256 {sha256}\n")
     for how in ("whole windows", "3 rows a step"):
         assert f"one.txt two.txt, {how}: 21 tokens scored" in printed
     assert printed.endswith("all within bounds\n")

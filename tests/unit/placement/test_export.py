@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import jsonschema
 import pytest
@@ -69,7 +70,7 @@ def test_json_round_trip() -> None:
 
 def test_json_has_what_loading_and_serving_need() -> None:
     data = json.loads(export.to_json(PLAN))
-    assert data["schema"] == "headroom.plan/1"
+    assert data["schema"] == "headroom.plan/2"
     assert data["device_map"] == export.device_map(PLAN)
     assert data["max_memory"] == {"0": 960, "2": 5_000_605}
     assert data["serve_options"] == export.serve_options(PLAN)
@@ -85,13 +86,18 @@ def test_json_follows_its_schema() -> None:
     ]
 
 
+def place(data: Any, path: str) -> tuple[Any, str]:
+    """What holds a value in a plan's JSON, and under which key."""
+    *parents, key = path.split("/")
+    for parent in parents:
+        data = data[int(parent) if isinstance(data, list) else parent]
+    return data, key
+
+
 def changed(path: str, value: object) -> str:
     """The plan's JSON with one value changed or added."""
     data = json.loads(export.to_json(PLAN))
-    *parents, key = path.split("/")
-    inner = data
-    for parent in parents:
-        inner = inner[int(parent) if isinstance(inner, list) else parent]
+    inner, key = place(data, path)
     inner[key] = value
     return json.dumps(data)
 
@@ -102,8 +108,11 @@ def changed(path: str, value: object) -> str:
         ("{", "not a plan's JSON: Expecting property name"),
         ("[]", 'there is no "schema"'),
         ("{}", 'there is no "schema"'),
-        ('{"schema": "headroom.plan/2"}', "has schema 'headroom.plan/2', this reader knows 'headroom.plan/1'"),
-        ('{"schema": "headroom.plan/1", "plan": {}}', "plan.model: "),
+        (
+            changed("schema", "headroom.plan/1"),
+            "has schema 'headroom.plan/1', this reader knows 'headroom.plan/2'; write it again with `headroom plan ",
+        ),
+        ('{"schema": "headroom.plan/2", "plan": {}}', "plan.model: "),
         (changed("plan/stages/0/colour", "red"), "plan.stages.0.colour: Unexpected keyword"),
         (changed("plan/stages/1/weight_bytes", "500"), "plan.stages.1.weight_bytes: Input should be a valid integer"),
         (changed("plan/stages/1/gpu/memory_bytes", 0), "memory and speed must be positive"),
@@ -115,6 +124,17 @@ def changed(path: str, value: object) -> str:
 def test_json_of_another_shape_is_refused(text: str, message: str) -> None:
     with pytest.raises(PlacementError, match=re.escape(message)):
         export.from_json(text)
+
+
+@pytest.mark.parametrize("path", ["attention", "head", "stages/0/weights", "stages/0/gpu/device_type"])
+def test_a_field_that_is_missing_is_not_filled_in(path: str) -> None:
+    data = json.loads(export.to_json(PLAN))
+    inner, key = place(data["plan"], path)
+    del inner[key]
+    checker = jsonschema.Draft202012Validator(json.loads(plan_schema()))
+    assert [error.message for error in checker.iter_errors(data)] == [f"'{key}' is a required property"]
+    with pytest.raises(PlacementError, match="a field is missing"):
+        export.from_json(json.dumps(data))
 
 
 def test_table() -> None:
