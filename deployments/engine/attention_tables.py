@@ -238,6 +238,7 @@ _known: dict[int, bytes] = {}
 _kept: dict[int, tuple[int, ...]] = {}
 """Those tables, so that none of these ids is used again."""
 MOST_KNOWN = 2048
+"""Half of them go at once: the newest 1,024 stay, as many as four slots of 256 sequences have."""
 
 
 def _pages(spans: Sequence[RowSpan], needs: NDArray[np.int32], pages: int) -> NDArray[np.int32]:
