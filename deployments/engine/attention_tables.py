@@ -184,7 +184,7 @@ def _pack_any(
 def _pack_singles(
     spans: Sequence[RowSpan], starts: NDArray[np.int32], block_size: int, out: NDArray[np.int32], splits: int
 ) -> Shape:
-    """The same where each sequence has one row, as steps that decode are: a third of the calls."""
+    """The same where each sequence has one row, as in steps that decode: in fewer calls."""
     count, before = len(spans), starts // block_size  # full pages
     page_ends = np.cumsum(before + 1)
     shape = _fitting(Shape(count, count, int(page_ends[-1])), out)
