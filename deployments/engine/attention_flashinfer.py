@@ -120,6 +120,9 @@ class FlashInferAttention(AttentionBackend):
         self._planned: dict[Kind, list[Planned]] = {}
         self._captured: dict[tuple[Kind, int, int, bool], tuple[int, ...]] = {}
         """By sequences, rows, and whether they are a graph's of any steps: the `Planned.info` that a graph may keep."""
+        self._unplanned: dict[int, dict[Kind, list[Planned]]] = {}
+        """`_planned` of steps that decode and need no plan, by sequences; of the kinds there are."""
+        self._stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
 
     @property
     def bytes(self) -> int:
@@ -138,20 +141,21 @@ class FlashInferAttention(AttentionBackend):
             self._kernels.compile(new, progress)
             self._warm.update(new)
 
-    @torch.inference_mode()
     def prepare(self, layout: StepLayout) -> None:
-        """Upload the step's tables and plan all kinds of layers; what another stage's backend did is taken over.
+        """Upload the step's tables and plan all kinds of layers; what another stage's backend did is taken over. The
+        current stream must be the device's default one.
 
         Raises:
             ValueError: the step is larger than the limits.
         """
         step = self._host_step(layout)
-        size = step.shape.size
-        self._buffer[:size].copy_(step.staging.tables[:size], non_blocking=True)
+        self._buffer[: step.shape.size].copy_(step.tables, non_blocking=True)
         self._tables = None
         self._step = step
-        self._planned = {kind: self._plan(kind, step) for kind in self._spaces}
-        self._note_copies(step)
+        unplanned = self._unplanned.get(step.shape.sequences) if step.shape.decodes else None
+        self._planned = self._plan_all(step) if unplanned is None else unplanned
+        if self._stream is not None:
+            step.staging.copied[self._device].record(self._stream)
 
     @torch.inference_mode()
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, how: Scoring) -> Tensor:
@@ -189,12 +193,22 @@ class FlashInferAttention(AttentionBackend):
             shape = pack(spans, self._block_size, numbers, splits=self._limits.splits)
             if shape.rows > self._limits.max_rows:
                 raise ValueError(f"a step has {shape.rows} rows, and attention was made for {self._limits.max_rows}")
-            captured, rows = layout.sequences is not None, layout.ahead
-            shape = replace(shape, captured=captured, ahead=(layout.decodes or 0) if captured else rows, before=rows)
+            captured = layout.sequences is not None
+            if captured or shape.rows > shape.sequences:
+                rows = layout.ahead
+                ahead = (layout.decodes or 0) if captured else rows
+                shape = replace(shape, captured=captured, ahead=ahead, before=rows)
             step = layout.shared[FlashInferAttention] = HostStep(staging, shape)
             staging.step = weakref.ref(step)
         found: HostStep = layout.shared[FlashInferAttention]
         return found
+
+    @torch.inference_mode()
+    def _plan_all(self, step: HostStep) -> dict[Kind, list[Planned]]:
+        planned = {kind: self._plan(kind, step) for kind in self._spaces}
+        if step.shape.decodes and all(plans == [OWN] for plans in planned.values()):
+            self._unplanned[step.shape.sequences] = planned
+        return planned
 
     def _plan(self, kind: Kind, step: HostStep) -> list[Planned]:
         """A plan for each part of the step, or the word that it needs none: decodes are the first part, or all."""
@@ -233,8 +247,10 @@ class FlashInferAttention(AttentionBackend):
             raise RuntimeError(f"{kind} first appears in a CUDA graph's capture; run a step without a graph before")
         self.warm([kind], log.info)
         self._spaces[kind] = self._workspaces(kind)
+        self._unplanned.clear()
         self._planned[kind] = self._plan(kind, step)
-        self._note_copies(step)
+        if self._device.type == "cuda":  # what runs here comes behind the tables' copy, whichever stream it is on
+            step.staging.copied[self._device].record(torch.cuda.current_stream(self._device))
         return self._planned[kind]
 
     def _workspaces(self, kind: Kind) -> tuple[Workspace, ...]:
@@ -243,12 +259,6 @@ class FlashInferAttention(AttentionBackend):
             self._floats[room.floats] = torch.zeros(room.floats, dtype=torch.uint8, device=self._device)
         plans = [torch.zeros(room.ints, dtype=torch.uint8, device=self._device) for _ in range(PARTS)]
         return tuple(Workspace(self._floats[room.floats], ints) for ints in plans)
-
-    def _note_copies(self, step: HostStep) -> None:
-        if self._device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._device))
-            step.staging.copied.append(event)
 
 
 def flashinfer_backends(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,11 @@ class HostStep:
     """By kind of layer, model of device, and part."""
 
     @cached_property
+    def tables(self) -> Tensor:
+        """int32 [size of the shape]: what is uploaded."""
+        return self.staging.tables[: self.shape.size]
+
+    @cached_property
     def parts(self) -> tuple[Tables, ...]:
         """What is planned. Not looked at in a step whose every part needs no plan."""
         return Tables.view(self.staging.tables, self.shape).parts()
@@ -37,14 +43,14 @@ class Staging:
     """int32."""
     plans: dict[Hashable, Tensor] = field(default_factory=dict)
     """uint8, by kind of layer, model of device, and part."""
-    copied: list[torch.cuda.Event] = field(default_factory=list)
-    """Pass once what was copied from here has arrived."""
+    copied: defaultdict[torch.device, torch.cuda.Event] = field(default_factory=lambda: defaultdict(torch.cuda.Event))
+    """Pass once what was copied from here has arrived; the same ones for each step."""
     step: weakref.ref[HostStep] | None = None
 
     @property
     def free(self) -> bool:
         """Whether its step is over, and all copies from it."""
-        return (self.step is None or self.step() is None) and all(event.query() for event in self.copied)
+        return (self.step is None or self.step() is None) and all(event.query() for event in self.copied.values())
 
 
 class StagingPool:
@@ -69,8 +75,9 @@ class StagingPool:
         found = next((staging for staging in self._all if staging.free), None)
         if found is None:
             found = Staging(self._zeros(self._size, torch.int32))
-            self._all.append(found)
-        found.copied.clear()
+        else:
+            self._all.remove(found)
+        self._all.append(found)  # behind the others: the one that was taken longest ago is the first to be free
         return found
 
     def plan(self, staging: Staging, key: Hashable, size: int) -> Tensor:

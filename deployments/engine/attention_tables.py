@@ -6,10 +6,12 @@ tables of every later step of its size in the same place.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, islice
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ PARTS = 2
 """Of a step, at most, that attention is planned for: decodes, and chunks."""
 _SPLIT_UNIT = 64
 """Splits of a sequence are multiples of so many tokens."""
+_START, _COUNT, _TABLE = map(attrgetter, ("start", "count", "block_table"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,52 +148,115 @@ def pack(spans: Sequence[RowSpan], block_size: int, out: NDArray[np.int32], *, s
     Raises:
         ValueError: `out` is too small.
     """
-    starts = np.array([span.start for span in spans], np.int32)
-    counts = np.array([span.count for span in spans], np.int32)
+    starts = np.array([*map(_START, spans)], np.int32)
+    counts = [*map(_COUNT, spans)]
+    if counts.count(1) == len(counts):
+        return _pack_singles(spans, starts, block_size, out, splits)
+    return _pack_any(spans, starts, np.array(counts, np.int32), block_size, out, splits)
+
+
+def _pack_any(
+    spans: Sequence[RowSpan],
+    starts: NDArray[np.int32],
+    counts: NDArray[np.int32],
+    block_size: int,
+    out: NDArray[np.int32],
+    splits: int,
+) -> Shape:
     lengths = starts + counts
     needs = -(-lengths // block_size)
-    shape = Shape(len(spans), int(counts.sum()), int(needs.sum()))
+    rows, page_ends = np.cumsum(counts), np.cumsum(needs)
+    shape = _fitting(Shape(len(spans), int(rows[-1]), int(page_ends[-1])), out)
+    at = _starts(shape.sequences, shape.rows)
+    units = np.where(np.logical_and.accumulate(counts <= 1), -(-lengths // _SPLIT_UNIT), 0)
+    out[at[0]] = out[at[1]] = out[at[4]] = 0
+    out[at[0] + 1 : at[0] + 1 + len(spans)] = rows
+    out[at[1] + 1 : at[1] + 1 + len(spans)] = page_ends
+    out[at[2] : at[2] + len(spans)] = lengths - (needs - 1) * block_size
+    out[at[3] : at[3] + len(spans)] = lengths
+    out[at[4] + 1 : at[4] + 1 + len(spans)], out[at[5]] = _split(units, splits)
+    out[at[6] : at[6] + shape.rows] = np.repeat(np.arange(len(spans), dtype=np.int32), counts)
+    out[at[7] : at[7] + shape.rows] = np.arange(shape.rows) + np.repeat(lengths - rows, counts)
+    out[at[8] : shape.size] = _pages(spans, needs, shape.pages)
+    return shape
+
+
+def _pack_singles(
+    spans: Sequence[RowSpan], starts: NDArray[np.int32], block_size: int, out: NDArray[np.int32], splits: int
+) -> Shape:
+    """The same where each sequence has one row, as in steps that decode: in fewer calls."""
+    count, before = len(spans), starts // block_size  # full pages
+    page_ends = np.cumsum(before + 1)
+    shape = _fitting(Shape(count, count, int(page_ends[-1])), out)
+    at = _starts(count, count)
+    out[: at[8]] = _same_for_all(count)
+    out[at[1] + 1 : at[1] + 1 + count] = page_ends
+    out[at[2] : at[2] + count] = starts - (before * block_size - 1)
+    out[at[3] : at[3] + count] = starts + 1
+    out[at[4] + 1 : at[4] + 1 + count], out[at[5]] = _split(starts // _SPLIT_UNIT + 1, splits)
+    out[at[7] : at[7] + count] = starts
+    out[at[8] : at[8] + shape.pages] = _pages(spans, before + 1, shape.pages)
+    return shape
+
+
+@lru_cache(maxsize=1024)
+def _same_for_all(count: int) -> NDArray[np.int32]:
+    """What tables of so many sequences of one row begin with: query_starts and row_sequences, and zeros."""
+    at = _starts(count, count)
+    tables = np.zeros(at[8], np.int32)
+    tables[at[0] : at[0] + count + 1] = np.arange(count + 1)
+    tables[at[6] : at[6] + count] = np.arange(count)
+    return tables
+
+
+def _fitting(shape: Shape, out: NDArray[np.int32]) -> Shape:
     if shape.size > len(out):
         raise ValueError(
             f"the block tables of {shape.sequences} sequences with {shape.rows} rows and {shape.pages} blocks are "
             f"{shape.size} integers, and the attention backend was made for {len(out)}"
         )
-    pages = b"".join([_page_bytes(span.block_table, need) for span, need in zip(spans, needs.tolist(), strict=True)])
-    rows = np.cumsum(counts)
-    at = _starts(shape.sequences, shape.rows)
-    out[at[0]] = out[at[1]] = 0
-    out[at[0] + 1 : at[0] + 1 + len(spans)] = rows
-    out[at[1] + 1 : at[1] + 1 + len(spans)] = np.cumsum(needs)
-    out[at[2] : at[2] + len(spans)] = lengths - (needs - 1) * block_size
-    out[at[3] : at[3] + len(spans)] = lengths
-    out[at[4]] = 0
-    out[at[4] + 1 : at[4] + 1 + len(spans)], out[at[5]] = _split(lengths, counts, splits)
-    out[at[6] : at[6] + shape.rows] = np.repeat(np.arange(len(spans), dtype=np.int32), counts)
-    out[at[7] : at[7] + shape.rows] = np.arange(shape.rows) + np.repeat(lengths - rows, counts)
-    out[at[8] : shape.size] = np.frombuffer(pages, np.int32)
     return shape
 
 
-def _split(lengths: NDArray[np.int32], counts: NDArray[np.int32], splits: int) -> tuple[NDArray[np.int32], int]:
-    """Where each sequence's splits end, and the tokens of a split, so large that the sequences of at most one row that
-    come before all others have `splits` at most beyond one each. The others have none."""
-    units = np.where(np.logical_and.accumulate(counts <= 1), -(-lengths // _SPLIT_UNIT), 0)
-    each = max(1, -(-int(units.sum()) // splits))
-    return np.cumsum(-(-units // each)), each * _SPLIT_UNIT
+def _split(units: NDArray[np.int32], splits: int) -> tuple[NDArray[np.int32], int]:
+    """Where each sequence's splits end, and the tokens of a split, so large that there are `splits` at most beyond one
+    for each.
+
+    Args:
+        units: what each sequence has to be split, in `_SPLIT_UNIT` tokens; 0 for one that is not split: all from the
+            first of several rows on.
+    """
+    ends = np.cumsum(units)
+    each = -(-int(ends[-1]) // splits)
+    if each > 1:
+        ends = np.cumsum(-(-units // each))
+    return ends, max(1, each) * _SPLIT_UNIT
 
 
-_known: dict[int, tuple[tuple[int, ...], bytes]] = {}
-"""By `id`: block tables, so that none of these ids is used again, and their blocks as int32."""
-MOST_KNOWN = 1024
+_known: dict[int, bytes] = {}
+"""By `id`: the blocks of tables as int32."""
+_kept: dict[int, tuple[int, ...]] = {}
+"""Those tables, so that none of these ids is used again."""
+MOST_KNOWN = 2048
+"""Half of them go at once: the newest 1,024 stay, as many as four slots of 256 sequences have."""
 
 
-def _page_bytes(table: tuple[int, ...], blocks: int) -> bytes:
-    """The first blocks of a table. It stays the same object for a block's worth of decodes, and is converted once."""
-    known = _known.get(id(table))
-    if known is None:
-        if len(_known) >= MOST_KNOWN:
-            for oldest in list(islice(_known, MOST_KNOWN // 2)):
-                del _known[oldest]
-        known = _known[id(table)] = (table, array("i", table).tobytes())
-    whole = known[1]
-    return whole if len(whole) == 4 * blocks else whole[: 4 * blocks]
+def _pages(spans: Sequence[RowSpan], needs: NDArray[np.int32], pages: int) -> NDArray[np.int32]:
+    """The first blocks of each table, as many as it needs, one table behind the other."""
+    tables = [*map(_TABLE, spans)]
+    known: Iterator[Any] = map(_known.get, map(id, tables), tables)
+    whole = [blocks if type(blocks) is bytes else _learn(blocks) for blocks in known]
+    joined = b"".join(whole)
+    if len(joined) > 4 * pages:
+        joined = b"".join([blocks[: 4 * need] for blocks, need in zip(whole, needs.tolist(), strict=True)])
+    return np.frombuffer(joined, np.int32)
+
+
+def _learn(table: tuple[int, ...]) -> bytes:
+    """A table stays the same object for a block's worth of decodes, and is converted once."""
+    if len(_known) >= MOST_KNOWN:
+        for oldest in list(islice(_known, MOST_KNOWN // 2)):
+            del _known[oldest], _kept[oldest]
+    _kept[id(table)] = table
+    blocks = _known[id(table)] = array("i", table).tobytes()
+    return blocks

@@ -94,6 +94,7 @@ class CudaPipeline:
         )
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
 
+    @torch.inference_mode()
     def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
         """Queue a step on all GPUs; returns at once."""
         first = self._lanes[0]
@@ -116,11 +117,10 @@ class CudaPipeline:
             hidden = lane.run(step, layout, form, last_ids if lane is self._lanes[-1] else None, incoming)
             link.release(slot)
         last = self._lanes[-1]
-        with torch.cuda.device(last.device):
-            if step.sampled and self._draws.wants_likeliest(draw):
-                found = last.likeliest(step, hidden)
-                if found is not None:
-                    return self._draws.launch_found(slot, found)
+        with last.current:
+            found = last.likeliest(step, hidden) if step.sampled and draw.plain else None
+            if found is not None:
+                return self._draws.launch_found(slot, found)
             return self._draws.launch(slot, last.logits(step, hidden) if step.sampled else None, draw)
 
     def stage_microseconds(self, decodes: int) -> tuple[int, ...]:
@@ -134,7 +134,7 @@ class CudaPipeline:
 
     def _warm(self) -> None:
         for i, lane in enumerate(self._lanes):
-            with torch.cuda.device(lane.device):
+            with lane.current:
                 lane.warm(partial(_say, i))
 
 

@@ -15,7 +15,15 @@ class Draw:
     """The requests' parameters. Rows compare by identity: equal tuples need the same parameters on the device."""
     positions: tuple[int, ...]
     """Tokens (prompt and output) before the one that is drawn. The last of them may be known to the device alone."""
-    output_counts: tuple[int, ...]
-    """Output tokens before the one that is drawn, those that the host does not know yet included."""
     tables: tuple[tuple[int, ...], ...]
     """Block ids that cover the row's `positions` tokens; token p is in tables[row][p // block_size]."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether each row's likeliest token is all that the step asks for: then `Sampler.take` does, and nobody needs
+        logits."""
+        return all(row.plain for row in self.rows)
+
+    def output_count(self, row: int) -> int:
+        """Output tokens of a row before the one that is drawn, those that the host does not know yet included."""
+        return self.positions[row] - self.rows[row].prompt_tokens

@@ -61,10 +61,6 @@ class Draws:
             return Flight(None, done)
         return self._send(slot, self._sampler.draw(logits, draw))
 
-    def wants_likeliest(self, draw: Draw) -> bool:
-        """Whether each row's likeliest token is all that a step asks for."""
-        return self._sampler.wants_likeliest(draw)
-
     def launch_found(self, slot: int, found: Tensor) -> Flight:
         """The same as `launch`, where a graph has drawn already: `found` as `Sampler.take` has it."""
         return self._send(slot, self._sampler.take(found))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from deployments.engine.capture import Graph
 from deployments.engine.sampling import likeliest
+
+_VIEWS = 1024
+"""Of what was found, by the number of rows, that are kept."""
 
 
 class GreedyDraws:
@@ -34,6 +38,7 @@ class GreedyDraws:
         self._hidden = hidden
         self._found = torch.zeros(2, max(sizes), dtype=torch.int64, device=hidden.device)
         """The rows' ids, always of the vocabulary; and the same with -1 for a row that is bad."""
+        self._first = lru_cache(_VIEWS)(lambda count: self._found[:, :count])
         # The largest first: in its memory the logits of the others have room.
         self._graphs = {rows: self._captured(rows, capture) for rows in sorted(sizes, reverse=True)}
 
@@ -41,7 +46,6 @@ class GreedyDraws:
         """Whether these hidden states [1, T, hidden] are the ones that the graphs read."""
         return hidden.data_ptr() == self._hidden.data_ptr()
 
-    @torch.inference_mode()
     def draw(self, rows: int, count: int) -> Tensor:
         """Queue the graph of so many rows: int64 [2, count], of its first ones; later draws leave it as it is.
 
@@ -49,7 +53,7 @@ class GreedyDraws:
             The ids, always of the vocabulary; and the same with -1 for a row that is bad.
         """
         self._graphs[rows].replay()
-        return self._found[:, :count].clone()
+        return self._first(count).clone()
 
     def _captured(self, rows: int, capture: Callable[[Callable[[], object]], Graph]) -> Graph:
         hidden, found = self._hidden[:, :rows], self._found[:, :rows]

@@ -9,6 +9,7 @@ devices the host launches for all of them, while each has a part of the layers: 
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -59,7 +60,7 @@ class Lane:
     ) -> None:
         self.stage = stage
         self.device = stage.device
-        self._current = torch.cuda.device(stage.device)
+        self.current = torch.cuda.device(stage.device)
         """Makes it the current one; made once, as there is a step for it every millisecond."""
         self.compile_error: str | None = None
         """Why layers or what is around them run without torch.compile once `warm` was called; None: they do not."""
@@ -92,7 +93,7 @@ class Lane:
         self._graphs: dict[Form, torch.cuda.CUDAGraph] = {}
         self._large = tuple(chunked(rows, max_sequences) for rows in large_sizes(max_batch_tokens))
         self._drawn = tuple(form.rows for form in self.forms if form.sequences is None)
-        """Rows that the head takes."""
+        """Rows that the head takes: those of the first forms, in order."""
         self._greedy: GreedyDraws | None = None
         """On the last lane, once there are graphs."""
 
@@ -128,13 +129,13 @@ class Lane:
 
     def form(self, step: StepRows) -> Form | None:
         """Of the graph that runs a step, on this lane and all others of the replica; None: no graph does."""
-        return next((form for form in self.forms if form.fits(step) and form in self._graphs), None)
+        large_enough = self.forms[bisect_left(self._drawn, len(step.ids)) :]
+        return next((form for form in large_enough if form.fits(step) and form in self._graphs), None)
 
-    @torch.inference_mode()
     def run(
         self, step: StepRows, layout: StepLayout, form: Form | None, last_ids: Tensor | None, incoming: Tensor | None
     ) -> Tensor:
-        """Queue a step on the device; nothing here waits for it.
+        """Queue a step on the device, in inference mode; nothing here waits for it.
 
         Args:
             layout: of the step, as `form` pads it.
@@ -145,7 +146,7 @@ class Lane:
         Returns:
             [1, T or the form's rows, hidden], the step's rows in front; overwritten by the next step.
         """
-        with self._current:
+        with self.current:
             inputs = self._load(step, layout, len(step.ids) if form is None else form.rows, last_ids)
             self.stage.attention.prepare(layout)
             if form is None:
@@ -155,10 +156,9 @@ class Lane:
             self._graphs[form].replay()
             return self._leaving(form.rows)
 
-    @torch.inference_mode()
     def logits(self, step: StepRows, hidden: Tensor) -> Tensor:
-        """[sampled rows, vocab] of what `run` returned, on the last lane, its device the current one; at least one row
-        is sampled.
+        """[sampled rows, vocab] of what `run` returned, on the last lane, its device the current one, in inference
+        mode; at least one row is sampled.
 
         By no graph: those of all sizes would keep their logits, half a GB where a vocabulary is large. The head takes
         few numbers of rows, all met by `warm`: a product of another size may be a kernel that is yet to be loaded, and
@@ -190,15 +190,16 @@ class Lane:
         Args:
             spans: decodes of the step, which write to blocks that nobody uses yet; its other rows are padding.
         """
-        with self._current:
+        with self.current:
             inputs = self._prepare_scratch(form, spans)
             graph = self._graphs.get(form)
             return self._timed(partial(self._compute, inputs, self._incoming) if graph is None else graph.replay)
 
+    @torch.inference_mode()
     def head_microseconds(self, rows: int) -> int:
         """How long the head and a greedy draw take for so many rows, one of the sizes that have a graph; 0 where there
         is none."""
-        with self._current:
+        with self.current:
             return self._timed(partial(self._greedy.draw, rows, rows)) if self._greedy else 0
 
     def _timed(self, queue: Callable[[], object]) -> int:

@@ -8,7 +8,7 @@ before the host has read the one before.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, compress, islice, repeat
 from operator import add
@@ -186,7 +186,9 @@ class Engine:
         for slot in range(self._pipeline.depth):
             plan = self._scheduler.schedule(slot)
             if plan is not None:
-                items = [item for item in plan.items if item.samples]
+                items = plan.items
+                if plan.sampled < len(items):
+                    items = tuple([item for item in items if item.samples])
                 sampling = [self._live[item.request_id] for item in items]
                 landing = self._pipeline.launch(slot, self._rows(plan.items), self._draw(sampling, items))
                 self._flight.append(_Launched(plan, sampling, landing))
@@ -194,25 +196,22 @@ class Engine:
 
     def _rows(self, items: Sequence[StepItem]) -> StepRows:
         names, starts, fed, tables, samples = zip(*items, strict=True)
-        counts = list(map(len, fed))
         ids = tuple(chain.from_iterable(fed))
-        positions = starts  # of decodes alone
-        if len(ids) > len(items):
+        counts: Iterable[int] = repeat(1)
+        positions, last_rows = starts, iter(range(len(ids)))
+        if len(ids) > len(items):  # not decodes alone
+            counts = list(map(len, fed))
+            last_rows = islice(accumulate(counts, initial=-1), 1, None)
             positions = tuple(chain.from_iterable(map(range, starts, map(add, starts, counts))))
         encoded = [self._live[name].encoded for name in names] if self._encodes else repeat(0)
-        last_rows = islice(accumulate(counts, initial=-1), 1, None)
         spans = tuple(map(RowSpan, starts, counts, tables, encoded))
         return StepRows(ids, positions, spans, sampled=tuple(compress(last_rows, samples)))
 
     def _draw(self, sampling: Sequence[_Live], items: Sequence[StepItem]) -> Draw:
-        rows = [live.row for live in sampling]
-        positions = [start + len(ids) for _, start, ids, _, _ in items]
-        return Draw(
-            tuple(rows),
-            positions=tuple(positions),
-            output_counts=tuple([end - row.prompt_tokens for end, row in zip(positions, rows, strict=True)]),
-            tables=tuple([item.block_table for item in items]),
-        )
+        if not items:
+            return Draw((), (), ())
+        _, starts, fed, tables, _ = zip(*items, strict=True)
+        return Draw(tuple([live.row for live in sampling]), tuple(map(add, starts, map(len, fed))), tables)
 
     def _land(self, step: _Launched, tokens: list[SampledToken]) -> list[TokenChunk]:
         ids = [token.token_id for token in tokens]

@@ -7,9 +7,10 @@ goes through pinned memory; what it draws comes back the same way, and is waited
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from deployments.engine.sampling import (
     weigh,
     weight_table,
 )
-from deployments.engine.sampling_batch import MAX_VOCAB, Chance, Group, Penalties, Row, SamplingBatch, Wanted
+from deployments.engine.sampling_batch import MAX_VOCAB, Chance, Group, Penalties, SamplingBatch, Wanted
 from deployments.engine.upload import upload
 from deployments.protocol import TokenLogprob
 from placement.reserve import SAMPLE_ROWS
@@ -57,7 +58,7 @@ class _Step:
 
     @classmethod
     def of(cls, group: Group, draw: Draw) -> _Step:
-        masked = [at for row, min_tokens, at in group.ends if draw.output_counts[row] < min_tokens]
+        masked = [at for row, min_tokens, at in group.ends if draw.output_count(row) < min_tokens]
         positions = [draw.positions[row] for row in group.members]
         penalties = group.penalties
         return cls(
@@ -114,6 +115,8 @@ class Drawn:
         logprobs: dict[int, TokenLogprob] = {}
         for part in self._logprobs:
             logprobs |= part.read(ids)
+        if not logprobs and min(ids, default=0) >= 0:
+            return [*map(SampledToken, ids, repeat(False), repeat(None))]
         return [
             SampledToken(token, False, logprobs.get(row)) if token >= 0 else _bad(row, token)
             for row, token in enumerate(ids)
@@ -127,7 +130,7 @@ def _bad(row: int, token: int) -> SampledToken:
 
 
 class Sampler:
-    """Draws the tokens of a replica's steps; all calls in order on one stream.
+    """Draws the tokens of a replica's steps; all calls in order, on the device's default stream.
 
     Args:
         device: of the last stage.
@@ -145,8 +148,9 @@ class Sampler:
         self.history = TokenHistory(num_blocks, block_size, device)
         self._device = device
         self._vocab_size = vocab_size
+        self._stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
         self._table = weight_table().to(device)
-        self._batches: OrderedDict[tuple[Row, ...], SamplingBatch] = OrderedDict()
+        self._batch = lru_cache(_KEPT)(partial(SamplingBatch.build, vocab_size=vocab_size, device=device))
 
     def note_inputs(self, ids: Tensor, slots: Tensor) -> None:
         """Keep a step's input ids, before the step's `draw`. Can be captured in a graph.
@@ -174,12 +178,6 @@ class Sampler:
         host_ids = self._to_host(torch.where(good, ids, -1))
         return Drawn(ids, host_ids, tuple(likely), self._event())
 
-    def wants_likeliest(self, draw: Draw) -> bool:
-        """Whether each row's likeliest token is all that a step asks for: then `take` does, and nobody needs logits."""
-        batch = self._batch(draw.rows)
-        return not batch.groups and not batch.wanted
-
-    @torch.inference_mode()
     def take(self, found: Tensor) -> Drawn:
         """Each row's likeliest token, where a graph has found it already.
 
@@ -188,15 +186,6 @@ class Sampler:
         """
         ids, host_ids = found.unbind()
         return Drawn(ids, self._to_host(host_ids), (), self._event())
-
-    def _batch(self, rows: tuple[Row, ...]) -> SamplingBatch:
-        batch = self._batches.get(rows)
-        if batch is None:
-            batch = self._batches[rows] = SamplingBatch.build(rows, vocab_size=self._vocab_size, device=self._device)
-            if len(self._batches) > _KEPT:
-                self._batches.popitem(last=False)
-        self._batches.move_to_end(rows)
-        return batch
 
     def _draw_group(self, logits: Tensor, draw: Draw, group: Group, ids: Tensor, good: Tensor) -> None:
         """Steps 1 to 7 on a group's rows; writes their `ids` [rows] and, where a row turns out bad, `good` [rows]."""
@@ -258,8 +247,8 @@ class Sampler:
 
     def _event(self) -> torch.cuda.Event | None:
         """Marks where the device is when everything so far has reached the host."""
-        if self._device.type != "cuda":
+        if self._stream is None:
             return None
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(self._stream)
         return event

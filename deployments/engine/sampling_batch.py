@@ -49,7 +49,7 @@ class Row:
         ValueError: a parameter is out of range; raised here so that it ends one request and not a batch.
     """
 
-    __slots__ = ("encoded", "greedy", "penalised", "prompt_tokens", "sampling", "shaped", "top_k", "trimmed")
+    __slots__ = ("encoded", "greedy", "penalised", "plain", "prompt_tokens", "sampling", "shaped", "top_k", "trimmed")
 
     def __init__(self, sampling: Sampling, prompt_tokens: int, vocab_size: int, encoded: int = 0) -> None:
         _check(sampling, vocab_size)
@@ -65,6 +65,8 @@ class Row:
         )
         self.shaped = self.penalised or bool(sampling.logit_bias) or sampling.min_tokens > 0
         """Whether its scores may differ from the model's logits."""
+        self.plain = self.greedy and not self.shaped and sampling.logprobs is None
+        """Whether the model's likeliest token is all that it asks for."""
 
 
 def _check(sampling: Sampling, vocab_size: int) -> None:

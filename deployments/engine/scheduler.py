@@ -10,6 +10,7 @@ the order in which they were launched. Blocks stay held until the last step in f
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
@@ -64,6 +65,11 @@ class Scheduler:
         self._sequences: dict[str, TokenSequence] = {}
         self._queues = Queues(slots)
         self._launched: deque[StepPlan] = deque()
+        self._in_flight = [0] * slots
+        """Steps launched, by slot."""
+        self._prompts: list[TokenSequence] = []
+        """Those that run and have drawn no token, in order of arrival; since `_prefill` last looked at them some may
+        have drawn one, or run no more."""
         self._starved: TokenSequence | None = None
         """The oldest sequence that needs a block and waits for one: nobody else takes any."""
         self._yielding: TokenSequence | None = None
@@ -138,7 +144,7 @@ class Scheduler:
         Raises:
             RuntimeError: a running sequence has its `max_tokens` and was not finished.
         """
-        if sum(step.slot == slot for step in self._launched) > self._lookahead:
+        if self._in_flight[slot] > self._lookahead:
             return None
         items = self._decode(slot)
         row = len(items)
@@ -149,6 +155,7 @@ class Scheduler:
                 row += 1
         if not items:
             return None
+        self._in_flight[slot] += 1
         self._launched.append(StepPlan(slot, next(self._steps), tuple(items), row))
         return self._launched[-1]
 
@@ -166,6 +173,7 @@ class Scheduler:
         if len(tokens) != step.sampled:
             raise ValueError(f"step {step.step} of slot {step.slot} samples {step.sampled} tokens, got {len(tokens)}")
         self._launched.popleft()
+        self._in_flight[step.slot] -= 1
         for request_id in spoiled:
             self._sequences[request_id].cacheable = False
         size, sequences, drawn = self._blocks.block_size, self._sequences, iter(tokens)
@@ -173,7 +181,7 @@ class Scheduler:
             request_id, start, ids, _, samples = item
             sequence = sequences[request_id]
             sequence.in_flight -= 1
-            if (start + len(ids)) // size > start // size:  # a block may be full: few decodes' steps fill one
+            if (start + len(ids)) % size < len(ids):  # a block may be full: few decodes' steps fill one
                 self._commit(sequence, item)
             token = next(drawn) if samples else None
             if sequence.state == "finished":
@@ -203,6 +211,9 @@ class Scheduler:
             "pending tokens differ from the launched steps": draws
             == {s.request_id: s.pending for s in known if s.pending},
             "block tables differ from the sequences that run": self._blocks.open_tables == holding,
+            "steps in flight are miscounted": self._in_flight
+            == [sum(step.slot == slot for step in self._launched) for slot in range(len(self._in_flight))],
+            "a prompt that runs was forgotten": all(s.decodes or s in self._prompts for s in self._queues.running()),
             "queues differ from the sequences not ended": sorted(map(id, queued)) == sorted(map(id, live)),
             **self._queues.checks(),
             "blocks are kept for a sequence that doesn't run": all(
@@ -245,7 +256,8 @@ class Scheduler:
 
     def _prefill(self, slot: int, decodes: list[StepItem]) -> list[StepItem]:
         """Prompts for the budget that a step of these decodes has left."""
-        prompts = [s for s in self._queues.running() if not s.decodes and s.remaining > 1]
+        self._prompts = [s for s in self._prompts if s.state == "running" and not s.decodes]
+        prompts = [s for s in self._prompts if s.remaining > 1]
         if not prompts and not self._queues.waiting:
             return []
         fit = self._fitting()
@@ -277,8 +289,7 @@ class Scheduler:
         share = -(-(self.running + max(fit, 1)) // len(self._queues.slots))
         while len(self._queues.slots[slot]) < share and (admitted := self._admit(slot)):
             yield admitted, admitted.remaining
-        guests = sorted((s for s in able if s.slot != slot and s.in_flight), key=by_arrival)
-        yield from ((s, s.remaining - 1) for s in guests)
+        yield from ((s, s.remaining - 1) for s in able if s.slot != slot and s.in_flight)
 
     def _make_room(self, sequence: TokenSequence) -> bool:
         """Grow the table for the next token, at the cost of younger sequences; False if it can't run this step.
@@ -346,6 +357,7 @@ class Scheduler:
             sequence.cached_tokens = cached
         sequence.computed = cached
         self._queues.enter(slot)
+        insort(self._prompts, sequence, key=by_arrival)
         return sequence
 
     def _launch(self, sequence: TokenSequence, tokens: int) -> StepItem:

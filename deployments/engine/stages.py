@@ -118,7 +118,7 @@ class StepRows:
     def cache_slots(self, block_size: int) -> list[int]:
         """For each row the place of its token in the KV cache, counted through all blocks."""
         if len(self.spans) == len(self.ids):
-            return [s.block_table[s.start // block_size] * block_size + s.start % block_size for s in self.spans]
+            return [table[at // block_size] * block_size + at % block_size for at, _, table, _ in self.spans]
         return [
             span.block_table[position // block_size] * block_size + position % block_size
             for span in self.spans

@@ -236,7 +236,7 @@ class Hand:
         positions = tuple(position for part in parts for position in range(part.start, part.end))
         rows = tuple(self.rows[part.sequence] for part in parts)
         counts = tuple(part.end for part in parts)
-        draw = Draw(rows, counts, tuple(count - 1 for count in counts), tables)
+        draw = Draw(rows, counts, tables)
         return self._pipeline.launch(slot, StepRows(tuple(ids), positions, spans, tuple(ends)), draw)
 
     def play(self, steps: Sequence[Sequence[Part]]) -> list[list[int]]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import host_step
-from benchmarks.host_step import Clock, main, measure
+from benchmarks.host_step import Clock, decoding, main, measure
+from benchmarks.no_cuda import Event, no_cuda
+from deployments.engine.flashinfer_kernels import OWN
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +48,24 @@ def test_a_part_is_without_those_that_it_calls(monkeypatch: pytest.MonkeyPatch) 
 
 def test_each_part_of_a_step_that_decodes_takes_time() -> None:
     parts = measure(2, 3, steps=4, rounds=1)
-    known = {"schedule", "rows", "draw", "land", "complete", "read", "pack rows", "pack tables", "the rest"}
-    assert parts.keys() == known
+    accounts = {"schedule", "rows", "draw", "land", "complete", "read", "the rest"}
+    launch = {"launch", "lanes", "load", "pack rows", "prepare", "pack tables", "links", "greedy"}
+    assert parts.keys() == accounts | launch
     assert all(seconds > 0 for seconds in parts.values())
+
+
+def test_decodes_run_as_on_gpus() -> None:
+    """By a graph, each slot's step behind the ids that its last one drew, and none of its attention planned."""
+    with no_cuda():
+        engine = decoding(2, 3)
+        steps = [engine.step() for _ in range(4)]
+        pipeline: Any = engine.pipeline
+    assert [len(chunks) for chunks in steps] == [3] * 4
+    assert pipeline.depth == 2
+    assert all(lane._graphs.keys() == set(lane.forms) for lane in pipeline._lanes)
+    plans = [plan for lane in pipeline._lanes for plan in lane.stage.attention._planned.values()]
+    assert plans == [[OWN]] * 2
+    assert torch.cuda.Event is not Event, "all is as it was"
 
 
 def test_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

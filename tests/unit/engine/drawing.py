@@ -51,8 +51,7 @@ def make_draw(requests: list[Request], rows: list[Row]) -> Draw:
         tables.append(tuple(range(taken, taken + blocks)))
         taken += blocks
     positions = tuple(len(each.ids) if each.position is None else each.position for each in requests)
-    outputs = tuple(p - len(each.prompt) for p, each in zip(positions, requests, strict=True))
-    return Draw(tuple(rows), positions, outputs, tuple(tables))
+    return Draw(tuple(rows), positions, tuple(tables))
 
 
 def note(sampler: Sampler, requests: list[Request], draw: Draw) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 
 from deployments.engine.attention import RowSpan, StepLayout
 from deployments.engine.attention_flashinfer import FlashInferAttention, Limits, flashinfer_backends
-from deployments.engine.attention_staging import StagingPool
+from deployments.engine.attention_staging import HostStep, StagingPool
 from deployments.engine.attention_tables import PARTS, Shape
 from deployments.engine.flashinfer_fit import Kind
 from tests.contract.attention_cases import (
@@ -169,12 +170,12 @@ def test_bytes_count_all_that_is_held() -> None:
     assert backend.bytes == tables + 4 * 5 * 4 + PARTS * 4 * (1 + 5)
 
 
-def run_one_row(backend: FlashInferAttention, rows: int = 1, **layout: Any) -> None:
+def run_one_row(backend: FlashInferAttention, rows: int = 1, *, window: int | None = None, **layout: Any) -> None:
     blocks = torch.zeros(7, 4, 2, 64)
     query, key = torch.ones(1, 4, rows, 64), torch.ones(1, 2, rows, 64)
     backend.prepare(StepLayout((RowSpan(0, 1, (0,)),), 4, **layout))
     with backend.step(), torch.inference_mode():
-        torch.ops.headroom.paged_attention(query, key, key, blocks, blocks.clone(), 1.0, None, None)
+        torch.ops.headroom.paged_attention(query, key, key, blocks, blocks.clone(), 1.0, window, None)
 
 
 def one_backend(bounds: Limits, kernels: FakeKernels | None = None) -> FlashInferAttention:
@@ -237,13 +238,63 @@ def test_staging_is_used_again_once_its_step_and_its_copies_are_over() -> None:
     assert len(pool) == 2
     copying = Copying()
     for staging in pool._all:
-        staging.copied.append(copying)  # type: ignore[arg-type]  # all that is used of an event
+        staging.copied[CPU] = copying  # type: ignore[assignment]  # all that is used of an event
     run_one_row(backend)
     assert len(pool) == 3, "the host does not wait for copies"
     copying.done = True
     for _ in range(5):
         run_one_row(backend)
     assert len(pool) == 3
+
+
+def test_each_step_s_copy_is_noted_by_one_event_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Noting] = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda: made.append(Noting()) or made[-1])  # type: ignore[func-returns-value]
+    pool = StagingPool(Limits(2, 5, 3).table_size, pinned=False)
+    backend = FlashInferAttention(4, 6, Limits(2, 5, 3), CPU, FakeKernels(), pool)
+    backend._stream = stream = object()  # type: ignore[assignment]  # as on a GPU
+    for count in (1, 2, 3, 4):
+        run_one_row(backend)
+        assert len(pool) == len(made) == count, "what is being copied is not written"
+    for _ in range(9):
+        for event in made:
+            event.done = True
+        run_one_row(backend)
+        assert sum(not event.done for event in made) == 1, "noted anew"
+    assert len(pool) == len(made) == 4
+    assert {noted for event in made for noted in event.streams} == {stream}
+
+
+class Noting(Copying):
+    def __init__(self) -> None:
+        self.streams: list[object] = []
+
+    def record(self, stream: object) -> None:
+        self.done = False
+        self.streams.append(stream)
+
+
+def test_the_staging_taken_longest_ago_comes_next() -> None:
+    """Its copies are the first to be over: no other is asked."""
+    pool = StagingPool(8, pinned=False)
+    kept = [HostStep(pool.take(), Shape(1, 1, 1)) for _ in range(3)]
+    order = [step.staging for step in kept]
+    for step in kept:
+        step.staging.step = weakref.ref(step)
+    del kept, step
+    assert [pool.take() for _ in range(7)] == [*order, *order, order[0]]
+
+
+def test_a_kind_that_comes_later_is_planned_in_steps_that_needed_no_plan() -> None:
+    """What is kept of a step of so many decodes is of the kinds that there were."""
+    kernels = FakeKernels()
+    kernels.takes_decodes = lambda kind, *_: kind.window is None  # type: ignore[method-assign, misc]
+    backend = one_backend(Limits(2, 5, 3), kernels)
+    plans = []
+    for window in (None, None, 2, 2, None):
+        run_one_row(backend, window=window)
+        plans.append(len(kernels.plans))
+    assert plans == [0, 0, 1, 2, 3]
 
 
 def test_a_layout_kept_keeps_its_staging() -> None:

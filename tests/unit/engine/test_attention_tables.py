@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.engine.attention import RowSpan
-from deployments.engine.attention_tables import MOST_KNOWN, Shape, Tables, pack
+from deployments.engine.attention_tables import MOST_KNOWN, Shape, Tables, _pack_any, pack
 
 
 def packed(spans: list[RowSpan], block_size: int, size: int = 4096) -> tuple[Shape, Tables]:
@@ -91,6 +91,29 @@ def test_splits_cover_the_decodes_and_are_bounded(
     assert counts[:singles] == [-(-(span.start + 1) // each) for span in spans[:singles]]
     assert not any(counts[singles:])
     assert sum(counts) <= singles + splits
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 3)), min_size=1, max_size=40),
+    st.sampled_from((1, 4, 16)),
+    st.integers(1, 40),
+)
+def test_decodes_alone_have_the_tables_that_any_step_would_have(
+    sequences: list[tuple[int, int]], block_size: int, splits: int
+) -> None:
+    """To the last bit, whether or not a table has more blocks than are needed."""
+    spans = [
+        RowSpan(start, 1, tuple(range(i, i + start // block_size + 1 + more)))
+        for i, (start, more) in enumerate(sequences)
+    ]
+    starts, counts = np.array([span.start for span in spans], np.int32), np.ones(len(spans), np.int32)
+    found, expected = (torch.full((2**18,), -1, dtype=torch.int32) for _ in range(2))
+    shape = pack(spans, block_size, found.numpy(), splits=splits)
+    assert shape == _pack_any(spans, starts, counts, block_size, expected.numpy(), splits)
+    for field in fields(Tables):
+        if field.name != "shape":
+            tables = (getattr(Tables.view(buffer, shape), field.name) for buffer in (found, expected))
+            assert torch.equal(*tables), field.name
 
 
 def test_short_decodes_are_not_split() -> None:

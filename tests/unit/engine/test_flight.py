@@ -54,9 +54,3 @@ def test_what_a_graph_drew_ends_a_step_like_a_draw_from_logits() -> None:
         ends.append((flight.result(), last.tolist()))
     assert ends[0] == ends[1]
     assert [token.bad for token in ends[0][0]] == [False, True, False]
-
-
-def test_a_step_with_a_sampled_row_wants_logits() -> None:
-    made = draws(Returns())
-    assert made.wants_likeliest(asked(0.0, 0.0))
-    assert not made.wants_likeliest(asked(0.0, 0.7))

@@ -70,7 +70,6 @@ def step(*ids: int, start: int = 0, sampled: tuple[int, ...] | None = None, **sa
     draw = Draw(
         (row,) * len(chosen),
         positions=(start + 1,) * len(chosen),
-        output_counts=(start,) * len(chosen),
         tables=tuple((block,) for block in chosen),
     )
     return StepRows(ids, (start,) * len(ids), spans, chosen), draw

@@ -117,7 +117,7 @@ class TestHistory:
             slot = (3, 1)[position // BLOCK] * BLOCK + position % BLOCK
             made.note_inputs(torch.tensor(got[-1:] or [5]), torch.tensor([slot]))
             table = (3, 1)[: position // BLOCK + 1]
-            got.append(made.draw(logits, Draw((row,), (position + 1,), (position,), (table,))).read()[0].token_id)
+            got.append(made.draw(logits, Draw((row,), (position + 1,), (table,))).read()[0].token_id)
         assert got == [0, 1, 2, 3, 4, 5]
 
 
@@ -194,16 +194,16 @@ class TestKept:
         rows = tuple(request().row(10) for _ in range(2))
         logits = torch.zeros(2, 10)
         for position in range(3):
-            made.draw(logits, Draw(rows, (position, position), (position, position), ((), ())))
-        made.draw(logits[:1], Draw(rows[:1], (3,), (3,), ((),)))
+            made.draw(logits, Draw(rows, (position, position), ((), ())))
+        made.draw(logits[:1], Draw(rows[:1], (3,), ((),)))
         assert built == [2, 1]
 
     def test_a_batch_comes_back_unharmed_after_many_others(self) -> None:
         made = sampler(10)
         rows = [request(seed=i).row(10) for i in range(50)]
         logits = torch.zeros(1, 10)
-        first = [made.draw(logits, Draw((row,), (0,), (0,), ((),))).read() for row in rows]
-        assert [made.draw(logits, Draw((row,), (0,), (0,), ((),))).read() for row in rows] == first
+        first = [made.draw(logits, Draw((row,), (0,), ((),))).read() for row in rows]
+        assert [made.draw(logits, Draw((row,), (0,), ((),))).read() for row in rows] == first
 
 
 class TestScratch:
@@ -246,7 +246,8 @@ class TestLikeliest:
         other = request(**({"temperature": 0.0} if "top_k" not in params else {}), **params)
         for asked, alone in (([plain] * 3, True), ([plain, other, plain], False)):
             draw = make_draw(asked, [each.row(10) for each in asked])
-            assert sampler(10).wants_likeliest(draw) is alone
+            batch = SamplingBatch.build(draw.rows, vocab_size=10, device=CPU)
+            assert draw.plain is alone is not (batch.groups or batch.wanted)
 
     def test_what_was_found_elsewhere_is_taken_as_it_is(self) -> None:
         """Ids for the device, and for the host which of them are bad."""
