@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
 
 
 class CallFailed(Exception):
@@ -20,6 +21,16 @@ class NotSent(ReplicaUnavailableError):
 
 class Rejected(RayServeException):
     """The replica that a grant names lives, and Serve did not let the call in: it has too many, or is about to stop."""
+
+
+def method_of(handle: DeploymentHandle[Any], name: str, *, stream: bool = False) -> DeploymentHandle[Any]:
+    """One method of a deployment, for many calls: `handle.name` makes a handle anew for each.
+
+    All that crosses can be imported on both sides, so pickle does, in a third of the time of Serve's cloudpickle.
+    """
+    return handle.options(
+        method_name=name, stream=stream, request_serialization="pickle", response_serialization="pickle"
+    )
 
 
 async def answer_of(call: Any, limit_s: float | None = None) -> Any:

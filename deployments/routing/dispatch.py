@@ -34,7 +34,7 @@ from deployments.protocol import (
     TokenChunk,
 )
 from deployments.routing.attempt import Attempt, Lost, NotTakenUp, Refused
-from deployments.routing.calls import CallFailed, NotSent, answer_of
+from deployments.routing.calls import CallFailed, NotSent, answer_of, method_of
 from deployments.routing.contexts import Contexts
 from deployments.routing.local import LocalPlacement
 from deployments.routing.notices import NoticeSender
@@ -86,7 +86,8 @@ class ServeDispatcher:
         self._pools = pools
         self._waking: dict[str, asyncio.Task[None]] = {}
         """By pool, calls that wait for its first replica."""
-        self._streams = {name: handle.options(stream=True) for name, handle in pools.items()}
+        self._ledger_reserve = method_of(ledger, "reserve")
+        self._pool_generate = {name: method_of(handle, "generate", stream=True) for name, handle in pools.items()}
         self._notices = NoticeSender(ingress_id, ledger, limit_s=ledger_limit_s, on_news=self._hear, vitals=vitals)
         self._local = LocalPlacement(ingress_id, rng or random.Random())
         self._open: set[Attempt] = set()
@@ -251,7 +252,7 @@ class ServeDispatcher:
         """The ledger's answer. Whatever keeps it from here, the ledger learns that nobody waits for it any more."""
         answered = False
         try:
-            answer = await answer_of(self._ledger.reserve.remote(wish))
+            answer = await answer_of(self._ledger_reserve.remote(wish))
             answered = True
         finally:
             if not answered:
@@ -272,7 +273,7 @@ class ServeDispatcher:
         Raises:
             NotTakenUp: the replica refused it or was lost.
         """
-        attempt = Attempt(request, grant, self._streams[grant.pool].generate.remote(request))
+        attempt = Attempt(request, grant, self._pool_generate[grant.pool].remote(request))
         self._open.add(attempt)
         taken_up = False
         try:

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.metrics.vitals import IngressVitals
 from deployments.protocol import IngressNotice, LedgerNews
-from deployments.routing.calls import CallFailed, answer_of
+from deployments.routing.calls import CallFailed, answer_of, method_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class NoticeSender:
         vitals: Callable[[], IngressVitals | None] = lambda: None,
     ) -> None:
         self._ingress_id = ingress_id
-        self._ledger = ledger
+        self._ledger_notice = method_of(ledger, "notice")
         self._limit_s = limit_s
         self._on_news = on_news
         self._vitals = vitals
@@ -149,7 +149,7 @@ class NoticeSender:
         )
         sent = False
         try:
-            news: LedgerNews = await answer_of(self._ledger.notice.remote(notice), self._limit_s)
+            news: LedgerNews = await answer_of(self._ledger_notice.remote(notice), self._limit_s)
             sent = True
         except CallFailed as error:
             self._note_gone(error)

@@ -17,7 +17,7 @@ from deployments.metrics.vitals import ReplicaVitals
 from deployments.protocol import ReportAnswer
 from deployments.routing.admission import Admission
 from deployments.routing.autoscaling import stats
-from deployments.routing.calls import CallFailed, answer_of
+from deployments.routing.calls import CallFailed, answer_of, method_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class ReportSender:
         self._admission = admission
         self._vitals = vitals
         self._stopping = stopping
-        self._ledger = ledger
+        self._ledger_report = method_of(ledger, "report")
         self._reached = True
         self._answered_at: float | None = None
         self._waiting_tokens = 0
@@ -89,7 +89,7 @@ class ReportSender:
         """Send one report and take in the answer."""
         state = replace(self._admission.report(), vitals=self._vitals())
         try:
-            answer: ReportAnswer = await answer_of(self._ledger.report.remote(state), ANSWER_LIMIT_S)
+            answer: ReportAnswer = await answer_of(self._ledger_report.remote(state), ANSWER_LIMIT_S)
         except CallFailed as error:
             if self._reached:
                 logger.warning("replica %s can't reach its ledger: %s", state.replica_id, error)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from ray.serve._private.autoscaling_state import _apply_autoscaling_config, _resolve_policy_callable
@@ -139,5 +140,5 @@ def test_a_replica_tells_what_it_holds_and_can_hold() -> None:
     own.take_up(Grant("g", "q", "p", "r0", 1, 7, 3, 1e12, shared_blocks=1), 0.0)
     own.hold("g", 5)
     own.share(1)
-    sender = ReportSender(own, object())  # type: ignore[arg-type]  # never asked
+    sender = ReportSender(own, Mock())
     assert sender.demand() == {HELD: 64, CAPACITY: 160, WAITING: 0}

@@ -98,9 +98,11 @@ class World:
         self.news = LedgerNews(7, 4096)
         self.dispatcher = ServeDispatcher("m", "in", self, {"default": self}, ledger_limit_s=0.05)  # type: ignore[arg-type, dict-item]  # plays both handles
 
-    def options(self, *, stream: bool) -> World:
-        assert stream
-        return self
+    def options(self, *, method_name: str, stream: bool, **serialization: str) -> Method:
+        assert stream == (method_name == "generate")
+        assert set(serialization.values()) == {"pickle"}
+        method: Method = getattr(self, method_name)
+        return method
 
     def _reserve(self, wish: ReserveRequest) -> Any:
         self.wishes.append(wish)

@@ -23,7 +23,10 @@ class LedgerHandle:
         self.failing = False
         self.end_within_ms: int | None = None
         self.revoked: tuple[tuple[str, float], ...] = ()
-        self.report = self
+
+    def options(self, *, method_name: str, **_: Any) -> LedgerHandle:
+        assert method_name == "report"
+        return self
 
     def remote(self, state: ReplicaState) -> Any:
         async def answer() -> ReportAnswer:
