@@ -39,10 +39,11 @@ __device__ __forceinline__ void load_matrices(u32 (&b)[4], u32 at) {
 #if BITS == 4
 // 32 columns, of the first or the second half of a tile.
 __device__ __forceinline__ void compute(
-    float (*sum)[4], const Tile& tile, int half, const u32 (*b)[4], u32 mine) {
+    float (*sum)[4], const Tile& tile, const Weight& weight, float offset, int half, const u32 (*b)[4], u32 mine) {
     const u32 top = half ? tile.words[0].y : tile.words[0].x, bottom = half ? tile.words[0].w : tile.words[0].z;
 #if ROUNDED
-    const u32 top_scale = pack(tile.scale[0], tile.scale[0]), bottom_scale = pack(tile.scale[1], tile.scale[1]);
+    const float first = scale_of(tile, 0, weight, offset), second = scale_of(tile, 1, weight, offset);
+    const u32 top_scale = pack(first, first), bottom_scale = pack(second, second);
 #endif
 #pragma unroll
     for (int chunk = 0; chunk < 2; ++chunk) {  // 16 columns each
@@ -63,7 +64,7 @@ __device__ __forceinline__ void compute(
 }
 #else
 __device__ __forceinline__ void compute(
-    float (*sum)[4], const Tile& tile, int half, const u32 (*b)[4], u32) {
+    float (*sum)[4], const Tile& tile, const Weight&, float, int half, const u32 (*b)[4], u32) {
     const uint4& words = tile.words[half];
 #pragma unroll
     for (int chunk = 0; chunk < 2; ++chunk) {
@@ -103,8 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
         const int column = begin + d * ALONG + along;
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i)
-            load(tile[d][i], weight, first + i * strip_bytes + column * TILE_BYTES, row, i * 16, offsets[i], column,
-                 column < end);
+            load(tile[d][i], weight, first + i * strip_bytes + column * TILE_BYTES, row, i * 16, column, column < end);
     }
 #if BITS == 4
     const float entry = __ldg(code + thread % 16);
@@ -149,17 +149,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) {
                 const Tile now = tile[d][i];
-                load(tile[d][i], weight, at + i * strip_bytes, row, i * 16, offsets[i], next, next < end);
+                load(tile[d][i], weight, at + i * strip_bytes, row, i * 16, next, next < end);
 #if SCALE_AFTER
                 float part[GROUPS][4] = {};
-                compute(part, now, 0, b[0], mine);
-                compute(part, now, 1, b[1], mine);
+                const float scales[2] = {scale_of(now, 0, weight, offsets[i]), scale_of(now, 1, weight, offsets[i])};
+                compute(part, now, weight, offsets[i], 0, b[0], mine);
+                compute(part, now, weight, offsets[i], 1, b[1], mine);
 #pragma unroll
                 for (int j = 0; j < 4 * GROUPS; ++j)
-                    sum[i][j / 4][j % 4] = __fmaf_rn(part[j / 4][j % 4], now.scale[j % 4 / 2], sum[i][j / 4][j % 4]);
+                    sum[i][j / 4][j % 4] = __fmaf_rn(part[j / 4][j % 4], scales[j % 4 / 2], sum[i][j / 4][j % 4]);
 #else
-                compute(sum[i], now, 0, b[0], mine);
-                compute(sum[i], now, 1, b[1], mine);
+                compute(sum[i], now, weight, offsets[i], 0, b[0], mine);
+                compute(sum[i], now, weight, offsets[i], 1, b[1], mine);
 #endif
             }
 #else  // half of x at a time, and a tile is replaced when it is done: registers are short
@@ -171,8 +172,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
                     load_matrices(b[group], matrix + group * 8 * x_stride + half * 64);
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) {
-                    compute(sum[i], tile[d][i], half, b, mine);
-                    if (half) load(tile[d][i], weight, at + i * strip_bytes, row, i * 16, offsets[i], next, next < end);
+                    compute(sum[i], tile[d][i], weight, offsets[i], half, b, mine);
+                    if (half) load(tile[d][i], weight, at + i * strip_bytes, row, i * 16, next, next < end);
                 }
             }
 #endif

@@ -103,7 +103,14 @@ __device__ __forceinline__ float of_rank(u32 at, u32 rank) {
 // What a warp holds of one tile until it is computed.
 struct Tile {
     uint4 words[BITS == 4 ? 1 : 2];
-    float scale[2];  // of rows lane / 4 and 8 + lane / 4, 4 bits only
+    // Of rows lane / 4 and 8 + lane / 4, 4 bits only. Nested scales are made when they are used: a lookup here would wait
+    // for its code to come from memory.
+#if NESTED
+    u32 code[2];
+    float outer[2];
+#else
+    float scale[2];
+#endif
 };
 
 struct Weight {
@@ -121,30 +128,41 @@ __device__ __forceinline__ float offset_of(const Weight& w, u32 row) {
     return NESTED ? __ldg(w.offset + row / w.offset_rows) : 0;
 }
 
-// Of row `row + below` in one block column; `below` is known when this is compiled, so that addresses are shared.
-__device__ __forceinline__ float scale_of(const Weight& w, u32 row, int below, float offset, u32 column, bool live) {
+#if BITS == 4
+// The scale of row `row + below` in one block column, or what it is made from; `below` is known when this is compiled, so
+// that addresses are shared. Behind the last column it is not the weight's.
+__device__ __forceinline__ void load_scale(
+    Tile& tile, int half, const Weight& w, u32 row, int below, u32 column, bool live) {
     const u32 block = column / PER_SCALE;
     const size_t at = block * w.n + row;
 #if NESTED
-    if (!live) return 0;
-    const u8 code = __ldg((const u8*)w.absmax + at + below);
-    const float outer = __ldg(w.nested_absmax + ((row + below) * (w.columns / PER_SCALE) + block) / 256);
-    return __fmaf_rn(__ldg(w.nested_code + code), outer, offset);
+    const u32 first = row * (w.columns / PER_SCALE) + block;
+    tile.code[half] = live ? __ldg((const u8*)w.absmax + at + below) : 0;
+    tile.outer[half] = live ? __ldg(w.nested_absmax + (first + below * (w.columns / PER_SCALE)) / 256) : 0;
 #else
-    return read((const float*)w.absmax + at + below, live);
+    tile.scale[half] = read((const float*)w.absmax + at + below, live);
 #endif
 }
+
+__device__ __forceinline__ float scale_of(const Tile& tile, int half, const Weight& w, float offset) {
+#if NESTED
+    return __fmaf_rn(__ldg(w.nested_code + tile.code[half]), tile.outer[half], offset);
+#else
+    return tile.scale[half];
+#endif
+}
+#endif
 
 #define TILE_BYTES (BITS * 128)
 
 // The lane's part of the tile that begins `at` bytes after the first; a weight has less than 4 GiB.
 __device__ __forceinline__ void load(
-    Tile& tile, const Weight& w, u32 at, u32 row, int below, float offset, u32 column, bool live) {
+    Tile& tile, const Weight& w, u32 at, u32 row, int below, u32 column, bool live) {
 #pragma unroll
     for (int part = 0; part < BITS / 4; ++part) read(tile.words[part], w.tiles + at + part * 512, live);
 #if BITS == 4
-    tile.scale[0] = scale_of(w, row, below, offset, column, live);
-    tile.scale[1] = scale_of(w, row, below + 8, offset, column, live);
+    load_scale(tile, 0, w, row, below, column, live);
+    load_scale(tile, 1, w, row, below + 8, column, live);
 #endif
 }
 

@@ -68,9 +68,10 @@ __device__ __forceinline__ u64 matrix_at(u32 at) {
 }
 
 // The 64 columns of a tile as four left operands.
-__device__ __forceinline__ void decode(u32 (&a)[4][4], const Tile& tile, bool live, u32 mine) {
+__device__ __forceinline__ void decode(
+    u32 (&a)[4][4], const Tile& tile, const Weight& weight, float offset, bool live, u32 mine) {
 #if BITS == 4
-    const float top = live ? tile.scale[0] : 0, bottom = live ? tile.scale[1] : 0;
+    const float top = live ? scale_of(tile, 0, weight, offset) : 0, bottom = live ? scale_of(tile, 1, weight, offset) : 0;
     const u32 scales[2] = {pack(top, top), pack(bottom, bottom)};
     const u32 words[2][2] = {{tile.words[0].x, tile.words[0].y}, {tile.words[0].z, tile.words[0].w}};
 #pragma unroll
@@ -164,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
         const int column = begin + d * ALONG + along;
-        load(tile[d], weight, first + column * TILE_BYTES, row, 0, strip_offset, column, column < end);
+        load(tile[d], weight, first + column * TILE_BYTES, row, 0, column, column < end);
     }
 #if BITS == 4
     const float entry = __ldg(code + thread % 16);
@@ -213,9 +214,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(
             keep(weights);
             if (lane == 0 && step + d > 0) arrive(empty + last * 8);
 #endif
-            decode(weights, tile[d], column < end, mine);
+            decode(weights, tile[d], weight, strip_offset, column < end, mine);
             keep(weights);
-            load(tile[d], weight, first + next * TILE_BYTES, row, 0, strip_offset, next, next < end);
+            load(tile[d], weight, first + next * TILE_BYTES, row, 0, next, next < end);
 
             wait(full + slot * 8, parity);
             const u64 matrix = matrix_at(ring + slot * SLOT_BYTES + along * SLICE_BYTES);
