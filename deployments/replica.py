@@ -207,7 +207,7 @@ class Replica:
     def _note_step(self) -> None:
         if self._engine.failure is not None and self._admission is not None:
             self._admission.drain()  # until Serve has noticed and replaced this replica, nothing more may come here
-        for request_id, blocks in self._engine.held.items():
+        for request_id, blocks in self._engine.held_news:
             grant_id = self._requests.get(request_id)
             if grant_id is not None:
                 self._admitted().hold(grant_id, blocks)
@@ -219,8 +219,10 @@ class Replica:
     def _note_shared(self) -> None:
         """Tell what requests share. The engine may count one that has ended here already: nobody shares with that."""
         if self._admission is not None:
-            ended = sum(blocks for key, blocks in self._engine.held.items() if key not in self._requests)
-            self._admission.share(max(0, self._engine.shared_blocks - ended))
+            shared = self._engine.shared_blocks
+            if shared:
+                shared -= sum(blocks for key, blocks in self._engine.held.items() if key not in self._requests)
+            self._admission.share(max(0, shared))
 
 
 class ReplicaDeployment(Replica):

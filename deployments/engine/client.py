@@ -29,6 +29,8 @@ class EngineClient:
     def __init__(self, on_report: Callable[[], None] = lambda: None) -> None:
         self.held: dict[str, int] = {}
         """KV blocks by request id, as of the last report."""
+        self.held_news: tuple[tuple[str, int], ...] = ()
+        """Those of `held` that the last report changed."""
         self.shared_blocks = 0
         """By how many blocks the sum of `held` is too much, because requests share prefixes."""
         self.granules = NO_CHANGE
@@ -150,7 +152,10 @@ class EngineClient:
         ended.add_done_callback(lambda code: self._fail(_how_it_ended(code.result())))
 
     def _take(self, report: StepReport) -> None:
-        self.held = dict(report.held)
+        for request_id in report.gone:
+            self.held.pop(request_id, None)
+        self.held.update(report.held)
+        self.held_news = report.held
         self.shared_blocks, self.granules = report.shared_blocks, report.granules
         self.cached_blocks, self.preemptions = report.cached_blocks, report.preemptions
         self.tally.reported(report)
@@ -185,7 +190,8 @@ class EngineClient:
     def _fail(self, reason: str) -> None:
         if self.failure is not None:
             return
-        self.failure, self.held, self.shared_blocks, self.granules = reason, {}, 0, NO_CHANGE
+        self.failure, self.held, self.held_news = reason, {}, ()
+        self.shared_blocks, self.granules = 0, NO_CHANGE
         for request_id, stream in self._streams.items():
             stream.put(_failed(request_id, reason), 0.0, 0.0)  # the last chunk goes at any time
         if self._releasing is not None:

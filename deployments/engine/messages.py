@@ -113,13 +113,16 @@ class StepReport:
 
     chunks: tuple[TokenChunk, ...]
     held: tuple[tuple[str, int], ...]
-    """(request id, KV blocks held) of every request not ended."""
+    """(request id, KV blocks held) of requests that are new, or hold another number than in the report before."""
     cached_blocks: int
     """Blocks that only the prefix cache keeps."""
     preemptions: int
     """Since the start."""
     shared_blocks: int = 0
-    """How much less than the sum of `held` is really held, because requests share prefixes; whole granules count."""
+    """How much less than the sum of what requests hold is really held, because they share prefixes; whole granules
+    count."""
     granules: CachedGranules = NO_CHANGE
     """Changes since the report before."""
     measured: Measured = Measured()
+    gone: tuple[str, ...] = ()
+    """Ids of requests that were in a report before, and have ended since."""

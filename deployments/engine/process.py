@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from transformers.utils.logging import disable_progress_bar
 
 from deployments.engine.garbage import settle_garbage
+from deployments.engine.holdings import Holdings
 from deployments.engine.loader import load
 from deployments.engine.loop import Engine
 from deployments.engine.memory_watch import MemoryWatch
@@ -82,7 +83,7 @@ def run(connection: Connection) -> None:
     engine = Engine(model, plan, limits)
     settle_garbage()
     connection.send(Started(plan, model.attention, time.monotonic() - began))
-    memory = MemoryWatch([stage.device for stage in model.stages])
+    memory, holdings = MemoryWatch([stage.device for stage in model.stages]), Holdings()
     while True:
         chunks = _take_commands(connection, engine)
         idle, stepped_at = not engine.has_work(), time.monotonic()
@@ -90,19 +91,21 @@ def run(connection: Connection) -> None:
         measured = _measure(engine, memory, 0.0 if idle else time.monotonic() - stepped_at)
         if not engine.has_work():
             engine.check_integrity()
-        connection.send(_report(engine, chunks, measured))
+        connection.send(_report(engine, holdings, chunks, measured))
 
 
-def _report(engine: Engine, chunks: list[TokenChunk], measured: Measured) -> StepReport:
+def _report(engine: Engine, holdings: Holdings, chunks: list[TokenChunk], measured: Measured) -> StepReport:
     blocks = engine.blocks
+    held, gone = holdings.news(engine.held())
     return StepReport(
         chunks=tuple(chunks),
-        held=tuple(engine.held()),
+        held=held,
         cached_blocks=blocks.cached_blocks,
         preemptions=engine.scheduler.preemptions,
         shared_blocks=blocks.shared_blocks,
         granules=blocks.take_granule_news(),
         measured=measured,
+        gone=gone,
     )
 
 

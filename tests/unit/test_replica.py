@@ -46,6 +46,7 @@ class FakeEngine:
         self.on_report = on_report
         self.failure: str | None = None
         self.held: dict[str, int] = {}
+        self.held_news: tuple[tuple[str, int], ...] = ()
         self.shared_blocks, self.granules = 0, NO_CHANGE
         self.pid, self.cached_blocks, self.preemptions = 4711, 5, 6
         self.tally = EngineTally()
@@ -70,6 +71,12 @@ class FakeEngine:
         finally:
             if not ended:
                 self.aborted.append(request.request_id)
+
+    def say(self, *held: tuple[str, int]) -> None:
+        """A step's report: what has changed of `held`."""
+        self.held.update(held)
+        self.held_news = held
+        self.on_report()
 
     def stop(self) -> None:
         self.stopped = True
@@ -192,8 +199,7 @@ async def test_blocks_held_beyond_the_grant_are_reported(world: Any) -> None:
     world.engine.endless = True
     running = world.replica.generate(granted(world))
     await anext(running)
-    world.engine.held = {"a": 9, "of a request that left": 2}
-    world.engine.on_report()
+    world.engine.say(("a", 9), ("of a request that left", 2))
     assert world.admission.report().held == (("grant-a", 9),)
     status = await world.replica.status()
     assert (status.held_blocks, status.requests, status.engine_pid, status.cached_blocks) == (11, 1, 4711, 5)
@@ -205,9 +211,8 @@ async def test_what_requests_share_is_reported_once_and_never_with_one_that_left
     streams = [world.replica.generate(granted(world, key)) for key in ("a", "b")]
     for running in streams:
         await anext(running)
-    world.engine.held, world.engine.shared_blocks = {"a": 9, "b": 9}, 8
-    world.engine.granules = CachedGranules(used=(1, 2))
-    world.engine.on_report()
+    world.engine.shared_blocks, world.engine.granules = 8, CachedGranules(used=(1, 2))
+    world.engine.say(("a", 9), ("b", 9))
     report = world.admission.report()
     assert (report.held, report.shared_blocks) == ((("grant-a", 9), ("grant-b", 9)), 8)
     assert report.granules.used == (1, 2)

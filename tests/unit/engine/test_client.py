@@ -25,7 +25,7 @@ class Wired:
 
     def __init__(self) -> None:
         self.reports: list[tuple[dict[str, int], str | None]] = []
-        self.client = EngineClient(lambda: self.reports.append((self.client.held, self.client.failure)))
+        self.client = EngineClient(lambda: self.reports.append((dict(self.client.held), self.client.failure)))
         self.engine, ours = Pipe()
         self.client._connection = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self.client._read)
@@ -35,8 +35,8 @@ class Wired:
         assert await asyncio.to_thread(self.engine.poll, 5.0), "the client sent nothing"
         return self.engine.recv()
 
-    def say(self, *chunks: TokenChunk, held: tuple[tuple[str, int], ...] = ()) -> None:
-        self.engine.send(StepReport(chunks, held, cached_blocks=3, preemptions=2))
+    def say(self, *chunks: TokenChunk, held: tuple[tuple[str, int], ...] = (), gone: tuple[str, ...] = ()) -> None:
+        self.engine.send(StepReport(chunks, held, cached_blocks=3, preemptions=2, gone=gone))
 
     def close(self) -> None:
         ours = self.client._connection
@@ -74,11 +74,11 @@ async def test_each_stream_gets_its_own_chunks(wired: Wired) -> None:
     a, b = read(wired, "a"), read(wired, "b")
     await wired.received()
     wired.say(TokenChunk("a", (1,)), TokenChunk("b", (2,)), TokenChunk("gone", (9,)), held=(("a", 4), ("b", 1)))
-    wired.say(TokenChunk("b", (3,), finish_reason="stop"), held=(("a", 4),))
-    wired.say(TokenChunk("a", (5,), finish_reason="length"))
+    wired.say(TokenChunk("b", (3,), finish_reason="stop"), held=(("a", 5),), gone=("b",))
+    wired.say(TokenChunk("a", (5,), finish_reason="length"), gone=("a",))
     assert [chunk.token_ids for chunk in await a] == [(1,), (5,)]
     assert [chunk.token_ids for chunk in await b] == [(2,), (3,)]
-    assert wired.reports == [({"a": 4, "b": 1}, None), ({"a": 4}, None), ({}, None)]
+    assert wired.reports == [({"a": 4, "b": 1}, None), ({"a": 5}, None), ({}, None)]
     assert (wired.client.cached_blocks, wired.client.preemptions) == (3, 2)
 
 

@@ -83,7 +83,11 @@ def test_one_report_per_step_until_all_have_ended(pipe: tuple[Connection, Connec
         [("a", None), ("b", "length")],
         [("a", "length")],
     ]
-    assert [dict(report.held) for report in reports] == [{"a": 2, "b": 2}, {"a": 2}, {}]
+    assert [(dict(report.held), report.gone) for report in reports] == [
+        ({"a": 2, "b": 2}, ()),
+        ({}, ("b",)),
+        ({}, ("a",)),
+    ]
     assert reports[-1].cached_blocks == 1, "five tokens of prompt, two of output: one full block"
     assert reports[-1].preemptions == 0
 
