@@ -66,7 +66,7 @@ class CpuMeter:
         found: dict[tuple[str, int], float] = {}
         for process in (*self._clients, *service):
             with suppress(psutil.Error):  # It ended meanwhile.
-                role = "clients" if process in self._clients else role_of(process.cmdline()) or "other"
+                role = "clients" if process in self._clients else role_of(process.cmdline()) or process.name()
                 times = process.cpu_times()
                 found[role, process.pid] = times.user + times.system
         return found

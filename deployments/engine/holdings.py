@@ -23,5 +23,6 @@ class Holdings:
         """
         before, now = self._told, dict(held)
         self._told = now
-        changed = tuple([item for item in now.items() if before.get(item[0]) != item[1]])
-        return changed, tuple([request_id for request_id in before if request_id not in now])
+        changed = [(request_id, blocks) for request_id, blocks in now.items() if before.get(request_id) != blocks]
+        gone = [request_id for request_id in before if request_id not in now]
+        return tuple(changed), tuple(gone)

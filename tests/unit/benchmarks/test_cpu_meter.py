@@ -48,14 +48,15 @@ def test_clients_and_the_services_descendants_count_by_what_they_do() -> None:
             family[0].cmdline()
         ):
             time.sleep(0.01)
+        name = psutil.Process(service.pid).name()  # what has no role is called by it
         meter = CpuMeter([client.pid], service.pid)
         assert meter.parts() == ()
         with meter.over(4):
             use(service)
         parts = {part.role: part for part in meter.parts()}
-        assert {role: part.processes for role, part in parts.items()} == {"clients": 1, "engine": 1, "other": 1}
+        assert {role: part.processes for role, part in parts.items()} == {"clients": 1, "engine": 1, name: 1}
         assert BUSY_S / 2 < 4 * parts["engine"].per_request_s < 2 * BUSY_S
-        assert max(parts["clients"].per_request_s, parts["other"].per_request_s) < parts["engine"].per_request_s / 2
+        assert max(parts["clients"].per_request_s, parts[name].per_request_s) < parts["engine"].per_request_s / 2
         assert meter.parts()[0].role == "engine", "what used the most comes first"
         assert 0 < parts["engine"].busiest < 1.5
 
