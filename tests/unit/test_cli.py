@@ -7,10 +7,11 @@ import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from deployments import __version__, cli, preflight, service, store
+from deployments import __version__, cli, haproxy, preflight, service, store
 from deployments.config_file import read_config
 from deployments.errors import ConfigError
 from deployments.settings import PoolSettings, Settings
@@ -119,6 +120,18 @@ def test_a_start_shows_the_engines_newest_line_unless_it_prints_them_all(
     config.write_text(CONFIG.replace("source: demo", f"source: demo, {pools}"), encoding="utf-8")
     cli._start(Ray(), read_config(config), show_logs)  # type: ignore[arg-type]  # all that is used of it
     assert capsys.readouterr().out.splitlines()[2:] == ["replicas running: m-default 0/1", *shown]
+
+
+def test_a_start_without_haproxy_says_so(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(haproxy, "available", lambda: False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(preflight, "check_port", lambda *_: None)
+    monkeypatch.setattr(service, "deploy", lambda _: None)
+    monkeypatch.setattr(service, "wait_until_ready", lambda *_: None)
+    cli._start(SimpleNamespace(start=lambda: None), read_config(config), True)  # type: ignore[arg-type]  # all that is used of it
+    assert capsys.readouterr().out.splitlines()[2:] == [haproxy.MISSING]
 
 
 def test_interrupt_before_ray_is_quiet(
