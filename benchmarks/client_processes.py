@@ -33,7 +33,7 @@ def default_processes(clients: int, cores: int) -> int:
 def divide(prompts: Sequence[str], clients: int, processes: int) -> list[tuple[Sequence[str], int]]:
     """Prompts and number of clients of each process, as even as can be; no process without a client.
 
-    A share is prompts that follow each other, so that it has about the mixture of lengths that all have.
+    A share is prompts that follow each other: it has the mixture of lengths that all have where it is whole cycles of them.
     """
     processes = min(processes, clients)
     bounds = [clients * i // processes for i in range(processes + 1)]
@@ -116,8 +116,9 @@ def client_processes(count: int, url: str, model: str) -> Iterator[ClientProcess
     try:
         for _ in range(count):
             ours, theirs = context.Pipe()
-            workers[ours] = context.Process(target=_serve_loads, args=(theirs, url, model), daemon=True)
-            workers[ours].start()
+            process = context.Process(target=_serve_loads, args=(theirs, url, model), daemon=True)
+            process.start()
+            workers[ours] = process
             theirs.close()  # Else its end would not be seen here.
         processes = ClientProcesses(workers)
         processes.wait_until_connected()

@@ -47,8 +47,8 @@ class CpuMeter:
         yield
         self._seconds += time.perf_counter() - begun
         self._requests += requests
-        for process, seconds in self._read().items():
-            self._spent[process] += seconds - before.get(process, 0.0)
+        for pid, (role, seconds) in self._read().items():  # a process may have another role than before
+            self._spent[role, pid] += seconds - before.get(pid, (role, 0.0))[1]
 
     def parts(self) -> tuple[Part, ...]:
         """By role, those that used the most first; none where nothing was counted."""
@@ -60,13 +60,13 @@ class CpuMeter:
         ]
         return tuple(sorted(parts, key=lambda part: part.per_request_s, reverse=True))
 
-    def _read(self) -> dict[tuple[str, int], float]:
-        """CPU seconds of each process so far, by role and pid."""
+    def _read(self) -> dict[int, tuple[str, float]]:
+        """Role and CPU seconds of each process so far, by pid."""
         service = [self._service, *self._service.children(recursive=True)] if self._service else []
-        found: dict[tuple[str, int], float] = {}
+        found: dict[int, tuple[str, float]] = {}
         for process in (*self._clients, *service):
             with suppress(psutil.Error):  # It ended meanwhile.
                 role = "clients" if process in self._clients else role_of(process.cmdline()) or process.name()
                 times = process.cpu_times()
-                found[role, process.pid] = times.user + times.system
+                found[process.pid] = role, times.user + times.system
         return found

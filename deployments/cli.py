@@ -151,7 +151,7 @@ def _start(ray: LocalRay, file: ConfigFile, show_logs: bool) -> None:
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own handler there.
     preflight.check_port(file.config.http_options.host, file.config.http_options.port)  # Minutes may have passed.
     _say("starting Serve and the replicas")
-    if not haproxy.available():
+    if haproxy.missed():
         _say(haproxy.MISSING)
     service.deploy(file)
     pools = [pool for model in file.config.application.args.models for pool in model.pools]

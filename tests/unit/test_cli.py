@@ -122,16 +122,25 @@ def test_a_start_shows_the_engines_newest_line_unless_it_prints_them_all(
     assert capsys.readouterr().out.splitlines()[2:] == ["replicas running: m-default 0/1", *shown]
 
 
+@pytest.mark.parametrize(
+    ("available", "enabled", "shown"), [(False, "0", [haproxy.MISSING]), (False, "1", []), (True, "0", [])]
+)
 def test_a_start_without_haproxy_says_so(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    available: bool,
+    enabled: str,
+    shown: list[str],
 ) -> None:
-    monkeypatch.setattr(haproxy, "available", lambda: False)
+    monkeypatch.setattr(haproxy, "available", lambda: available)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", enabled)  # 1 without the package: a binary of one's own
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(preflight, "check_port", lambda *_: None)
     monkeypatch.setattr(service, "deploy", lambda _: None)
     monkeypatch.setattr(service, "wait_until_ready", lambda *_: None)
     cli._start(SimpleNamespace(start=lambda: None), read_config(config), True)  # type: ignore[arg-type]  # all that is used of it
-    assert capsys.readouterr().out.splitlines()[2:] == [haproxy.MISSING]
+    assert capsys.readouterr().out.splitlines()[2:] == shown
 
 
 def test_interrupt_before_ray_is_quiet(

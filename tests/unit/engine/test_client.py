@@ -25,10 +25,15 @@ class Wired:
 
     def __init__(self) -> None:
         self.reports: list[tuple[dict[str, int], str | None]] = []
-        self.client = EngineClient(lambda: self.reports.append((dict(self.client.held), self.client.failure)))
+        self.news: list[tuple[tuple[str, int], ...]] = []
+        self.client = EngineClient(self._note)
         self.engine, ours = Pipe()
         self.client._connection = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self.client._read)
+
+    def _note(self) -> None:
+        self.reports.append((dict(self.client.held), self.client.failure))
+        self.news.append(self.client.held_news)
 
     async def received(self) -> Any:
         """The client's next message."""
@@ -79,6 +84,7 @@ async def test_each_stream_gets_its_own_chunks(wired: Wired) -> None:
     assert [chunk.token_ids for chunk in await a] == [(1,), (5,)]
     assert [chunk.token_ids for chunk in await b] == [(2,), (3,)]
     assert wired.reports == [({"a": 4, "b": 1}, None), ({"a": 5}, None), ({}, None)]
+    assert wired.news == [(("a", 4), ("b", 1)), (("a", 5),), ()]
     assert (wired.client.cached_blocks, wired.client.preemptions) == (3, 2)
 
 
@@ -175,6 +181,7 @@ async def test_what_the_engine_says_last_ends_every_stream(wired: Wired) -> None
     for (chunk,) in await asyncio.gather(*readers):
         assert (chunk.finish_reason, chunk.error) == ("error", LOST + "RuntimeError: CUDA error")
     assert wired.reports[-1] == ({}, "RuntimeError: CUDA error")
+    assert wired.news[-1] == ()
     (after,) = await read(wired, "after")
     assert after.finish_reason == "error"
     assert not wired.engine.poll(), "nothing is sent to an engine that is gone"
