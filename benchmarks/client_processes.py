@@ -33,7 +33,7 @@ def default_processes(clients: int, cores: int) -> int:
 def divide(prompts: Sequence[str], clients: int, processes: int) -> list[tuple[Sequence[str], int]]:
     """Prompts and number of clients of each process, as even as can be; no process without a client.
 
-    A share is prompts that follow each other: it has the mixture of lengths that all have where it is whole cycles of them.
+    A share is prompts that follow each other; it has the mixture of lengths that all have where it is whole cycles.
     """
     processes = min(processes, clients)
     bounds = [clients * i // processes for i in range(processes + 1)]

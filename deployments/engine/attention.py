@@ -151,7 +151,8 @@ class Attention(ABC):
 
     @abstractmethod
     def prepare(self, layout: StepLayout) -> None:
-        """Make ready for a step: work on the host and uploads on the current stream, never captured."""
+        """Make ready for a step: work on the host and uploads on the device's default stream, which must be the current
+        one; never captured."""
 
     @abstractmethod
     def run(

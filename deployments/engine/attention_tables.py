@@ -239,6 +239,8 @@ _kept: dict[int, tuple[int, ...]] = {}
 """Those tables, so that none of these ids is used again."""
 MOST_KNOWN = 2048
 """Half of them go at once: the newest 1,024 stay, as many as four slots of 256 sequences have."""
+MOST_BLOCKS = 2**22
+"""Of all of them, were they as long as the newest: 48 MiB. One long sequence has another table for each block."""
 
 
 def _pages(spans: Sequence[RowSpan], needs: NDArray[np.int32], pages: int) -> NDArray[np.int32]:
@@ -254,8 +256,8 @@ def _pages(spans: Sequence[RowSpan], needs: NDArray[np.int32], pages: int) -> ND
 
 def _learn(table: tuple[int, ...]) -> bytes:
     """A table stays the same object for a block's worth of decodes, and is converted once."""
-    if len(_known) >= MOST_KNOWN:
-        for oldest in list(islice(_known, MOST_KNOWN // 2)):
+    if len(_known) >= min(MOST_KNOWN, MOST_BLOCKS // max(1, len(table))):
+        for oldest in list(islice(_known, -(-len(_known) // 2))):
             del _known[oldest], _kept[oldest]
     _kept[id(table)] = table
     blocks = _known[id(table)] = array("i", table).tobytes()

@@ -61,7 +61,7 @@ class Lane:
         self.stage = stage
         self.device = stage.device
         self.current = torch.cuda.device(stage.device)
-        """Makes it the current one; made once, as there is a step for it every millisecond."""
+        """Makes it the current one, once at a time; made once, as there is a step for it every millisecond."""
         self.compile_error: str | None = None
         """Why layers or what is around them run without torch.compile once `warm` was called; None: they do not."""
         self._packed = torch.zeros(packed_size(max_batch_tokens), dtype=torch.int64, device=self.device)

@@ -66,10 +66,10 @@ def test_loads_add_up_and_the_busiest_is_a_process(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cpu_meter.time, "perf_counter", lambda: next(instants))
     readings = iter(
         [
-            {("ingress", 1): 5.0, ("ingress", 2): 7.0, ("engine", 3): 1.0},
-            {("ingress", 1): 6.0, ("ingress", 2): 7.5, ("engine", 3): 1.0},
-            {("ingress", 1): 9.0, ("ingress", 2): 9.0, ("engine", 3): 2.0},
-            {("ingress", 1): 10.0, ("ingress", 2): 9.5, ("engine", 3): 2.0, ("engine", 4): 0.5},
+            {1: ("ingress", 5.0), 2: ("ray::IDLE", 7.0), 3: ("engine", 1.0)},
+            {1: ("ingress", 6.0), 2: ("ingress", 7.5), 3: ("engine", 1.0)},  # 2 was not it before
+            {1: ("ingress", 9.0), 2: ("ingress", 9.0), 3: ("engine", 2.0)},
+            {1: ("ingress", 10.0), 2: ("ingress", 9.5), 3: ("engine", 2.0), 4: ("engine", 0.5)},
         ]
     )
     monkeypatch.setattr(CpuMeter, "_read", lambda _: next(readings))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deployments.engine import attention_tables
 from deployments.engine.attention import RowSpan
 from deployments.engine.attention_tables import MOST_KNOWN, Shape, Tables, _pack_any, pack
 
@@ -132,6 +133,15 @@ def test_tables_are_their_own_however_many_were_packed_before() -> None:
     grown = (*kept[0].block_table, 77)
     _, tables = packed([RowSpan(12, 1, grown), RowSpan(4, 2, grown)], 4, size=64)
     assert tables.pages[:6].tolist() == [0, 1, 2, 77, 0, 1], "as many blocks as the rows need"
+
+
+def test_of_long_tables_fewer_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_tables, "MOST_BLOCKS", 64)
+    for i in range(40):
+        table = tuple(range(i, i + 16))
+        _, tables = packed([RowSpan(63, 1, table)], 4, size=64)
+        assert tables.pages[:16].tolist() == list(table)
+    assert len(attention_tables._known) == len(attention_tables._kept) <= 64 // 16
 
 
 def test_a_buffer_too_small_says_by_how_much() -> None:

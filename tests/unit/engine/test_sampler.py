@@ -247,7 +247,8 @@ class TestLikeliest:
         for asked, alone in (([plain] * 3, True), ([plain, other, plain], False)):
             draw = make_draw(asked, [each.row(10) for each in asked])
             batch = SamplingBatch.build(draw.rows, vocab_size=10, device=CPU)
-            assert draw.plain is alone is not (batch.groups or batch.wanted)
+            assert draw.plain is alone
+            assert bool(batch.groups or batch.wanted) is not alone
 
     def test_what_was_found_elsewhere_is_taken_as_it_is(self) -> None:
         """Ids for the device, and for the host which of them are bad."""
