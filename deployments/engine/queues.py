@@ -23,10 +23,17 @@ class Queues:
     def __init__(self, slots: int) -> None:
         self.waiting: list[TokenSequence] = []
         self.slots: list[list[TokenSequence]] = [[] for _ in range(slots)]
+        self._prompts: list[TokenSequence] = []
+        """What `prompts` returned last, and who has entered a slot since."""
 
     def running(self) -> Iterator[TokenSequence]:
         """Those of all slots, slot by slot."""
         return chain.from_iterable(self.slots)
+
+    def prompts(self) -> list[TokenSequence]:
+        """Those that run and have drawn no token. Kept from call to call: they are few among many."""
+        self._prompts = [s for s in self._prompts if s.state == "running" and not s.decodes]
+        return self._prompts
 
     def youngest(self) -> TokenSequence:
         """Of those that run."""
@@ -41,6 +48,7 @@ class Queues:
         sequence = self.waiting.pop(0)
         sequence.state, sequence.slot = "running", slot
         insort(self.slots[slot], sequence, key=by_arrival)
+        insort(self._prompts, sequence, key=by_arrival)
 
     def leave(self, sequence: TokenSequence) -> None:
         """Out of the queue where it waits, or of the slot where it runs."""
@@ -57,6 +65,7 @@ class Queues:
             "a queue is not in order of arrival": all(
                 queue == sorted(queue, key=by_arrival) for queue in (self.waiting, *self.slots)
             ),
+            "a prompt that runs was forgotten": all(s.decodes or s in self._prompts for s in self.running()),
             "a waiting sequence has a slot": all(s.state == "waiting" and s.slot is None for s in self.waiting),
             "a sequence is in another slot than it says": all(
                 s.state == "running" and s.slot == slot for slot, running in enumerate(self.slots) for s in running

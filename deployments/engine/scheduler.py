@@ -10,7 +10,6 @@ the order in which they were launched. Blocks stay held until the last step in f
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
@@ -67,9 +66,6 @@ class Scheduler:
         self._launched: deque[StepPlan] = deque()
         self._in_flight = [0] * slots
         """Steps launched, by slot."""
-        self._prompts: list[TokenSequence] = []
-        """Those that run and have drawn no token, in order of arrival; since `_prefill` last looked at them some may
-        have drawn one, or run no more."""
         self._starved: TokenSequence | None = None
         """The oldest sequence that needs a block and waits for one: nobody else takes any."""
         self._yielding: TokenSequence | None = None
@@ -213,7 +209,6 @@ class Scheduler:
             "block tables differ from the sequences that run": self._blocks.open_tables == holding,
             "steps in flight are miscounted": self._in_flight
             == [sum(step.slot == slot for step in self._launched) for slot in range(len(self._in_flight))],
-            "a prompt that runs was forgotten": all(s.decodes or s in self._prompts for s in self._queues.running()),
             "queues differ from the sequences not ended": sorted(map(id, queued)) == sorted(map(id, live)),
             **self._queues.checks(),
             "blocks are kept for a sequence that doesn't run": all(
@@ -256,8 +251,7 @@ class Scheduler:
 
     def _prefill(self, slot: int, decodes: list[StepItem]) -> list[StepItem]:
         """Prompts for the budget that a step of these decodes has left."""
-        self._prompts = [s for s in self._prompts if s.state == "running" and not s.decodes]
-        prompts = [s for s in self._prompts if s.remaining > 1]
+        prompts = [s for s in self._queues.prompts() if s.remaining > 1]
         if not prompts and not self._queues.waiting:
             return []
         fit = self._fitting()
@@ -357,7 +351,6 @@ class Scheduler:
             sequence.cached_tokens = cached
         sequence.computed = cached
         self._queues.enter(slot)
-        insort(self._prompts, sequence, key=by_arrival)
         return sequence
 
     def _launch(self, sequence: TokenSequence, tokens: int) -> StepItem:

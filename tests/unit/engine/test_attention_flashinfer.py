@@ -249,7 +249,12 @@ def test_staging_is_used_again_once_its_step_and_its_copies_are_over() -> None:
 
 def test_each_step_s_copy_is_noted_by_one_event_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Noting] = []
-    monkeypatch.setattr(torch.cuda, "Event", lambda: made.append(Noting()) or made[-1])  # type: ignore[func-returns-value]
+
+    def event() -> Noting:
+        made.append(Noting())
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
     pool = StagingPool(Limits(2, 5, 3).table_size, pinned=False)
     backend = FlashInferAttention(4, 6, Limits(2, 5, 3), CPU, FakeKernels(), pool)
     backend._stream = stream = object()  # type: ignore[assignment]  # as on a GPU
@@ -285,10 +290,10 @@ def test_the_staging_taken_longest_ago_comes_next() -> None:
     assert [pool.take() for _ in range(7)] == [*order, *order, order[0]]
 
 
-def test_a_kind_that_comes_later_is_planned_in_steps_that_needed_no_plan() -> None:
+def test_a_kind_that_comes_later_is_planned_in_steps_that_needed_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept of a step of so many decodes is of the kinds that there were."""
     kernels = FakeKernels()
-    kernels.takes_decodes = lambda kind, *_: kind.window is None  # type: ignore[method-assign, misc]
+    monkeypatch.setattr(kernels, "takes_decodes", lambda kind, *_: kind.window is None)
     backend = one_backend(Limits(2, 5, 3), kernels)
     plans = []
     for window in (None, None, 2, 2, None):
