@@ -23,6 +23,7 @@ from deployments.engine.flight import Draws, Flight
 from deployments.engine.forms import Form
 from deployments.engine.lane import Lane
 from deployments.engine.link import Link
+from deployments.engine.rehearsal import rehearsed
 from deployments.engine.sampler import Sampler
 from deployments.engine.stages import Stage, StepRows
 
@@ -93,6 +94,8 @@ class CudaPipeline:
             max_context=max_context,
         )
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
+        scratch = stages[0].kv[0].scratch
+        self._rehearse(max_batch_tokens, min(max_sequences, max_batch_tokens), scratch, sampler.vocab_size)
 
     @torch.inference_mode()
     def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
@@ -136,6 +139,12 @@ class CudaPipeline:
         for i, lane in enumerate(self._lanes):
             with lane.current:
                 lane.warm(partial(_say, i))
+
+    def _rehearse(self, rows: int, sequences: int, scratch: int, vocab: int) -> None:
+        """As many steps in flight as there can be."""
+        steps = rehearsed(rows=rows, sequences=sequences, block_size=self._block_size, scratch=scratch, vocab=vocab)
+        for flight in [self.launch(slot, *step) for step in steps for slot in range(self.depth)]:
+            flight.result()
 
 
 class TimesSteps(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Event
@@ -23,6 +24,8 @@ from placement.probe import available_memory
 log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 * 2**20
+READERS = 4
+"""Threads: many disks read faster where they are asked for several blocks at once."""
 
 
 def reading_ahead(model_dir: Path) -> AbstractContextManager[None]:
@@ -38,18 +41,26 @@ def worth_reading(size: int, available: int) -> bool:
 
 
 def read_through(files: Sequence[Path], ended: Event) -> int:
-    """Read one after the other, in blocks into one buffer, until `ended` is set; the bytes that were read.
+    """Read them in blocks, in order, until `ended` is set; the bytes that were read.
 
     Raises:
         OSError: a file can't be read.
     """
-    buffer = memoryview(bytearray(BLOCK_BYTES))
-    done = 0
-    for path in files:
-        with path.open("rb", buffering=0) as file:
-            while not ended.is_set() and (count := file.readinto(buffer)):
-                done += count
-    return done
+    blocks = iter([(path, start) for path in files for start in range(0, path.stat().st_size, BLOCK_BYTES)])
+
+    def read() -> int:
+        buffer, done = memoryview(bytearray(BLOCK_BYTES)), 0
+        for path, start in blocks:  # each is for the reader that asks first
+            if ended.is_set():
+                break
+            with path.open("rb", buffering=0) as file:
+                file.seek(start)
+                done += file.readinto(buffer)
+        return done
+
+    with ThreadPoolExecutor(READERS) as pool:
+        readers = [pool.submit(read) for _ in range(READERS)]
+        return sum(reader.result() for reader in readers)
 
 
 def _read_ahead(model_dir: Path, ended: Event) -> None:

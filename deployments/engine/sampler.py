@@ -147,7 +147,8 @@ class Sampler:
             raise ValueError(f"the sampler's integers hold vocabularies up to {MAX_VOCAB}, this one has {vocab_size}")
         self.history = TokenHistory(num_blocks, block_size, device)
         self._device = device
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
+        """Width of the logits."""
         self._stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
         self._table = weight_table().to(device)
         self._batch = lru_cache(_KEPT)(partial(SamplingBatch.build, vocab_size=vocab_size, device=device))
@@ -168,8 +169,8 @@ class Sampler:
         Raises:
             ValueError: `logits` are not of the draw's shape.
         """
-        if logits.shape != (len(draw.rows), self._vocab_size):
-            raise ValueError(f"{len(draw.rows)} rows of {self._vocab_size} ids, but logits are {tuple(logits.shape)}")
+        if logits.shape != (len(draw.rows), self.vocab_size):
+            raise ValueError(f"{len(draw.rows)} rows of {self.vocab_size} ids, but logits are {tuple(logits.shape)}")
         batch = self._batch(draw.rows)
         ids, good = likeliest(logits)
         for group in batch.groups:
@@ -209,7 +210,7 @@ class Sampler:
             penalties.tables.on_device = step.tables
         blocks = -(-longest // self.history.block_size)
         tokens = blocks * self.history.block_size
-        at_once = max(1, SAMPLE_ROWS * self._vocab_size // (4 * tokens))
+        at_once = max(1, SAMPLE_ROWS * self.vocab_size // (4 * tokens))
         position = torch.arange(tokens, device=self._device)
         assert step.lengths is not None
         for i in range(0, len(penalties.members), at_once):
@@ -232,7 +233,7 @@ class Sampler:
                 keep_top_p(keys[some], weights[some], keep.top_p, self._table)
         if chance.min_weights is not None:
             weights.masked_fill_(weights < chance.min_weights, 0)
-        return pick(weights, fractions).clamp_(max=self._vocab_size - 1)  # a bad row weighs nothing and ends at the end
+        return pick(weights, fractions).clamp_(max=self.vocab_size - 1)  # a bad row weighs nothing and ends at the end
 
     def _likely(self, logits: Tensor, ids: Tensor, wanted: Wanted) -> _Logprobs:
         raw, chosen = logits.index_select(0, wanted.rows), ids.index_select(0, wanted.rows)

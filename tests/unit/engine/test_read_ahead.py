@@ -46,9 +46,15 @@ def test_files_may_take_half_of_the_memory_that_is_available(size: int, availabl
     assert worth_reading(size, available) is worth
 
 
-def test_files_are_read_whole_until_the_load_ends(folder: Path) -> None:
+@pytest.mark.parametrize("readers", [1, 4])
+def test_files_are_read_whole(folder: Path, readers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "READERS", readers)
+    assert read_through(sorted(folder.glob("*.safetensors")), Event()) == 15_000
+
+
+def test_files_are_read_until_the_load_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "READERS", 1)
     files = sorted(folder.glob("*.safetensors"))
-    assert read_through(files, Event()) == 15_000
     assert read_through(files, Polled(2)) == 8_000
     assert read_through(files, Polled(0)) == 0
 
