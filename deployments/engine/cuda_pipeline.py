@@ -9,7 +9,8 @@ all of them work.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Protocol
@@ -28,6 +29,9 @@ from deployments.engine.sampler import Sampler
 from deployments.engine.stages import Stage, StepRows
 
 log = logging.getLogger(__name__)
+
+_ROWS_WITHOUT_GRAPHS = 256
+"""Of rehearsed steps where attention goes from sequence to sequence, and one of all rows may take seconds."""
 
 
 class CudaPipeline:
@@ -94,8 +98,15 @@ class CudaPipeline:
             max_context=max_context,
         )
         """Prompt tokens of a step that keep it within `CHUNK_SLOWDOWN` times one that only decodes."""
-        scratch = stages[0].kv[0].scratch
-        self._rehearse(max_batch_tokens, min(max_sequences, max_batch_tokens), scratch, sampler.vocab_size)
+        first = stages[0]
+        steps = rehearsed(
+            rows=max_batch_tokens if first.attention.capturable else min(max_batch_tokens, _ROWS_WITHOUT_GRAPHS),
+            sequences=max_sequences,
+            length=min(block_size, max_context),
+            scratch=first.kv[0].scratch,
+            vocab=sampler.vocab_size,
+        )
+        self._rehearse(list(steps))
 
     @torch.inference_mode()
     def launch(self, slot: int, step: StepRows, draw: Draw) -> Flight:
@@ -140,11 +151,12 @@ class CudaPipeline:
             with lane.current:
                 lane.warm(partial(_say, i))
 
-    def _rehearse(self, rows: int, sequences: int, scratch: int, vocab: int) -> None:
+    def _rehearse(self, steps: Sequence[tuple[StepRows, Draw]]) -> None:
         """As many steps in flight as there can be."""
-        steps = rehearsed(rows=rows, sequences=sequences, block_size=self._block_size, scratch=scratch, vocab=vocab)
+        began = time.perf_counter()
         for flight in [self.launch(slot, *step) for step in steps for slot in range(self.depth)]:
             flight.result()
+        log.info("rehearsed %d steps in %.2f s", len(steps) * self.depth, time.perf_counter() - began)
 
 
 class TimesSteps(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor
 class TokenHistory:
     """Token ids by KV block: int32 [num_blocks + 1, block_size], 4 * block_size * (num_blocks + 1) bytes.
 
-    The last block is scratch: what is written there is never read.
+    The last block is scratch: what is written there, no request reads.
     """
 
     def __init__(self, num_blocks: int, block_size: int, device: torch.device) -> None:

@@ -47,20 +47,30 @@ def read_through(files: Sequence[Path], ended: Event) -> int:
         OSError: a file can't be read.
     """
     blocks = iter([(path, start) for path in files for start in range(0, path.stat().st_size, BLOCK_BYTES)])
+    failed = Event()
 
     def read() -> int:
         buffer, done = memoryview(bytearray(BLOCK_BYTES)), 0
         for path, start in blocks:  # each is for the reader that asks first
-            if ended.is_set():
+            if ended.is_set() or failed.is_set():
                 break
-            with path.open("rb", buffering=0) as file:
-                file.seek(start)
-                done += file.readinto(buffer)
+            try:
+                done += _read_block(path, start, buffer)
+            except OSError:
+                failed.set()
+                raise
         return done
 
     with ThreadPoolExecutor(READERS) as pool:
         readers = [pool.submit(read) for _ in range(READERS)]
         return sum(reader.result() for reader in readers)
+
+
+def _read_block(path: Path, start: int, buffer: memoryview) -> int:
+    """Through Python's buffer: that reads on where a file system gives less than was asked for, and copies no block."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.readinto(buffer)
 
 
 def _read_ahead(model_dir: Path, ended: Event) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 
 import pytest
 
@@ -50,6 +51,45 @@ def test_files_may_take_half_of_the_memory_that_is_available(size: int, availabl
 def test_files_are_read_whole(folder: Path, readers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_ahead, "READERS", readers)
     assert read_through(sorted(folder.glob("*.safetensors")), Event()) == 15_000
+
+
+def test_several_blocks_are_read_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = Barrier(2)
+
+    def read(path: Path, start: int, buffer: memoryview) -> int:
+        del path
+        if start == 0:  # of each of the two files
+            meeting.wait(timeout=10)
+        return len(buffer)
+
+    monkeypatch.setattr(read_ahead, "READERS", 2)
+    monkeypatch.setattr(read_ahead, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(read_ahead, "_read_block", read)
+    assert read_through(sorted(folder.glob("*.safetensors")), Event()) == 20_000
+
+
+def test_what_one_reader_fails_at_ends_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    def read(path: Path, start: int, buffer: memoryview) -> int:
+        del path, buffer
+        begun.append(start)
+        if start == 0:
+            raise OSError("the disk is gone")
+        time.sleep(0.05)
+        return 1
+
+    monkeypatch.setattr(read_ahead, "READERS", 2)
+    monkeypatch.setattr(read_ahead, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(read_ahead, "_read_block", read)
+    with pytest.raises(OSError, match="the disk is gone"):
+        read_through([folder / "model-1.safetensors"], Event())
+    assert len(begun) < 10, "of a hundred blocks"
+
+
+def test_a_folder_in_place_of_a_file_is_an_error(folder: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        read_through([folder / "model-1.safetensors", folder], Event())
 
 
 def test_files_are_read_until_the_load_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
