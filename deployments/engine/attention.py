@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -82,6 +82,11 @@ class StepLayout:
 def _all_scratch(scratch: int, blocks: int) -> tuple[int, ...]:
     """A block table of padding; the same object each time, as a sequence's own stays the same."""
     return (scratch,) * blocks
+
+
+def positions_of(spans: Iterable[RowSpan]) -> tuple[int, ...]:
+    """Of each row, sequence by sequence."""
+    return tuple(chain.from_iterable(range(span.start, span.start + span.count) for span in spans))
 
 
 def singles(spans: Iterable[RowSpan]) -> int:

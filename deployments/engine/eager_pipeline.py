@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from deployments.engine.attention import RowSpan
+from deployments.engine.attention import RowSpan, positions_of
 from deployments.engine.budget import CHUNK_SLOWDOWN, LEAST_CHUNK, Chunks, rows_within
 from deployments.engine.cross_batches import CrossStep
 from deployments.engine.draw import Draw
@@ -158,7 +158,7 @@ class EagerPipeline:
         for count in _lengths(rows, self._plan.max_context):
             table = (self._plan.num_blocks,) * -(-count // self._plan.block_size)
             spans.append(RowSpan(0, count, table, count - 1))
-        positions = tuple(position for span in spans for position in range(span.count))
+        positions = positions_of(spans)
         return StepRows((0,) * len(positions), positions, tuple(spans), (len(positions) - 1,))
 
 

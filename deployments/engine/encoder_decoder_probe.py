@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deployments.engine.attention import RowSpan
+from deployments.engine.attention import RowSpan, positions_of
 from deployments.engine.cross_batches import CrossStep
 from deployments.engine.encoder_decoder import EncoderDecoderStage
 from deployments.engine.layer_probe import ByLayer, Passed, check_passed, forced, relative_rms
@@ -176,5 +176,4 @@ def _rows(parts: _Parts) -> StepRows:
         ids += own
         spans.append(span)
         sampled += range(len(ids) - (end - start), len(ids))
-    positions = tuple(p for span in spans for p in range(span.start, span.start + span.count))
-    return StepRows(tuple(ids), positions, tuple(spans), tuple(sampled))
+    return StepRows(tuple(ids), positions_of(spans), tuple(spans), tuple(sampled))

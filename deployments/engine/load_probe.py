@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deployments.engine.attention import RowSpan, UnsupportedAttention
+from deployments.engine.attention import RowSpan, UnsupportedAttention, positions_of
 from deployments.engine.layer_probe import (
     ByLayer,
     Passed,
@@ -189,8 +189,8 @@ def _steps(plan: Plan, ids: list[int]) -> list[StepRows]:
 
 
 def _step(parts: list[tuple[int, int]], ids: list[int], table: tuple[int, ...]) -> StepRows:
-    positions = tuple(position for part in parts for position in range(*part))
     spans = tuple(RowSpan(start, end - start, table) for start, end in parts)
+    positions = positions_of(spans)
     return StepRows(tuple(ids[p] for p in positions), positions, spans, tuple(range(len(positions))))
 
 

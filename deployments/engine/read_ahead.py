@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 * 2**20
 READERS = 4
-"""Threads: many disks read faster where they are asked for several blocks at once."""
+"""Threads: of one alone the disk is asked for nothing while a block is copied."""
 
 
 def reading_ahead(model_dir: Path) -> AbstractContextManager[None]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate
 
-from deployments.engine.attention import RowSpan
+from deployments.engine.attention import RowSpan, positions_of
 from deployments.engine.draw import Draw
 from deployments.engine.sampling_batch import Row
 from deployments.engine.stages import StepRows
@@ -63,7 +63,7 @@ def _prompts(rows: int, length: int, scratch: int) -> list[RowSpan]:
 
 def _step(spans: list[RowSpan], drawn: tuple[Row, ...], *, pending: int) -> tuple[StepRows, Draw]:
     """The first of the spans are drawn from; so many of the first rows go on from what the slot's last step drew."""
-    positions = tuple(chain.from_iterable(range(span.start, span.start + span.count) for span in spans))
+    positions = positions_of(spans)
     ids = (*range(-1, -1 - pending, -1), *[0] * (len(positions) - pending))
     first = spans[: len(drawn)]
     ends = accumulate(span.count for span in first)
